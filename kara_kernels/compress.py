@@ -1,0 +1,197 @@
+"""One call that scores, selects and compacts a window: the only orchestration in this library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops._triton import resolve_backend
+from .paged import (
+    Layers,
+    PagedCache,
+    check_block_tables,
+    check_choice,
+    check_contents,
+    check_count,
+    check_lengths,
+    check_number,
+    check_query,
+    check_scoring,
+    check_tensor,
+    check_window,
+    contents_are_checked,
+    key_scales,
+    per_layer,
+)
+from .reference.chunks import expand_chunks
+from .reference.compact import compact_sequence
+from .reference.score import score_sequence
+
+POOLS = ("head", "layer", "model")
+
+
+class CompressedWindow(NamedTuple):
+    """What :func:`compress_window` did. With many layers the last two carry a leading ``L``."""
+
+    seq_lens: Tensor
+    """int32 ``[S]``: new physical lengths; unchanged for a skipped sequence."""
+    keep_indices: Tensor
+    """int32 ``[S, H, K]``: kept positions relative to the window, ascending; all -1 for a skipped sequence."""
+    scores: Tensor
+    """float32 ``[S, H, W]``: the scores that were selected from, after pooling; zero for a skipped sequence unless given."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Checked arguments in one form, many layers or one."""
+
+    query: Layers | None
+    cache: PagedCache
+    block_tables: Tensor
+    seq_lens: Tensor
+    window: int
+    keep: int
+    scores: Tensor | None  # [L, S, H, W]
+    window_starts: Tensor | None
+    protected_lens: Tensor | None
+    chunk_budget: int
+    max_chunk: int
+    attention: str
+    pool: str
+    redundancy: float
+    scale: float
+    k_scale: float | Tensor
+    reduce_scores: Callable[[Tensor], Tensor] | None
+    many: bool
+
+    @property
+    def pooled_dims(self) -> tuple[int, ...]:
+        """Dimensions of ``[L, S, H, W]`` that pooling averages."""
+        return {"head": (), "layer": (2,), "model": (0, 2)}[self.pool]
+
+
+def compress_window(
+    query: Tensor | Sequence[Tensor] | None,
+    k_cache: Tensor | Sequence[Tensor],
+    v_cache: Tensor | Sequence[Tensor] | None,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    window: int,
+    keep: int,
+    scores: Tensor | None = None,
+    window_starts: Tensor | None = None,
+    protected_lens: Tensor | None = None,
+    chunk_fraction: float = 0.3,
+    max_chunk: int = 8,
+    attention: str = "bidirectional",
+    pool: str = "head",
+    redundancy: float = 0.0,
+    scale: float | None = None,
+    k_scale: float | Tensor | None = None,
+    reduce_scores: Callable[[Tensor], Tensor] | None = None,
+    backend: str = "auto",
+) -> CompressedWindow:
+    """docstring later"""
+    request = _checked(
+        query, k_cache, v_cache, block_tables, seq_lens, window, keep, scores, window_starts, protected_lens,
+        chunk_fraction, max_chunk, attention, pool, redundancy, scale, k_scale, reduce_scores,
+    )  # fmt: skip
+    if resolve_backend(backend, request.block_tables.device) == "triton":
+        raise NotImplementedError
+    lengths, keep_indices, pooled = _compress_torch(request)
+    shape = (len(request.cache.k), request.block_tables.shape[0], request.cache.shape[2])
+    keep_indices, pooled = keep_indices.expand(*shape, -1), pooled.expand(*shape, -1)
+    return CompressedWindow(lengths, keep_indices if request.many else keep_indices[0], pooled if request.many else pooled[0])
+
+
+def _checked(
+    query, k_cache, v_cache, block_tables, seq_lens, window, keep, scores, window_starts, protected_lens,
+    chunk_fraction, max_chunk, attention, pool, redundancy, scale, k_scale, reduce_scores,
+) -> _Request:  # fmt: skip
+    """Every argument checked, before anything is written."""
+    queries, cache, many = per_layer(query, k_cache, v_cache)
+    device = cache.k[0].device
+    layers, (_, _, heads, dim) = len(cache.k), cache.shape
+    check_window(window)
+    check_count("keep", keep, 1, window)
+    check_count("max_chunk", max_chunk, 1, 2**31 - 1)
+    chunk_fraction = check_number("chunk_fraction", chunk_fraction, 0.0, 1.0)
+    check_choice("pool", pool, POOLS)
+    table = check_block_tables(block_tables, device)
+    sequences = table.shape[0]
+    check_lengths("seq_lens", seq_lens, sequences, device)
+    if window_starts is not None:
+        check_lengths("window_starts", window_starts, sequences, device)
+    if protected_lens is not None:
+        check_lengths("protected_lens", protected_lens, sequences, device)
+    if scores is None:
+        queries = check_query(queries, cache, sequences)
+        check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
+    else:
+        shape = (layers, sequences, heads, window) if many else (sequences, heads, window)
+        check_tensor("scores", scores, shape, (torch.float32,), device)
+        scores = scores if many else scores[None]
+    if reduce_scores is not None and not callable(reduce_scores):
+        raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
+    scales = key_scales(k_scale, layers, heads, device)
+    budget = min(int(round(chunk_fraction * keep)), keep - 1)
+    request = _Request(
+        queries, cache, table, seq_lens, window, keep, scores, window_starts, protected_lens, budget, max_chunk,
+        attention, pool, redundancy, dim**-0.5 if scale is None else scale, scales, reduce_scores, many,
+    )  # fmt: skip
+    if contents_are_checked(device):
+        starts, fits = _windows(request)
+        # A default start below zero is a sequence shorter than its window, which is skipped; a given one is a mistake.
+        named = fits if window_starts is None else fits | (window_starts < 0)
+        check_contents(cache, table, starts, torch.where(fits, seq_lens, starts), named, seq_lens)
+    return request
+
+
+def _windows(request: _Request) -> tuple[Tensor, Tensor]:
+    """``(starts int32 [S], fits bool [S])``."""
+    starts = request.window_starts
+    starts = request.seq_lens - request.window if starts is None else starts
+    fits = (starts >= 0) & (starts + request.window <= request.seq_lens)
+    return starts, fits if request.protected_lens is None else fits & (starts >= request.protected_lens)
+
+
+def _compress_torch(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
+    """(new lengths, keep indices, scores) by the PyTorch path, sequence by sequence."""
+    starts, fits = _windows(r)
+    alive = [(s, start) for s, (start, fit) in enumerate(zip(starts.tolist(), fits.tolist(), strict=True)) if fit]
+    scores = r.scores
+    if scores is None:
+        assert r.query is not None
+        scores = torch.zeros(len(r.cache.k), len(starts), r.cache.shape[2], r.window, device=starts.device)
+        for s, start in alive:
+            for layer, keys in enumerate(r.cache.k):
+                scores[layer, s] = score_sequence(
+                    r.query[layer][s], keys, r.block_tables[s], start, r.window, scale=r.scale,
+                    k_scale=r.k_scale if isinstance(r.k_scale, float) else r.k_scale[layer],
+                    attention=r.attention, redundancy=r.redundancy,
+                )  # fmt: skip
+    if r.pooled_dims:  # in float64, so that the mean does not depend on the order of addition
+        scores = scores.double().mean(r.pooled_dims, keepdim=True).float()
+    scores = _reduced(r, scores)
+    keep_indices = expand_chunks(scores, r.keep, r.chunk_budget, r.max_chunk)
+    keep_indices = torch.where(fits[:, None, None], keep_indices, -1)
+    rows = keep_indices.expand(len(r.cache.k), len(starts), r.cache.shape[2], r.keep)
+    for s, start in alive:
+        compact_sequence(r.cache, r.block_tables[s], start, int(r.seq_lens[s]), rows[:, s], r.window)
+    return torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores
+
+
+def _reduced(r: _Request, scores: Tensor) -> Tensor:
+    """The caller's hook between pooling and selection; it may work in place and return None."""
+    if r.reduce_scores is None:
+        return scores
+    given = scores if r.many else scores[0]
+    reduced = r.reduce_scores(given)
+    reduced = given if reduced is None else reduced
+    check_tensor("reduce_scores(...)", reduced, given.shape, (torch.float32,), given.device)
+    return reduced if r.many else reduced[None]

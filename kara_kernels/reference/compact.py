@@ -1,0 +1,80 @@
+"""Move the survivors of a window together, in place, through the block table (README, "compact")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..paged import (
+    PagedCache,
+    check_block_tables,
+    check_contents,
+    check_keep_indices,
+    check_lengths,
+    check_window,
+    contents_are_checked,
+    per_layer,
+)
+
+TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tail's length, and stays in cache
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes are moved, never recomputed
+
+
+def compact_blocks(
+    k_cache: Tensor | Sequence[Tensor],
+    v_cache: Tensor | Sequence[Tensor] | None,
+    block_tables: Tensor,
+    window_starts: Tensor,
+    seq_lens: Tensor,
+    keep_indices: Tensor,
+    window: int,
+) -> Tensor:
+    """Keep ``keep_indices`` of each window and move the tail up behind them; see :func:`kara_kernels.ops.compact_blocks`.
+
+    ``keep_indices`` int32 ``[S, H, K]`` (``[L, S, H, K]`` for ``L`` layers), window-relative, ascending, or all -1 for a
+    sequence to leave alone. Returns the new lengths, int32 ``[S]``. Both caches are changed in place.
+    """
+    _, cache, many = per_layer(None, k_cache, v_cache)
+    window = check_window(window)
+    table = check_block_tables(block_tables, cache.k[0].device)
+    starts = check_lengths("window_starts", window_starts, table.shape[0], table.device)
+    lengths = check_lengths("seq_lens", seq_lens, table.shape[0], table.device)
+    keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
+    active = keep[0, :, 0, 0] >= 0
+    if contents_are_checked(table.device):
+        check_contents(cache, table, starts, lengths, active, lengths)
+    for s, (start, length, alive) in enumerate(zip(starts.tolist(), lengths.tolist(), active.tolist(), strict=True)):
+        if alive:
+            compact_sequence(cache, table[s], start, length, keep[:, s], window)
+    return torch.where(active, lengths - (window - keep.shape[-1]), lengths)
+
+
+def compact_sequence(cache: PagedCache, blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:
+    """All layers of one sequence, unchecked: ``blocks [max_blocks]``, ``keep [L, H, K]``."""
+    for layer in range(len(cache.k)):
+        _move_rows(cache.k[layer], blocks, start, length, keep[layer], window)
+        if cache.v is not None:
+            _move_rows(cache.v[layer], blocks, start, length, keep[layer], window)
+
+
+def _move_rows(pool: Tensor, blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:
+    """Row ``start + r`` takes row ``start + keep[h, r]``, then the tail follows, a tile of rows at a time.
+
+    Sources ascend and no destination is behind its source, so a tile never overwrites what a later tile reads.
+    """
+    words = pool.view(WORDS[pool.element_size()])
+    page, heads, dim = pool.shape[1:]
+    kept, new_length = keep.shape[-1], length - start - window + keep.shape[-1]
+    head = torch.arange(heads, device=pool.device)[:, None]
+    tile = max(1, TILE_BYTES // (heads * dim * pool.element_size()))
+    for first in range(0, new_length, tile):
+        last = min(first + tile, new_length)
+        target = torch.arange(first, last, device=pool.device)
+        survivors = keep[:, first : min(last, kept)].long()  # [H, r], empty in tiles of the tail
+        tail = (target[survivors.shape[1] :] + (window - kept)).expand(heads, -1)
+        source = start + torch.cat((survivors, tail), dim=1)
+        target = start + target
+        moved = words[blocks[source // page].long(), source % page, head]
+        words[blocks[target // page].long(), target % page, head] = moved

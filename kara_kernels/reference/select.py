@@ -1,0 +1,39 @@
+"""Exact top-k of a row of scores, in position order (README, "select")."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..paged import check_count, check_scores
+
+
+def select_topk(scores: Tensor, k: int) -> Tensor:
+    """The ``k`` best positions of each row, ascending.
+
+    ``scores`` float32 ``[..., W]``, ``1 <= k <= W``; returns int32 ``[..., k]``. Exact for any bit pattern: the higher score
+    first, ties to the lower position, NaN ranks as -inf and -0.0 equals +0.0. Raises TypeError / ValueError for a wrong dtype or ``k``.
+    """
+    check_scores(scores)
+    check_count("k", k, 1, scores.shape[-1])
+    return positions_of_best(unique_rank(order_keys(scores)), k)
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """int32 keys that order as the scores do, with NaN as -inf and one zero."""
+    clean = torch.where(scores.isnan(), -torch.inf, scores)
+    clean = torch.where(clean == 0, 0.0, clean)
+    bits = clean.view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def unique_rank(keys: Tensor) -> Tensor:
+    """int64 ``[..., W]``, all different within a row: by key, and within equal keys the lower position is higher."""
+    width = keys.shape[-1]
+    return (keys.long() << 32) | torch.arange(width - 1, -1, -1, device=keys.device)
+
+
+def positions_of_best(rank: Tensor, k: int) -> Tensor:
+    """Ascending int32 positions of the ``k`` largest of each row of :func:`unique_rank`."""
+    best = rank.topk(k, dim=-1, sorted=False).indices
+    return best.sort(dim=-1).values.int()
