@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from .ops._triton import resolve_backend
+from .ops.chunks import launch_keep
+from .ops.compact import launch_compact
+from .ops.score import launch_pool, launch_score, plan_score
 from .paged import (
     Layers,
     PagedCache,
@@ -22,6 +25,7 @@ from .paged import (
     check_query,
     check_scoring,
     check_tensor,
+    check_unit_stride,
     check_window,
     contents_are_checked,
     key_scales,
@@ -101,9 +105,15 @@ def compress_window(
         query, k_cache, v_cache, block_tables, seq_lens, window, keep, scores, window_starts, protected_lens,
         chunk_fraction, max_chunk, attention, pool, redundancy, scale, k_scale, reduce_scores,
     )  # fmt: skip
-    if resolve_backend(backend, request.block_tables.device) == "triton":
-        raise NotImplementedError
-    lengths, keep_indices, pooled = _compress_torch(request)
+    compress = _compress_torch
+    if resolve_backend(backend, request.seq_lens.device) == "triton" and len(request.seq_lens):
+        request.cache.require_kernel_layout()
+        if request.query is not None:
+            request.query.require_kernel_layout("query")
+        if request.scores is not None:
+            check_unit_stride("scores", request.scores)
+        compress = _compress_triton
+    lengths, keep_indices, pooled = compress(request)
     shape = (len(request.cache.k), request.block_tables.shape[0], request.cache.shape[2])
     keep_indices, pooled = keep_indices.expand(*shape, -1), pooled.expand(*shape, -1)
     return CompressedWindow(lengths, keep_indices if request.many else keep_indices[0], pooled if request.many else pooled[0])
@@ -186,6 +196,43 @@ def _compress_torch(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores
 
 
+def _compress_triton(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in three launches, four where scores are pooled or handed out, whatever ``L`` and ``S``."""
+    layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
+    fit = r.window_starts, r.seq_lens, r.protected_lens
+    lists = [layers, sequences, heads]
+    for dim in r.pooled_dims:
+        lists[dim] = 1
+    scores, computed, inverse = r.scores, r.scores is None, 1.0
+    if scores is None:
+        assert r.query is not None
+        config, tiles = plan_score(r.query, r.cache.k, r.window, r.redundancy)
+        inverse = heads / (r.query[0].shape[1] * r.query[0].shape[2])
+        partials = r.seq_lens.new_empty(layers, sequences, heads, tiles, r.window, dtype=torch.float32)
+        launch_score(
+            partials, r.query, r.cache.k, r.block_tables, *fit, r.scale, r.k_scale, r.attention, r.redundancy, config
+        )
+        scores = partials.new_empty(*lists, r.window)
+    else:
+        partials = scores[:, :, :, None]
+    if r.pooled_dims or (computed and r.reduce_scores is not None):
+        scores = partials.new_empty(*lists, r.window)
+        launch_pool(scores, partials, *fit, inverse, r.redundancy, computed)
+        computed = False
+    if r.reduce_scores is not None:
+        scores = _reduced(r, scores)
+    if not computed:
+        partials = scores[:, :, :, None]
+    keep_indices = r.seq_lens.new_empty(*lists, r.keep)
+    launch_keep(
+        keep_indices, scores, partials, *fit, inverse, r.redundancy, r.chunk_budget, r.max_chunk, computed
+    )
+    new_lens = torch.empty_like(r.seq_lens)
+    rows = keep_indices.expand(layers, sequences, heads, r.keep)
+    launch_compact(new_lens, r.cache, r.block_tables, r.window_starts, r.seq_lens, rows, r.window)
+    return new_lens, keep_indices, scores
+
+
 def _reduced(r: _Request, scores: Tensor) -> Tensor:
     """The caller's hook between pooling and selection; it may work in place and return None."""
     if r.reduce_scores is None:
@@ -194,4 +241,5 @@ def _reduced(r: _Request, scores: Tensor) -> Tensor:
     reduced = r.reduce_scores(given)
     reduced = given if reduced is None else reduced
     check_tensor("reduce_scores(...)", reduced, given.shape, (torch.float32,), given.device)
+    check_unit_stride("reduce_scores(...)", reduced)
     return reduced if r.many else reduced[None]

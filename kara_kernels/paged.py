@@ -82,8 +82,7 @@ class Layers(Sequence[Tensor]):
     def require_kernel_layout(self, name: str) -> None:
         """Kernels read rows of ``D`` contiguous elements and one set of strides for all layers."""
         first = self.tensors[0]
-        if first.stride(-1) != 1 and first.shape[-1] > 1:
-            raise ValueError(f"{name}: expected stride 1 in the last dimension, got {first.stride(-1)}")
+        check_unit_stride(name, first)
         for layer, tensor in enumerate(self.tensors):
             if tensor.stride() != first.stride():
                 raise ValueError(
@@ -117,6 +116,11 @@ class PagedCache:
         if isinstance(k_cache, Layers) and k_cache.pool is not None and k_cache.pool.v is v_cache:
             return k_cache.pool
         return PagedCache(k_cache, v_cache)
+
+    def require_kernel_layout(self) -> None:
+        self.k.require_kernel_layout("k_cache")
+        if self.v is not None:
+            self.v.require_kernel_layout("v_cache")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -270,6 +274,11 @@ def check_tensor(name: str, value: object, shape: Sequence[int | None], dtypes: 
     return value
 
 
+def check_unit_stride(name: str, tensor: Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name}: expected stride 1 in the last dimension, got {tensor.stride(-1)}")
+
+
 def check_block_tables(block_tables: object, device: torch.device, sequences: int | None = None) -> Tensor:
     table = check_tensor("block_tables", block_tables, (sequences, None), (torch.int32,), device)
     if table.stride(1) != 1 and table.shape[1] > 1:
@@ -294,6 +303,20 @@ def check_scores(scores: object) -> Tensor:
     if scores.dim() == 0 or not 1 <= scores.shape[-1] <= MAX_WINDOW:
         raise ValueError(f"scores: expected [..., W] with W in 1..{MAX_WINDOW}, got shape {list(scores.shape)}")
     return scores
+
+
+def require_rows(name: str, scores: Tensor) -> Tensor:
+    """``scores [..., W]`` as a view ``[rows, W]`` with its last dimension at stride 1."""
+    try:
+        rows = scores.view(-1, scores.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or (rows.stride(1) != 1 and rows.shape[1] > 1):
+        raise ValueError(
+            f"{name}: expected rows at one stride and the last dimension at stride 1, got shape {list(scores.shape)} with "
+            f"strides {scores.stride()}"
+        )
+    return rows
 
 
 def check_chunks(window: int, keep: int, chunk_budget: int, max_chunk: int) -> None:

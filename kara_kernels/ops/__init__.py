@@ -1,0 +1,8 @@
+"""The four operations, each with a Triton kernel and the PyTorch twin of :mod:`kara_kernels.reference`."""
+
+from .chunks import expand_chunks
+from .compact import compact_blocks
+from .score import score_window
+from .select import select_topk
+
+__all__ = ["compact_blocks", "expand_chunks", "score_window", "select_topk"]

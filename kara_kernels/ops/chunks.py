@@ -1,0 +1,168 @@
+"""Token2Chunk: spend part of the budget on the interiors of short gaps between good tokens.
+
+Candidates, chunks and fill are three uses of one primitive, :func:`kara_kernels.ops.select.take_best`, on different keys and
+weights, so one program does a whole row in registers. Inside :func:`kara_kernels.compress_window` the same kernel first
+adds up the partial rows of scoring, so that selection costs one launch.
+
+Method: Token2Chunk of Kara (arXiv 2607.01237). A chunk's worth (the lower end), buying best first until one does not fit, and
+filling up to exactly ``keep`` are this library's choice.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..paged import check_chunks, check_scores, require_rows
+from ._triton import resolve_backend, tl, triton, window_of
+from .score import row_scores
+from .select import order_keys, row_warps, store_positions, take_best
+
+# ------------------------------------------------------------------------------------------------- device code
+
+
+@triton.jit
+def _later(pos_a, key_a, pos_b, key_b):
+    """Scan operator: the candidate furthest to the right, with its key."""
+    right = pos_b > pos_a
+    return tl.where(right, pos_b, pos_a), tl.where(right, key_b, key_a)
+
+
+@triton.jit
+def _earlier(pos_a, key_a, pos_b, key_b):
+    left = pos_b < pos_a
+    return tl.where(left, pos_b, pos_a), tl.where(left, key_b, key_a)
+
+
+@triton.jit
+def chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W: tl.constexpr):
+    """Mask of exactly ``keep`` kept positions."""
+    kept = take_best(keys, inside.to(tl.int32), keep - chunk_budget)
+    # Nearest candidate on either side of each position, and its key.
+    left, left_key = tl.associative_scan((tl.where(kept, offs_w, -1), keys), 0, _later)
+    right, right_key = tl.associative_scan((tl.where(kept, offs_w, W), keys), 0, _earlier, reverse=True)
+    # The pair is represented by the first position of its gap, which orders pairs by position.
+    first = inside & (left >= 0) & (right < W) & (offs_w == left + 1) & (right > offs_w) & (right - left < max_chunk)
+    bought = take_best(tl.minimum(left_key, right_key), tl.where(first, right - left - 1, 0), chunk_budget)
+    # A bought first position speaks for its whole gap: the latest one on the left, if no candidate came since.
+    opened = tl.associative_scan(tl.where(bought, offs_w, -1), 0, _maximum)
+    kept = kept | (inside & (opened > left))
+    missing = keep - tl.sum(kept.to(tl.int32), 0)
+    return kept | take_best(keys, (inside & ~kept).to(tl.int32), missing)
+
+
+@triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["keep", "chunk_budget", "max_chunk", "stride_row"])
+def expand_kernel(
+    indices_ptr, scores_ptr, keep, chunk_budget, max_chunk, stride_row: tl.int64, W: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Grid ``(rows,)``: ``indices [rows, keep]`` from ``scores [rows, W]``."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_w = tl.arange(0, BLOCK_W)
+    inside = offs_w < W
+    keys = order_keys(tl.load(scores_ptr + row * stride_row + offs_w, mask=inside, other=0.0), inside)
+    kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
+    store_positions(indices_ptr + row * keep, kept, offs_w)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "keep", "chunk_budget", "max_chunk"])
+def keep_kernel(
+    indices_ptr, scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
+    keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
+    SUM: tl.constexpr, REDUNDANCY: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not fit.
+
+    With ``SUM`` the row is first added up from partial rows and written to ``scores`` (zero where the window does not
+    fit); without, ``partials`` are the scores.
+    """
+    list_ = tl.program_id(0).to(tl.int64)
+    seq = tl.program_id(1).to(tl.int64)
+    layer = tl.program_id(2).to(tl.int64)
+    _, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
+    row = (layer * tl.num_programs(1) + seq) * tl.num_programs(0) + list_
+    offs_w = tl.arange(0, BLOCK_W)
+    inside = offs_w < W
+    if fits:
+        partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
+        if SUM:
+            scores = row_scores(partials, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W)
+            tl.store(scores_ptr + row * W + offs_w, scores, mask=inside)
+        else:
+            scores = tl.load(partials + offs_w, mask=inside, other=0.0)
+        keys = order_keys(scores, inside)
+        if CHUNKS:
+            kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
+        else:
+            kept = take_best(keys, inside.to(tl.int32), keep)
+        store_positions(indices_ptr + row * keep, kept, offs_w)
+    else:
+        tl.store(indices_ptr + row * keep + offs_w, tl.full([BLOCK_W], -1, tl.int32), mask=offs_w < keep)
+        if SUM:
+            tl.store(scores_ptr + row * W + offs_w, tl.zeros([BLOCK_W], tl.float32), mask=inside)
+
+
+# --------------------------------------------------------------------------------------------- how it is launched
+
+
+def launch_expand(indices: Tensor, scores: Tensor, chunk_budget: int, max_chunk: int) -> None:
+    """``scores [rows, W]`` into ``indices [rows, keep]``. Checks nothing."""
+    rows, window = scores.shape
+    expand_kernel[(rows,)](
+        indices, scores, indices.shape[1], chunk_budget, max_chunk, scores.stride(0),
+        W=window, BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window),
+    )  # fmt: skip
+
+
+def launch_keep(
+    indices: Tensor, scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor, protected: Tensor | None,
+    inverse: float, redundancy: float, chunk_budget: int, max_chunk: int, computed: bool,
+) -> None:  # fmt: skip
+    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and, if ``computed``, ``scores [l, S, h, W]``."""
+    layers, sequences, lists, tiles, window = partials.shape
+    keep_kernel[(lists, sequences, layers)](
+        indices, scores, partials, starts, seq_lens, protected, tiles, inverse, redundancy, indices.shape[-1],
+        chunk_budget, max_chunk, partials.stride(0), partials.stride(1), partials.stride(2),
+        SUM=computed, REDUNDANCY=computed and redundancy > 0, CHUNKS=chunk_budget > 0, W=window,
+        BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ public
+
+
+def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, *, backend: str = "auto") -> Tensor:
+    """``keep`` positions of each row: the best tokens, with the short gaps between them filled as far as a budget goes.
+
+    1. Candidates: the best ``keep - chunk_budget`` tokens, as :func:`select_topk` ranks them.
+    2. Two neighbouring candidates with a gap between them and at most ``max_chunk`` tokens from end to end are a
+       possible chunk, worth the lower of their two scores.
+    3. Chunks are bought best first (ties: the lower position) while their gaps sum up to at most ``chunk_budget``, stopping
+       at the first that does not fit. Neighbouring chunks share an end, so chains form longer ones.
+    4. The best tokens not yet kept fill up to ``keep``.
+
+    Args:
+        scores: float32 ``[..., W]``, ``W`` up to 4096; rows as in :func:`select_topk`.
+        keep: how many, ``1 <= keep <= W``.
+        chunk_budget: tokens reserved for gaps, ``0 <= chunk_budget < keep``; 0 is plain top-k.
+        max_chunk: longest span that counts as a chunk, in tokens, both ends included.
+        backend: as in :func:`select_topk`.
+
+    Returns:
+        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions: block tables are shared by all layers
+        and heads, so equal counts are what a paged engine can free.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or range, a backend that cannot run.
+    """
+    check_scores(scores)
+    check_chunks(scores.shape[-1], keep, chunk_budget, max_chunk)
+    if resolve_backend(backend, scores.device) == "torch":
+        return reference.expand_chunks(scores, keep, chunk_budget, max_chunk)
+    indices = torch.empty(*scores.shape[:-1], keep, dtype=torch.int32, device=scores.device)
+    if indices.numel():
+        launch_expand(indices.view(-1, keep), require_rows("scores", scores), chunk_budget, max_chunk)
+    return indices

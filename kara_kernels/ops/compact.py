@@ -1,0 +1,167 @@
+"""Move the survivors of a window together, in place, through the block table; the tail follows.
+
+Row ``window_start + r`` takes row ``window_start + keep_indices[r]``. Sources ascend and no destination is behind its
+source, so rows move upward tile by tile without a second buffer: what a tile overwrites, no later tile reads. Within a
+tile a barrier stands between loads and stores, because a warp may store a row that another has yet to load.
+Bytes are moved and never recomputed, so any dtype will do.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..paged import (
+    PagedCache,
+    check_block_tables,
+    check_contents,
+    check_keep_indices,
+    check_lengths,
+    check_window,
+    contents_are_checked,
+    per_layer,
+)
+from ._triton import align_of, layer_pointer, resolve_backend, tl, triton
+
+# ------------------------------------------------------------------------------------------------- device code
+
+
+@triton.jit
+def _move_rows(base, table, keep_list, start, length, keep, stride_b, stride_p,
+               W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    """All rows of one head from ``start`` to ``length``, upward, ``BLOCK_R`` at a time."""
+    offs_d = tl.arange(0, BLOCK_D)
+    count = length - start - W + keep  # rows at their new place: survivors, then the tail
+    for first in range(0, count, BLOCK_R):
+        offs_r = first + tl.arange(0, BLOCK_R)
+        survivor = tl.load(keep_list + offs_r, mask=offs_r < keep, other=0)
+        source = start + tl.where(offs_r < keep, survivor, offs_r - keep + W)
+        target = start + offs_r
+        moves = (offs_r < count) & (source != target)  # a row that stays costs nothing
+        from_block = tl.load(table + source // P, mask=moves, other=0).to(tl.int64)
+        to_block = tl.load(table + target // P, mask=moves, other=0).to(tl.int64)
+        from_row = base + from_block * stride_b + (source % P).to(tl.int64) * stride_p
+        to_row = base + to_block * stride_b + (target % P).to(tl.int64) * stride_p
+        mask = moves[:, None] & (offs_d < D)[None, :]
+        words = tl.load(from_row[:, None] + offs_d[None, :], mask=mask)
+        tl.debug_barrier()  # every warp has its rows before any is overwritten
+        tl.store(to_row[:, None] + offs_d[None, :], words, mask=mask)
+
+
+@triton.jit(do_not_specialize=["keep", "stride_t_s"])
+def compact_kernel(
+    new_lens_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr, keep_ptr, keep,
+    stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64, stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64, stride_t_s: tl.int64,
+    stride_i_l: tl.int64, stride_i_s: tl.int64, stride_i_h: tl.int64,
+    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RV: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(S*H, caches, L)``: one program moves one head of one cache. A keep list of -1 leaves its sequence alone."""
+    seq = (tl.program_id(0) // H).to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    layer = tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens_ptr + seq)
+    if starts_ptr is None:
+        start = length - W
+    else:
+        start = tl.load(starts_ptr + seq)
+    keep_list = keep_ptr + layer * stride_i_l + seq * stride_i_s + head * stride_i_h
+    alive = tl.load(keep_list) >= 0
+    if (head == 0) & (layer == 0) & (tl.program_id(1) == 0):
+        tl.store(new_lens_ptr + seq, tl.where(alive, length - W + keep, length))
+    if alive:
+        table = block_tables_ptr + seq * stride_t_s
+        if tl.program_id(1) == 0:
+            base = layer_pointer(k_ptr, k_table, stride_k_l, layer, ALIGN_K) + head * stride_k_h
+            _move_rows(base, table, keep_list, start, length, keep, stride_k_b, stride_k_p, W, P, D, BLOCK_D, BLOCK_R)
+        else:
+            base = layer_pointer(v_ptr, v_table, stride_v_l, layer, ALIGN_V) + head * stride_v_h
+            _move_rows(base, table, keep_list, start, length, keep, stride_v_b, stride_v_p, W, P, DV, BLOCK_DV, BLOCK_RV)
+
+
+# --------------------------------------------------------------------------------------------- how it is launched
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def row_block(dim: int, itemsize: int) -> tuple[int, int]:
+    """``(BLOCK_D, rows of a tile)``: 64 bytes in flight a thread at 4 warps, four 16-byte loads."""
+    block_d = triton.next_power_of_2(dim)
+    return block_d, max(1, min(128, 8192 // (block_d * itemsize)))
+
+
+def launch_compact(
+    new_lens: Tensor, cache: PagedCache, block_tables: Tensor, starts: Tensor | None, seq_lens: Tensor,
+    keep_indices: Tensor, window: int,
+) -> None:  # fmt: skip
+    """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``. Checks nothing."""
+    layers, sequences, heads, keep = keep_indices.shape
+    keys, values = cache.k, cache.v or cache.k
+    k, v = (pool[0].view(WORDS[pool[0].element_size()]) for pool in (keys, values))
+    block_d, block_r = row_block(k.shape[3], k.element_size())
+    block_dv, block_rv = row_block(v.shape[3], v.element_size())
+    compact_kernel[(sequences * heads, 1 if cache.v is None else 2, layers)](
+        new_lens, k, keys.table, v, values.table, block_tables, starts, seq_lens, keep_indices, keep,
+        keys.stride_layer, k.stride(0), k.stride(1), k.stride(2),
+        values.stride_layer, v.stride(0), v.stride(1), v.stride(2), block_tables.stride(0),
+        keep_indices.stride(0), keep_indices.stride(1), keep_indices.stride(2),
+        H=heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3], ALIGN_K=align_of(keys), ALIGN_V=align_of(values),
+        BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ public
+
+
+def compact_blocks(
+    k_cache: Tensor | Sequence[Tensor],
+    v_cache: Tensor | Sequence[Tensor] | None,
+    block_tables: Tensor,
+    window_starts: Tensor,
+    seq_lens: Tensor,
+    keep_indices: Tensor,
+    window: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Keep ``keep_indices`` of every window and move the tail up behind them, in place, for every layer and head.
+
+    Args:
+        k_cache: ``[B, P, H, D]`` of any dtype of 1, 2 or 4 bytes and any strides (the last 1 on the Triton path), or ``L`` such
+            tensors, or a :class:`~kara_kernels.PagedCache` half.
+        v_cache: the same with ``Dv``, or None for caches with one latent tensor (MLA).
+        block_tables: int32 ``[S, max_blocks]``; may be a narrowed view.
+        window_starts: int32 ``[S]``, physical index of the first window token.
+        seq_lens: int32 ``[S]``, physical lengths.
+        keep_indices: int32 ``[S, H, K]``, for many layers ``[L, S, H, K]``: positions relative to the window, ascending.
+            All -1 for a sequence that is to be left alone; its window start is then not looked at.
+        window: window length ``W`` in tokens.
+        backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        int32 ``[S]``: ``seq_lens - W + K``, unchanged where a sequence is left alone. Rows past the new length, other
+        sequences' blocks and all below the window keep their bits.
+
+    Raises:
+        TypeError, ValueError: before anything is written. Contents (block ids, lengths, order of ``keep_indices``, blocks
+        that two sequences share from their windows on) are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only.
+    """
+    _, cache, many = per_layer(None, k_cache, v_cache)
+    device = cache.k[0].device
+    if resolve_backend(backend, device) == "torch":
+        return reference.compact_blocks(
+            k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window
+        )
+    check_window(window)
+    table = check_block_tables(block_tables, device)
+    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
+    lengths = check_lengths("seq_lens", seq_lens, table.shape[0], device)
+    keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
+    cache.require_kernel_layout()
+    if contents_are_checked(device):
+        check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths)
+    new_lens = torch.empty_like(lengths)
+    if len(lengths):
+        launch_compact(new_lens, cache, table, starts, lengths, keep, window)
+    return new_lens

@@ -1,0 +1,469 @@
+"""Attention mass that every key of a window receives from all window queries, in one pass where the window fits.
+
+    a[s,h,g,i,j] = scale * <query[s,i,h*G+g], key[s,h,j]>
+    scores[s,h,j] = mean over g and i of softmax_j(a[s,h,g,i,:])
+
+One program owns ``rows_per_program`` of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand
+a softmax row is local to a tile, so the program keeps the keys on chip, walks its query tiles and adds up columns; the
+``N x W`` logits never leave registers. Programs leave one partial row each and whoever needs the scores adds the partial
+rows in fixed order: no atomics, same bits every time. Wider windows stream key tiles twice: once for the row's
+log-sum-exp, once for the columns.
+
+Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..paged import (
+    FP8_DTYPES,
+    Layers,
+    PagedCache,
+    check_block_tables,
+    check_contents,
+    check_lengths,
+    check_query,
+    check_scoring,
+    check_window,
+    contents_are_checked,
+    key_scales,
+    per_layer,
+)
+from ._triton import INTERPRETED, align_of, layer_pointer, is_amd, resolve_backend, shared_memory, tl, triton, window_of
+
+FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+# ------------------------------------------------------------------------------------------------- device code
+
+
+@triton.jit
+def _fp8_to_float(bits, FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """fp8 bytes to ``DTYPE``, exactly: placed in a wider float whose exponent bias differs by a power of two.
+
+    Decoding by hand runs on every target, also on those without fp8 instructions (sm_80).
+    """
+    bits = bits.to(tl.int32)
+    if FP8 == "e5m2":
+        half = (bits << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)  # float16's own top byte
+    elif FP8 == "e5m2fnuz":  # its largest exponent is a number where float16's is not: by way of float32
+        half = (((bits & 0x80) << 24) | ((bits & 0x7F) << 21)).to(tl.float32, bitcast=True) * 2.596148429267414e33
+    else:
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        half = half * (256.0 if FP8 == "e4m3fn" else 128.0)  # float16's bias of 15 against 7 and 8
+    if FP8 == "e4m3fn":
+        half = tl.where((bits & 0x7F) == 0x7F, float("nan"), half)
+    if FP8 == "e4m3fnuz" or FP8 == "e5m2fnuz":  # no negative zero: that pattern is the NaN
+        half = tl.where(bits == 0x80, float("nan"), half)
+    return half.to(DTYPE)
+
+
+@triton.jit
+def _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h,
+               W: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Keys of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside the window and outside ``DIM``."""
+    token = start + offs_w
+    block = tl.load(table + token // P, mask=offs_w < W, other=0).to(tl.int64)
+    row = base + block * stride_b + (token % P).to(tl.int64) * stride_p + head * stride_h
+    keys = tl.load(row[None, :] + offs_d[:, None], mask=(offs_w < W)[None, :] & (offs_d < DIM)[:, None], other=0.0)
+    if FP8 is not None:
+        keys = _fp8_to_float(keys, FP8, DTYPE)
+    return keys.to(DTYPE)
+
+
+@triton.jit
+def _load_queries(base, offs_m, rows, offs_d, stride_n, stride_h,
+                  G: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // G``, group member ``m % G``."""
+    row = base + (offs_m // G).to(tl.int64) * stride_n + (offs_m % G).to(tl.int64) * stride_h
+    mask = (offs_m < rows)[:, None] & (offs_d < DIM)[None, :]
+    return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _masked(logits, offs_m, offs_w, scale, num_queries, W: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr):
+    """Logits in units of log2, -inf where a query may not look."""
+    seen = (offs_w < W)[None, :]
+    if CAUSAL:  # query i is window token W - N + i
+        seen = seen & (offs_w[None, :] <= (W - num_queries + offs_m // G)[:, None])
+    return tl.where(seen, logits * scale, float("-inf"))
+
+
+@triton.jit
+def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
+                  W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    """Write softmax_j of the mean cosine of key j to all keys: three walks over the keys, nothing kept but a mean."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mean = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, W, BLOCK_R):
+        offs_w = first + tl.arange(0, BLOCK_R)
+        keys = _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32)
+        mean += tl.sum(_unit(keys), 1)
+    mean = mean / W
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    for first in range(0, W, BLOCK_R):
+        offs_w = first + tl.arange(0, BLOCK_R)
+        keys = _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32)
+        cosine = tl.where(offs_w < W, tl.sum(_unit(keys) * mean[:, None], 0), float("-inf"))
+        higher = tl.maximum(peak, tl.max(cosine, 0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(cosine - higher), 0)
+        peak = higher
+    for first in range(0, W, BLOCK_R):
+        offs_w = first + tl.arange(0, BLOCK_R)
+        keys = _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32)
+        cosine = tl.sum(_unit(keys) * mean[:, None], 0)
+        tl.store(out + offs_w, tl.exp(cosine - peak) / total, mask=offs_w < W)
+
+
+@triton.jit
+def _unit(keys):
+    """Columns of ``[dims, tokens]`` at length 1, zero columns left zero; safe where squares would leave float32."""
+    largest = tl.max(tl.abs(keys), 0)
+    keys = keys / tl.where(largest > 0, largest, 1.0)[None, :]
+    norm = tl.sqrt(tl.sum(keys * keys, 0))
+    return keys / tl.where(norm > 0, norm, 1.0)[None, :]
+
+
+@triton.jit
+def _columns_whole(out, q_base, k_base, table, start, head, scale, num_queries, row_first, row_last,
+                   stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
+                   W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
+                   FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+    """All keys stay on chip, so a softmax row is whole in one tile: one pass."""
+    offs_w = tl.arange(0, BLOCK_W)
+    d0 = tl.arange(0, D0)
+    k0 = _load_keys(k_base, table, start, offs_w, d0, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+    k1 = k0  # unused where one power of two is all of D
+    if D1 > 0:
+        d1 = D0 + tl.arange(0, D1)
+        k1 = _load_keys(k_base, table, start, offs_w, d1, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+    columns = tl.zeros([BLOCK_W], tl.float32)
+    for first in range(row_first, row_last, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        q0 = _load_queries(q_base, offs_m, row_last, d0, stride_q_n, stride_q_h, G, D, DTYPE)
+        logits = tl.dot(q0, k0, input_precision=PRECISION)
+        if D1 > 0:
+            q1 = _load_queries(q_base, offs_m, row_last, d1, stride_q_n, stride_q_h, G, D, DTYPE)
+            logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
+        logits = _masked(logits, offs_m, offs_w, scale, num_queries, W, G, CAUSAL)
+        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        weight = tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)
+        columns += tl.sum(p * weight[:, None], 0)
+    tl.store(out + offs_w, columns, mask=offs_w < W)
+
+
+@triton.jit
+def _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
+                 stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
+                 W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
+                 FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """One tile of masked logits, as a matrix product over slices of the head dimension."""
+    logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        q = _load_queries(q_base, offs_m, row_last, offs_d, stride_q_n, stride_q_h, G, D, DTYPE)
+        k = _load_keys(k_base, table, start, offs_w, offs_d, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+        logits = tl.dot(q, k, logits, input_precision=PRECISION)
+    return _masked(logits, offs_m, offs_w, scale, num_queries, W, G, CAUSAL)
+
+
+@triton.jit
+def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_queries, row_first, row_last,
+                      stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
+                      W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
+                      FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Key tiles pass twice per query tile: for each row's log-sum-exp, then for the columns."""
+    for first in range(row_first, row_last, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        # A causal row may see nothing of a tile: a finite start keeps -inf - -inf out of the recurrence.
+        peak = tl.full([BLOCK_M], -3.0e38, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for tile in range(0, W, BLOCK_W):
+            offs_w = tile + tl.arange(0, BLOCK_W)
+            logits = _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
+                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
+                                  W, P, D, G, CAUSAL, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, BLOCK_D)  # fmt: skip
+            higher = tl.maximum(peak, tl.max(logits, 1))
+            total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+            peak = higher
+        weight = tl.where(offs_m < row_last, 1.0 / total, 0.0)
+        for tile in range(0, W, BLOCK_W):
+            offs_w = tile + tl.arange(0, BLOCK_W)
+            logits = _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
+                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
+                                  W, P, D, G, CAUSAL, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, BLOCK_D)  # fmt: skip
+            columns = tl.sum(tl.exp2(logits - peak[:, None]) * weight[:, None], 0)
+            if first > row_first:
+                # The program's own partial row is its accumulator. Another thread of it stored what this one loads.
+                tl.debug_barrier()
+                columns += tl.load(out + offs_w, mask=offs_w < W, other=0.0)
+                tl.debug_barrier()
+            tl.store(out + offs_w, columns, mask=offs_w < W)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_tiles", "stride_t_s"])
+def score_kernel(
+    partials_ptr, query_ptr, query_table, k_ptr, k_table, block_tables_ptr, starts_ptr, seq_lens_ptr, protected_ptr,
+    k_scale_ptr, scale, num_queries, num_tiles,
+    stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64, stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64, stride_t_s: tl.int64,
+    stride_ks_l: tl.int64, stride_ks_h: tl.int64,
+    H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    REDUNDANCY: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, ALIGN_Q: tl.constexpr, ALIGN_K: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(S*H, tiles, L)``: partial column sums ``[L, S, H, tiles, W]``; with redundancy its softmax is the last tile.
+
+    A sequence whose window does not fit is left out; nobody reads its partial rows.
+    """
+    seq = (tl.program_id(0) // H).to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    tile = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    start, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
+    if fits:
+        k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer, ALIGN_K)
+        table = block_tables_ptr + seq * stride_t_s
+        out = partials_ptr + ((layer * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile) * W
+        if REDUNDANCY and tile == num_tiles - 1:
+            _mean_cosines(out, k_base, table, start, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, BLOCK_D, BLOCK_R)
+        else:
+            q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q) + seq * stride_q_s + head * G * stride_q_h
+            factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e): exp2 is the native instruction
+            if k_scale_ptr is not None:
+                factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
+            row_first = tile * ROWS
+            row_last = tl.minimum(row_first + ROWS, num_queries * G)
+            if WHOLE:
+                _columns_whole(out, q_base, k_base, table, start, head, factor, num_queries, row_first, row_last,
+                               stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G, CAUSAL,
+                               FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0, D1)  # fmt: skip
+            else:
+                _columns_streamed(out, q_base, k_base, table, start, head, factor, num_queries, row_first, row_last,
+                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G, CAUSAL,
+                                  FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0)  # fmt: skip
+
+
+@triton.jit
+def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Scores of one head from its partial rows, added in ascending order."""
+    total = tl.zeros([BLOCK_W], tl.float32)
+    sums = num_tiles - 1 if REDUNDANCY else num_tiles
+    for tile in range(0, sums):
+        total += tl.load(partials + tile * W + offs_w, mask=offs_w < W, other=0.0)
+    total = total * tl.cast(inverse, tl.float32)
+    if REDUNDANCY:
+        total -= tl.cast(redundancy, tl.float32) * tl.load(partials + sums * W + offs_w, mask=offs_w < W, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def pool_kernel(
+    scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
+    stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64, LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr,
+    W: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(lists of a layer, S, pooled layers)``: scores ``[pooled L, S, pooled H, W]``, means over ``HEADS`` and ``LAYERS``.
+
+    Means are taken in float64 and rounded once, so that they do not depend on the order of addition. Computed scores of
+    a sequence whose window does not fit are zero.
+    """
+    offs_w = tl.program_id(0) % tl.cdiv(W, BLOCK_W) * BLOCK_W + tl.arange(0, BLOCK_W)
+    list_ = (tl.program_id(0) // tl.cdiv(W, BLOCK_W)).to(tl.int64)
+    lists = tl.num_programs(0) // tl.cdiv(W, BLOCK_W)
+    seq = tl.program_id(1).to(tl.int64)
+    layer = tl.program_id(2).to(tl.int64)
+    fits = True
+    if COMPUTED:
+        _, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
+    out = scores_ptr + ((layer * tl.num_programs(1) + seq) * lists + list_) * W + offs_w
+    if fits:
+        partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
+        if LAYERS * HEADS == 1:
+            pooled = row_scores(partials, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W)
+        else:
+            total = tl.zeros([BLOCK_W], tl.float64)
+            for row in range(0, LAYERS * HEADS):
+                source = partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h
+                total += row_scores(source, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W).to(tl.float64)
+            pooled = (total / (LAYERS * HEADS)).to(tl.float32)
+        tl.store(out, pooled, mask=offs_w < W)
+    else:
+        tl.store(out, tl.zeros([BLOCK_W], tl.float32), mask=offs_w < W)
+
+
+# --------------------------------------------------------------------------------------------- how it is launched
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    whole: bool  # all keys of the window on chip, one pass; else streamed in tiles, two passes
+    block_m: int  # query rows of a tile
+    block_w: int  # keys of a tile
+    d0: int  # whole: the head dimension as one power of two ... streamed: a slice of it
+    d1: int  # ... and the rest as another (0: none), since padding 192 to 256 would cost a third more work
+    rows: int  # query rows of a program
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=256)
+def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bool) -> ScoreConfig:
+    """Launch configuration from shape and target alone: a choice that saw the batch would change last bits.
+
+    ``dtype`` is what the matrix products take, ``shared`` the bytes of shared memory a program may use.
+    """
+    rows = 512  # keys are read once and one partial row written per 512 query rows: under 2 % of the bytes at W = 256
+    block_w = max(16, triton.next_power_of_2(window))
+    d0 = max(16, 1 << (dim.bit_length() - 1))
+    d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
+    # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
+    block_m = min(64, max(16, 16384 // block_w))
+    # Keys, and two query tiles in flight beside them. AMD keeps the queries in registers.
+    needed = (block_w + (0 if amd else 2 * block_m)) * (d0 + d1) * dtype.itemsize
+    # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
+    if dtype != torch.float32 and block_w <= 1024 and needed + (0 if amd else 16384) <= shared:
+        return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 else 8)
+    wide = 64 if dtype == torch.float32 else 128
+    slice_ = 32 if dtype == torch.float32 else 64
+    while dim % slice_ and slice_ > 16:
+        slice_ //= 2
+    return ScoreConfig(False, wide, min(wide, block_w), slice_, 0, rows, 8)
+
+
+def plan_score(query: Layers, k_cache: Layers, window: int, redundancy: float) -> tuple[ScoreConfig, int]:
+    """The launch configuration and how many partial rows it leaves per KV head, redundancy's among them."""
+    q, k = query[0], k_cache[0]
+    config = score_config(window, k.shape[3], _matrix_dtype(q, k), shared_memory(k.device), is_amd(k.device))
+    return config, triton.cdiv(q.shape[1] * (q.shape[2] // k.shape[2]), config.rows) + (redundancy > 0)
+
+
+def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
+    """What products are taken in: the query's dtype, which holds any fp8 key exactly; float32 where dtypes mix. The
+    interpreter's bfloat16 arithmetic is wrong, so there it is always float32."""
+    mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES
+    return torch.float32 if mixed or INTERPRETED else query.dtype
+
+
+def launch_score(
+    partials: Tensor, query: Layers, k_cache: Layers, block_tables: Tensor, starts: Tensor | None, seq_lens: Tensor | None,
+    protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str, redundancy: float, config: ScoreConfig,
+) -> None:  # fmt: skip
+    """Partial column sums of all layers and sequences into ``partials [L, S, H, tiles, W]``. Checks nothing."""
+    layers, sequences, heads, tiles, window = partials.shape
+    q, k = query[0], k_cache[0]
+    fp8 = FP8_NAMES.get(k.dtype)
+    keys = k.view(torch.uint8) if fp8 else k
+    by_head = isinstance(k_scale, Tensor)
+    # float32 products: AMD has the instruction; on NVIDIA "ieee" is scalar code that spills at any tile size, and three TF32
+    # products err by about 2^-22.
+    precision = "ieee" if INTERPRETED or is_amd(k.device) else "tf32x3"
+    score_kernel[(sequences * heads, tiles, layers)](
+        partials, q, query.table, keys, k_cache.table, block_tables, starts, seq_lens, protected,
+        k_scale if by_head else None, scale if by_head else scale * k_scale, q.shape[1], tiles,
+        query.stride_layer, q.stride(0), q.stride(1), q.stride(2),
+        k_cache.stride_layer, k.stride(0), k.stride(1), k.stride(2), block_tables.stride(0),
+        k_scale.stride(0) if by_head else 0, k_scale.stride(1) if by_head else 0,
+        H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], CAUSAL=attention == "causal",
+        REDUNDANCY=redundancy > 0, FP8=fp8, DTYPE=TRITON_DTYPES[_matrix_dtype(q, k)], ALIGN_Q=align_of(query), ALIGN_K=align_of(k_cache),
+        PRECISION=precision, WHOLE=config.whole, BLOCK_M=config.block_m, BLOCK_W=config.block_w,
+        D0=config.d0, D1=config.d1, ROWS=config.rows, BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_R=16,
+        num_warps=config.num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def launch_pool(
+    scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor | None, protected: Tensor | None,
+    inverse: float, redundancy: float, computed: bool,
+) -> None:  # fmt: skip
+    """``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged where the extent is 1."""
+    layers, sequences, heads, tiles, window = partials.shape
+    pooled_layers, _, lists, _ = scores.shape
+    block = min(256, triton.next_power_of_2(window))
+    pool_kernel[(lists * triton.cdiv(window, block), sequences, pooled_layers)](
+        scores, partials, starts, seq_lens, protected, tiles, inverse, redundancy,
+        partials.stride(0), partials.stride(1), partials.stride(2),
+        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window,
+        REDUNDANCY=computed and redundancy > 0, BLOCK_W=block, num_warps=2, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ public
+
+
+def score_window(
+    query: Tensor | Sequence[Tensor],
+    k_cache: Tensor | Sequence[Tensor],
+    block_tables: Tensor,
+    window_starts: Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    k_scale: float | Tensor | None = None,
+    attention: str = "bidirectional",
+    redundancy: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean attention mass that every key of each window receives from all queries, without the causal mask.
+
+    Args:
+        query: ``[S, N, H*G, D]`` float16, bfloat16 or float32, post-RoPE, in any order (a ring buffer needs no rotation). Queries
+            of tokens behind the window may be among them. Or ``L`` such tensors, or one ``[L, S, N, H*G, D]``.
+        k_cache: ``[B, P, H, D]`` of those dtypes or float8, any strides (the last 1 on the Triton path); or ``L`` of them.
+        block_tables: int32 ``[S, max_blocks]``; may be a narrowed view.
+        window_starts: int32 ``[S]``, physical index of the first window token.
+        window: window length ``W`` in tokens, up to 4096.
+        scale: of the logits; ``1/sqrt(D)`` by default.
+        k_scale: factor on the keys of an fp8 cache: a float, or a tensor of one element, ``[H]`` (``[L]`` for many layers),
+            or ``[L, H]``. On the Triton path it is read on the device.
+        attention: ``"bidirectional"``; ``"causal"`` restricts query ``i``, then window token ``W - N + i``, to what is not
+            after it (an ablation; needs ``N <= W``).
+        redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``.
+        backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Without redundancy rows sum to 1. A row does not depend on the
+        rest of the batch, to the bit. Products are taken in the query's dtype and summed in float32; float32 on NVIDIA
+        GPUs as three TF32 products.
+
+    Raises:
+        TypeError, ValueError: before anything is launched. Block ids and starts are checked on the CPU and with
+            ``KARA_KERNELS_DEBUG=1`` only. A window that runs past its sequence cannot be noticed here.
+    """
+    queries, cache, many = per_layer(query, k_cache, None)
+    device = cache.k[0].device
+    if resolve_backend(backend, device) == "torch":
+        return reference.score_window(
+            query, k_cache, block_tables, window_starts, window,
+            scale=scale, k_scale=k_scale, attention=attention, redundancy=redundancy,
+        )  # fmt: skip
+    check_window(window)
+    table = check_block_tables(block_tables, device)
+    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
+    queries = check_query(queries, cache, table.shape[0])
+    check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
+    layers, (_, _, heads, dim) = len(cache.k), cache.shape
+    scales = key_scales(k_scale, layers, heads, device)
+    queries.require_kernel_layout("query")
+    cache.require_kernel_layout()
+    if contents_are_checked(device):
+        check_contents(cache, table, starts, starts + window, torch.ones_like(starts, dtype=torch.bool), written=False)
+    config, tiles = plan_score(queries, cache.k, window, redundancy)
+    scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
+    partials = scores.new_empty(layers, len(starts), heads, tiles, window)
+    if len(starts):
+        launch_score(
+            partials, queries, cache.k, table, starts, None, None, dim**-0.5 if scale is None else scale, scales, attention,
+            redundancy, config,
+        )  # fmt: skip
+        launch_pool(scores, partials, starts, None, None, heads / (queries[0].shape[1] * queries[0].shape[2]), redundancy, True)
+    return scores if many else scores[0]
