@@ -166,10 +166,12 @@ def _windows(request: _Request) -> tuple[Tensor, Tensor]:
     """``(starts int32 [S], fits bool [S])``."""
     starts = request.window_starts
     starts = request.seq_lens - request.window if starts is None else starts
-    fits = (starts >= 0) & (starts + request.window <= request.seq_lens)
+    # Nothing is added to a start: one near 2^31 would wrap around and seem to fit.
+    fits = (starts >= 0) & (request.seq_lens >= request.window) & (starts <= request.seq_lens - request.window)
     return starts, fits if request.protected_lens is None else fits & (starts >= request.protected_lens)
 
 
+@torch.no_grad()
 def _compress_torch(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     """(new lengths, keep indices, scores) by the PyTorch path, sequence by sequence."""
     starts, fits = _windows(r)

@@ -136,8 +136,10 @@ def per_layer(
 
     ``[B, P, H, D]`` caches with a ``[S, N, H*G, D]`` query are one layer. Sequences, or tensors with a leading ``L``, are many.
     """
-    many = not (isinstance(k_cache, Tensor) and k_cache.dim() == 4)
-    if not many:
+    if not isinstance(k_cache, Layers):  # first what decides how the rest is read
+        k_cache = k_cache if isinstance(k_cache, Tensor) and k_cache.dim() == 4 else Layers("k_cache", k_cache)
+    many = isinstance(k_cache, Layers)
+    if isinstance(k_cache, Tensor):
         if isinstance(query, Tensor) and query.dim() != 4:
             raise ValueError(f"query: expected [S, N, H*G, D] beside one layer's k_cache, got shape {list(query.shape)}")
         if v_cache is not None and not isinstance(v_cache, Tensor):

@@ -6,6 +6,7 @@ compiled for it is collected. Only for tests that look at compiled code.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -22,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
+
+from kara_kernels.ops import _triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -78,10 +81,13 @@ def _cuda_resources(kernel: CompiledKernel) -> dict[str, int]:
     return {"registers": int(usage["REG"]), "spills": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
+_numbers = itertools.count()
+
+
 class _CompileOnly(DriverBase):
     def __init__(self, name: str):
         self.target = TARGETS[name]
-        self.number = list(TARGETS).index(name)  # kernels are cached per device
+        self.number = next(_numbers)  # kernels are cached per device: a fresh one compiles afresh
         self.utils = types.SimpleNamespace(
             get_device_properties=lambda device: {
                 "max_shared_mem": SHARED[name],
@@ -138,9 +144,17 @@ def compiling_for(name: str) -> Iterator[list[Build]]:
 
     CompiledKernel.__init__ = record
     before = driver._active
+    _forget_target()
     driver.set_active(_CompileOnly(name))
     try:
         yield builds
     finally:
         CompiledKernel.__init__ = original
         driver._active = before
+        _forget_target()
+
+
+def _forget_target() -> None:
+    """The library asks a device for its target once."""
+    _triton.shared_memory.cache_clear()
+    _triton.is_amd.cache_clear()

@@ -52,7 +52,8 @@ def window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W: tl.constexpr):
     if protected_ptr is not None:
         fits = fits & (start >= tl.load(protected_ptr + seq))
     if seq_lens_ptr is not None:
-        fits = fits & (start + W <= tl.load(seq_lens_ptr + seq))
+        length = tl.load(seq_lens_ptr + seq)
+        fits = fits & (length >= W) & (start <= length - W)  # start + W could wrap around
     return start, fits
 
 

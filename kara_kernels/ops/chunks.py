@@ -68,7 +68,9 @@ def expand_kernel(
     store_positions(indices_ptr + row * keep, kept, offs_w)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "keep", "chunk_budget", "max_chunk"])
+@triton.jit(
+    do_not_specialize=["num_tiles", "keep", "chunk_budget", "max_chunk", "stride_p_l", "stride_p_s", "stride_p_h"]
+)
 def keep_kernel(
     indices_ptr, scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
@@ -113,7 +115,7 @@ def launch_expand(indices: Tensor, scores: Tensor, chunk_budget: int, max_chunk:
     rows, window = scores.shape
     expand_kernel[(rows,)](
         indices, scores, indices.shape[1], chunk_budget, max_chunk, scores.stride(0),
-        W=window, BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window),
+        W=window, BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def _move_rows(base, table, keep_list, start, length, keep, stride_b, stride_p,
         tl.store(to_row[:, None] + offs_d[None, :], words, mask=mask)
 
 
-@triton.jit(do_not_specialize=["keep", "stride_t_s"])
+@triton.jit(do_not_specialize=["keep", "stride_t_s", "stride_i_l", "stride_i_s", "stride_i_h"])
 def compact_kernel(
     new_lens_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr, keep_ptr, keep,
     stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64, stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64, stride_t_s: tl.int64,
@@ -108,6 +108,7 @@ def launch_compact(
         keep_indices.stride(0), keep_indices.stride(1), keep_indices.stride(2),
         H=heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3], ALIGN_K=align_of(keys), ALIGN_V=align_of(values),
         BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -267,7 +267,7 @@ def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr
     return total
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "stride_p_l", "stride_p_s", "stride_p_h"])
 def pool_kernel(
     scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64, LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr,
@@ -333,11 +333,11 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
     # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
     if dtype != torch.float32 and block_w <= 1024 and needed + (0 if amd else 16384) <= shared:
         return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 else 8)
-    wide = 64 if dtype == torch.float32 else 128
     slice_ = 32 if dtype == torch.float32 else 64
     while dim % slice_ and slice_ > 16:
         slice_ //= 2
-    return ScoreConfig(False, wide, min(wide, block_w), slice_, 0, rows, 8)
+    # 64 keys: two programs fit a multiprocessor, and 128 spilled on sm_100.
+    return ScoreConfig(False, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)
 
 
 def plan_score(query: Layers, k_cache: Layers, window: int, redundancy: float) -> tuple[ScoreConfig, int]:
@@ -348,10 +348,9 @@ def plan_score(query: Layers, k_cache: Layers, window: int, redundancy: float) -
 
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
-    """What products are taken in: the query's dtype, which holds any fp8 key exactly; float32 where dtypes mix. The
-    interpreter's bfloat16 arithmetic is wrong, so there it is always float32."""
+    """What products are taken in: the query's dtype, which holds any fp8 key exactly; float32 where dtypes mix."""
     mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES
-    return torch.float32 if mixed or INTERPRETED else query.dtype
+    return torch.float32 if mixed else query.dtype
 
 
 def launch_score(
@@ -363,6 +362,8 @@ def launch_score(
     q, k = query[0], k_cache[0]
     fp8 = FP8_NAMES.get(k.dtype)
     keys = k.view(torch.uint8) if fp8 else k
+    # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
+    dtype = tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)]
     by_head = isinstance(k_scale, Tensor)
     # float32 products: AMD has the instruction; on NVIDIA "ieee" is scalar code that spills at any tile size, and three TF32
     # products err by about 2^-22.
@@ -374,7 +375,7 @@ def launch_score(
         k_cache.stride_layer, k.stride(0), k.stride(1), k.stride(2), block_tables.stride(0),
         k_scale.stride(0) if by_head else 0, k_scale.stride(1) if by_head else 0,
         H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], CAUSAL=attention == "causal",
-        REDUNDANCY=redundancy > 0, FP8=fp8, DTYPE=TRITON_DTYPES[_matrix_dtype(q, k)], ALIGN_Q=align_of(query), ALIGN_K=align_of(k_cache),
+        REDUNDANCY=redundancy > 0, FP8=fp8, DTYPE=dtype, ALIGN_Q=align_of(query), ALIGN_K=align_of(k_cache),
         PRECISION=precision, WHOLE=config.whole, BLOCK_M=config.block_m, BLOCK_W=config.block_w,
         D0=config.d0, D1=config.d1, ROWS=config.rows, BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_R=16,
         num_warps=config.num_warps, enable_fp_fusion=True,
@@ -456,7 +457,8 @@ def score_window(
     queries.require_kernel_layout("query")
     cache.require_kernel_layout()
     if contents_are_checked(device):
-        check_contents(cache, table, starts, starts + window, torch.ones_like(starts, dtype=torch.bool), written=False)
+        everywhere = torch.ones_like(starts, dtype=torch.bool)
+        check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
     config, tiles = plan_score(queries, cache.k, window, redundancy)
     scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
     partials = scores.new_empty(layers, len(starts), heads, tiles, window)

@@ -22,6 +22,7 @@ TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tai
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes are moved, never recomputed
 
 
+@torch.no_grad()
 def compact_blocks(
     k_cache: Tensor | Sequence[Tensor],
     v_cache: Tensor | Sequence[Tensor] | None,
@@ -53,28 +54,27 @@ def compact_blocks(
 
 def compact_sequence(cache: PagedCache, blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:
     """All layers of one sequence, unchecked: ``blocks [max_blocks]``, ``keep [L, H, K]``."""
-    for layer in range(len(cache.k)):
-        _move_rows(cache.k[layer], blocks, start, length, keep[layer], window)
-        if cache.v is not None:
-            _move_rows(cache.v[layer], blocks, start, length, keep[layer], window)
+    for layer, keys in enumerate(cache.k):
+        pools = (keys,) if cache.v is None else (keys, cache.v[layer])
+        _move_rows(pools, blocks, start, length, keep[layer], window)
 
 
-def _move_rows(pool: Tensor, blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:
+def _move_rows(pools: Sequence[Tensor], blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:
     """Row ``start + r`` takes row ``start + keep[h, r]``, then the tail follows, a tile of rows at a time.
 
     Sources ascend and no destination is behind its source, so a tile never overwrites what a later tile reads.
     """
-    words = pool.view(WORDS[pool.element_size()])
-    page, heads, dim = pool.shape[1:]
+    words = [pool.view(WORDS[pool.element_size()]) for pool in pools]
+    page, heads = words[0].shape[1:3]
     kept, new_length = keep.shape[-1], length - start - window + keep.shape[-1]
-    head = torch.arange(heads, device=pool.device)[:, None]
-    tile = max(1, TILE_BYTES // (heads * dim * pool.element_size()))
+    head = torch.arange(heads, device=blocks.device)[:, None]
+    tile = max(1, TILE_BYTES // max(heads * pool.shape[3] * pool.element_size() for pool in pools))
     for first in range(0, new_length, tile):
-        last = min(first + tile, new_length)
-        target = torch.arange(first, last, device=pool.device)
-        survivors = keep[:, first : min(last, kept)].long()  # [H, r], empty in tiles of the tail
-        tail = (target[survivors.shape[1] :] + (window - kept)).expand(heads, -1)
-        source = start + torch.cat((survivors, tail), dim=1)
-        target = start + target
-        moved = words[blocks[source // page].long(), source % page, head]
-        words[blocks[target // page].long(), target % page, head] = moved
+        place = torch.arange(first, min(first + tile, new_length), device=blocks.device)
+        survivors = keep[:, first : first + len(place)]  # [H, r], empty in tiles of the tail
+        tail = (place[survivors.shape[1] :] + (window - kept)).expand(heads, -1)
+        source, target = start + torch.cat((survivors, tail), dim=1), start + place
+        source = blocks[source // page].long(), source % page, head
+        target = blocks[target // page].long(), target % page, head
+        for pool in words:
+            pool[target] = pool[source]

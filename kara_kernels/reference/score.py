@@ -26,6 +26,7 @@ SLICE_BYTES = 4 << 20
 KEY_BYTES = 32 << 20
 
 
+@torch.no_grad()
 def score_window(
     query: Tensor | Sequence[Tensor],
     k_cache: Tensor | Sequence[Tensor],
@@ -51,7 +52,8 @@ def score_window(
     check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
     scales = key_scales(k_scale, len(cache.k), cache.shape[2], table.device)
     if contents_are_checked(table.device):
-        check_contents(cache, table, starts, starts + window, torch.ones_like(starts, dtype=torch.bool), written=False)
+        everywhere = torch.ones_like(starts, dtype=torch.bool)
+        check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
     scores = torch.empty(
         len(cache.k), table.shape[0], cache.shape[2], window, dtype=torch.float32, device=table.device
     )

@@ -1,0 +1,25 @@
+"""One process runs the kernels one way: interpreted on CPU tensors unless TRITON_INTERPRET=0 asks for compiled code.
+
+Triton decides when a kernel is decorated, so the choice is made here, before anything imports the package.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+
+
+@pytest.fixture(
+    params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both ways to run an operation on the tensors of this machine."""
+    return request.param

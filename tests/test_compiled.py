@@ -1,0 +1,151 @@
+"""What the compiler makes of every kernel, for four GPUs: no spills, no atomics, shared memory within limits, matrix
+instructions where scores are made, wide accesses, and the barrier that in-place moves need.
+
+Run with TRITON_INTERPRET=0; nothing is launched.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("compiles kernels, which an interpreting process cannot: run with TRITON_INTERPRET=0", allow_module_level=True)
+
+from compile_only import SHARED, TARGETS, Build, compiling_for
+
+from kara_kernels import compress_window
+from kara_kernels.ops import compact_blocks, expand_chunks, score_window, select_topk
+
+# name: (window, D, Dv, G, page, cache dtype, options)
+SHAPES: dict[str, tuple[int, int, int, int, int, torch.dtype, dict[str, Any]]] = {
+    "small heads": (256, 64, 64, 3, 16, torch.bfloat16, {}),
+    "llama, redundancy": (256, 128, 128, 4, 16, torch.bfloat16, {"redundancy": 1.0}),
+    "wide window, pooled": (1024, 128, 128, 8, 32, torch.float16, {"pool": "layer"}),
+    "widest window": (4096, 64, 64, 1, 256, torch.bfloat16, {}),
+    "latent": (512, 576, 0, 16, 64, torch.bfloat16, {}),
+    "different values, causal": (256, 192, 128, 1, 16, torch.bfloat16, {"attention": "causal"}),
+    "fp8": (256, 128, 128, 4, 16, torch.float8_e4m3fn, {"k_scale": 0.5}),
+    "float32, slots": (100, 64, 64, 3, 1, torch.float32, {"chunk_fraction": 0.0}),
+}
+
+
+def arguments(window: int, dim: int, v_dim: int, group: int, page: int, dtype: torch.dtype, sequences: int = 1,
+              queries: int | None = None, heads: int = 2) -> dict[str, Any]:  # fmt: skip
+    """Two layers in pools of their own, so that kernels take base addresses from a table."""
+    blocks = -(-window // page) + 1
+    wide = dtype if dtype.itemsize > 1 else torch.bfloat16
+
+    def pool(width: int) -> list[torch.Tensor]:
+        return [torch.zeros(blocks * sequences, page, heads, width, dtype=dtype) for _ in range(2)]
+
+    return {
+        "query": torch.zeros(2, sequences, queries or window, heads * group, dim, dtype=wide),
+        "k_cache": pool(dim),
+        "v_cache": pool(v_dim) if v_dim else None,
+        "block_tables": torch.arange(blocks * sequences, dtype=torch.int32).view(sequences, -1),
+        "seq_lens": torch.full((sequences,), window, dtype=torch.int32),
+        "window": window,
+    }
+
+
+def builds_of(target: str, shape: str) -> dict[str, Build]:
+    window, dim, v_dim, group, page, dtype, options = SHAPES[shape]
+    with compiling_for(target) as builds:
+        compress_window(
+            **arguments(window, dim, v_dim, group, page, dtype), keep=window // 2, backend="triton", **options
+        )
+    return {build.name: build for build in builds}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kernel_compiles_well(shape: str, target: str) -> None:
+    builds = builds_of(target, shape)
+    pooled = {"pool_kernel"} if "pool" in SHAPES[shape][-1] else set()
+    assert set(builds) == {"score_kernel", "keep_kernel", "compact_kernel"} | pooled
+    for build in builds.values():
+        assert build.resources()["spills"] == 0, f"{build.name} spills: {build.resources()}"
+        assert build.shared <= SHARED[target], f"{build.name} needs {build.shared} bytes of shared memory"
+        assert not re.search(r"\b(atom|red)\.|_atomic_|\bds_(add|max|min|or)_", build.assembly), build.name
+    assert re.search(r"mma\.sync|wgmma|tcgen05\.mma|v_mfma", builds["score_kernel"].assembly)
+    assert_barrier_before_store(builds["compact_kernel"], moves=1 if SHAPES[shape][2] == 0 else 2)
+    if SHAPES[shape][4] > 1 or SHAPES[shape][1] % 64 == 0:
+        for name in ("score_kernel", "compact_kernel"):
+            assert re.search(r"ld\.global\.[^ ]*v4\.b32|cp\.async\.cg.*, 0x10|(global|buffer)_load_dwordx4", builds[name].assembly), name
+
+
+def assert_barrier_before_store(build: Build, moves: int) -> None:
+    """Between the last wide load and the first wide store of each move stands a barrier of the whole program."""
+    if build.target.startswith("sm"):
+        kinds = {"L": r"ld\.global\.[^ ]*(v\d\.)?b(8|16|32)\b", "B": r"bar\.sync|barrier\.sync", "S": r"st\.global"}
+    else:
+        kinds = {"L": r"(global|buffer)_load_", "B": r"s_barrier", "S": r"(global|buffer)_store_"}
+    events = ""
+    for line in build.assembly.splitlines():
+        for letter, pattern in kinds.items():
+            if re.search(pattern, line):
+                events += letter
+    # Data loads, barrier, data stores; the single store of the new length and index loads lie around.
+    assert len(re.findall(r"L+B+S+", events)) >= moves, events
+    assert not re.search(r"LS", events.split("B", 1)[1]), f"a store follows a load without a barrier: {events}"
+
+
+def test_standalone_operations_compile() -> None:
+    given = arguments(256, 64, 64, 4, 16, torch.bfloat16)
+    starts, lens = torch.zeros(1, dtype=torch.int32), given["seq_lens"]
+    keep = torch.arange(128, dtype=torch.int32).expand(2, 1, 2, 128)
+    with compiling_for("sm_90") as builds:
+        scores = score_window(given["query"], given["k_cache"], given["block_tables"], starts, 256, backend="triton")
+        select_topk(scores, 128, backend="triton")
+        expand_chunks(scores, 128, 38, 8, backend="triton")
+        compact_blocks(
+            given["k_cache"], given["v_cache"], given["block_tables"], starts, lens, keep, 256, backend="triton"
+        )
+    assert {build.name for build in builds} == {
+        "score_kernel", "pool_kernel", "topk_kernel", "expand_kernel", "compact_kernel"
+    }  # fmt: skip
+    assert all(build.resources()["spills"] == 0 for build in builds)
+
+
+def test_nothing_compiles_after_a_warm_up_call() -> None:
+    """A call with lengths of zero compiles everything: batch, lengths, keep, budget and query count do not specialise."""
+    with compiling_for("sm_90") as builds:
+        given = arguments(256, 128, 128, 4, 16, torch.bfloat16)
+        given["seq_lens"].zero_()
+        starts = torch.zeros(1, dtype=torch.int32)
+        compress_window(**given, window_starts=starts, keep=128, backend="triton")
+        compiled = len(builds)
+        assert compiled == 3
+        for sequences, queries, keep, fraction in [(1, 256, 128, 0.3), (3, 300, 100, 0.2), (8, 17, 1, 0.0), (2, 256, 255, 0.9)]:
+            given = arguments(256, 128, 128, 4, 16, torch.bfloat16, sequences, queries)
+            starts = torch.zeros(sequences, dtype=torch.int32)
+            compress_window(
+                **given, window_starts=starts, keep=keep, chunk_fraction=fraction, max_chunk=keep, backend="triton"
+            )
+        # No chunk budget at all is another kernel: the two steps it leaves out cost registers.
+        assert len(builds) == compiled + 1
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7])
+@pytest.mark.parametrize("sequences", [1, 5])
+def test_launches_do_not_grow_with_layers_or_sequences(layers: int, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    launched: list[str] = []
+    run = JITFunction.run
+    monkeypatch.setattr(
+        JITFunction, "run", lambda self, *a, **k: (launched.append(self.fn.__name__), run(self, *a, **k))[1]
+    )
+    given = arguments(64, 64, 64, 2, 16, torch.bfloat16, sequences)
+    for name in ("query", "k_cache", "v_cache"):
+        given[name] = [given[name][0].clone() for _ in range(layers)]
+    with compiling_for("sm_80"):
+        for pool, count in (("head", 3), ("layer", 4), ("model", 4)):
+            launched.clear()
+            compress_window(**given, keep=32, pool=pool, backend="triton")
+            assert len(launched) == count

@@ -1,0 +1,183 @@
+"""Each operation's kernel, interpreted, against its reference twin: indices and bytes exactly, scores within rounding.
+
+What the interpreter cannot see (races, missing barriers, widths) is `test_compiled.py`'s.
+"""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import worlds
+from conftest import INTERPRETED
+from hypothesis import given, settings
+from worlds import FP8, Plan, Sequenced, World, plans
+
+from kara_kernels import ops, reference
+from kara_kernels.ops.score import score_config
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+
+few = settings(max_examples=12)
+many = settings(max_examples=40)
+MOVED_DTYPES = (*worlds.FLOATS, *FP8, torch.uint8, torch.int8)
+
+
+def score(world: World, module: object, layer: int | None = None, **options: object) -> torch.Tensor:
+    query, keys = world.query, world.k_caches
+    if layer is not None:
+        query, keys = query[layer], keys[layer]
+    return module.score_window(  # type: ignore[attr-defined]
+        query, keys, world.block_tables, world.window_starts, world.plan.window, **options
+    )
+
+
+def assert_scores_agree(world: World, **options: object) -> None:
+    """Kernel and reference each within the bound of float64, every layer; nothing written."""
+    before = world.snapshot()
+    kernel = score(world, ops, backend="triton", **options)
+    world.assert_untouched(before)
+    twin = score(world, reference, **options)
+    assert kernel.shape == twin.shape
+    causal = options.pop("attention", "bidirectional") == "causal"
+    for layer in range(world.plan.layers):
+        for s in range(len(world.starts)):
+            query, keys = world.query[layer][s], world.read_keys(layer, s)
+            exact = worlds.dense_scores(query, keys, dtype=torch.float64, causal=causal, **options)
+            bound = worlds.allowed_error(query, keys, exact, causal=causal, **options)
+            assert (kernel[layer, s].double() - exact).abs().max() <= bound
+            assert (twin[layer, s].double() - exact).abs().max() <= bound
+
+
+@few
+@given(plan=plans(max_layers=2), redundancy=st.sampled_from([0.0, 0.5]))
+def test_scores_agree(plan: Plan, redundancy: float) -> None:
+    assert_scores_agree(World(plan), redundancy=redundancy)
+
+
+@few
+@given(plan=plans(more_queries=False))
+def test_causal_scores_agree(plan: Plan) -> None:
+    assert_scores_agree(World(plan), attention="causal")
+
+
+@few
+@given(plan=plans(dtypes=FP8), k_scale=st.sampled_from([1.0, 0.3]))
+def test_fp8_scores_agree(plan: Plan, k_scale: float) -> None:
+    assert_scores_agree(World(plan), k_scale=k_scale)
+
+
+# Each row takes another way through the kernel: (window, queries, group, dim, dtype, one pass).
+WAYS = {
+    "whole, two programs": (256, 256, 3, 64, torch.bfloat16, True),
+    "whole, head dimension of two parts": (60, 64, 2, 80, torch.float16, True),
+    "whole, head dimension not of sixteens": (33, 33, 1, 72, torch.bfloat16, True),
+    "streamed, several key and query tiles": (200, 256, 3, 24, torch.float32, False),
+    "streamed, latent cache": (70, 40, 4, 576, torch.float32, False),
+    "streamed for width": (1500, 70, 2, 16, torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_through_the_score_kernel(way: str, attention: str) -> None:
+    window, queries, group, dim, dtype, whole = WAYS[way]
+    queries = min(queries, window) if attention == "causal" else queries
+    assert score_config(window, dim, dtype, 166912, False).whole == whole
+    world = World(
+        Plan(
+            sequences=(Sequenced(start=5, tail=3),), group=group, window=window, queries=queries, dim=dim, v_dim=dim,
+            page=16, dtype=dtype, query_dtype=dtype,
+        )
+    )  # fmt: skip
+    assert_scores_agree(world, attention=attention, redundancy=0.5 if attention == "bidirectional" else 0.0)
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e25])
+def test_redundancy_at_the_edges_of_float32(magnitude: float) -> None:
+    """Squares of such keys are zero or infinite in float32; cosines are not. A zero key has cosine 0."""
+    keys = torch.randn(1, 16, 1, 8) * magnitude
+    keys[0, 3] = 0
+    table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    wide = keys[0, :, 0].double()
+    unit = wide / torch.where(wide.norm(dim=-1, keepdim=True) > 0, wide.norm(dim=-1, keepdim=True), 1.0)
+    exact = -(unit @ unit.mean(0)).softmax(-1)
+    for module, options in ((ops, {"backend": "triton"}), (reference, {})):
+        query = torch.zeros(1, 1, 1, 8)  # attends evenly
+        scores = module.score_window(query, keys, table, start, 16, redundancy=1.0, **options)  # type: ignore[attr-defined]
+        assert torch.allclose(scores[0, 0].double(), 1 / 16 + exact, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [*FP8, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str)
+def test_every_fp8_pattern_is_decoded_exactly(dtype: torch.dtype) -> None:
+    """One window per pattern, of a zero key and that pattern: the balance between the two tells its value."""
+    patterns = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    keys = torch.zeros(256, 2, 1, 1, dtype=torch.uint8)
+    keys[:, 1, 0, 0] = torch.arange(256)
+    table, starts = torch.arange(256, dtype=torch.int32)[:, None], torch.zeros(256, dtype=torch.int32)
+    query, scale = torch.ones(256, 1, 1, 1), 4.0 / float(patterns[patterns.isfinite()].max())
+    scores = ops.score_window(query, keys.view(dtype), table, starts, 2, scale=scale, backend="triton")
+    seen, exact = scores[:, 0, 1].double(), (patterns.double() * scale).sigmoid()
+    finite = patterns.isfinite()
+    assert (seen[finite] - exact[finite]).abs().max() < 1e-6
+    assert seen[patterns.isnan()].isnan().all()
+
+
+@many
+@given(scores=worlds.score_rows(), data=st.data())
+def test_topk_agrees(scores: torch.Tensor, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, scores.shape[-1]))
+    assert torch.equal(ops.select_topk(scores, k, backend="triton"), reference.select_topk(scores, k))
+
+
+@many
+@given(scores=worlds.score_rows(), data=st.data())
+def test_chunks_agree(scores: torch.Tensor, data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, scores.shape[-1]))
+    budget, max_chunk = data.draw(st.integers(0, keep - 1)), data.draw(st.integers(1, 12))
+    kernel = ops.expand_chunks(scores, keep, budget, max_chunk, backend="triton")
+    assert torch.equal(kernel, reference.expand_chunks(scores, keep, budget, max_chunk))
+
+
+@pytest.mark.parametrize("width", [1, 2, 255, 1000, 4096])
+@pytest.mark.parametrize("values", [2, 50, 10**6])
+def test_wide_rows_agree(width: int, values: int) -> None:
+    scores = torch.randint(values, (3, width), generator=torch.Generator().manual_seed(width)).float()
+    keep = (width + 1) // 2
+    for budget in {0, keep // 3, keep - 1}:
+        kernel = ops.expand_chunks(scores, keep, budget, 8, backend="triton")
+        assert torch.equal(kernel, reference.expand_chunks(scores, keep, budget, 8))
+    assert torch.equal(ops.select_topk(scores, keep, backend="triton"), reference.select_topk(scores, keep))
+
+
+@few
+@given(plan=plans(max_layers=2, dtypes=MOVED_DTYPES, skips=True, latent=True), data=st.data())
+def test_compaction_moves_bytes_and_nothing_else(plan: Plan, data: st.DataObject) -> None:
+    world = World(plan)
+    keep = data.draw(worlds.keep_lists(plan, data.draw(st.integers(1, plan.window))))
+    before = world.snapshot()
+    new_lens = ops.compact_blocks(
+        world.k_caches, world.v_caches, world.block_tables, world.window_starts, world.seq_lens,
+        torch.tensor(keep, dtype=torch.int32), plan.window, backend="triton",
+    )  # fmt: skip
+    assert new_lens.tolist() == world.assert_compacted(before, keep)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 300])
+def test_long_tails_follow_in_many_tiles(tail: int) -> None:
+    plan = Plan(sequences=(Sequenced(start=3, tail=tail),), window=150, queries=1, dim=128, v_dim=128, page=4)
+    world, keep = World(plan), [[[[*range(0, 150, 2)]]]]
+    before = world.snapshot()
+    new_lens = ops.compact_blocks(
+        world.k_caches, world.v_caches, world.block_tables, world.window_starts, world.seq_lens,
+        torch.tensor(keep, dtype=torch.int32), 150, backend="triton",
+    )  # fmt: skip
+    assert new_lens.tolist() == world.assert_compacted(before, keep)
+
+
+@pytest.mark.parametrize("operation", ["select_topk", "expand_chunks"])
+def test_rows_the_kernel_cannot_reach_are_refused_not_copied(operation: str) -> None:
+    scores = torch.randn(4, 3).t()
+    arguments = (2,) if operation == "select_topk" else (2, 1, 4)
+    with pytest.raises(ValueError, match="scores: expected rows at one stride"):
+        getattr(ops, operation)(scores, *arguments, backend="triton")
