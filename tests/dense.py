@@ -1,0 +1,87 @@
+"""What a compressed cache must compute, said without a cache: one forward over the whole text, where a
+dropped token is a hole in the attention mask of its layer and head. Nothing is stored, moved or paged, and
+positions are logical."""
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_seen: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> post-RoPE queries and keys of the last forward
+
+
+def _dense_attention(module, query, key, value, attention_mask, scaling, visible=None, **kwargs):
+    """Softmax attention in float64; ``visible[layer] [S, H, T, T]`` says which key each query sees."""
+    layer, groups = module.layer_idx, query.shape[1] // key.shape[1]
+    _seen[layer] = query, key
+    key, value, seen = (x.double().repeat_interleave(groups, 1) for x in (key, value, visible[layer]))
+    weights = (query.double() @ key.mT * scaling).masked_fill(seen == 0, -torch.inf)
+    output = weights.softmax(-1).nan_to_num() @ value  # a padding token sees nothing: 0 / 0
+    return output.transpose(1, 2).to(query.dtype), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("dense", _dense_attention)
+
+
+class Ledger:
+    """Plain lists of the logical tokens that each (layer, sequence, head) still holds."""
+
+    def __init__(self, layers: int, heads: int, real: Tensor):
+        sequences, tokens = real.shape
+        self.real, self.now = real, 0
+        self.held = [[[[] for _ in range(heads)] for _ in range(sequences)] for _ in range(layers)]
+        self.visible = torch.zeros(layers, sequences, heads, tokens, tokens, dtype=torch.bool)
+
+    def read(self, until: int) -> None:
+        """Tokens up to ``until`` come in: each sees what is held and the tokens before it."""
+        for token in range(self.now, until):
+            for layer, sequences in enumerate(self.held):
+                for s, heads in enumerate(sequences):
+                    for h, tokens in enumerate(heads):
+                        if self.real[s, token]:
+                            tokens.append(token)
+                        self.visible[layer, s, h, token, tokens] = True
+        self.now = until
+
+    def drop(self, s: int, start: int, window: int, keep: Tensor) -> None:
+        """Of ``window`` rows from ``start`` on, sequence ``s`` holds on to those in ``keep [L, H, K]``."""
+        for layer, per_head in enumerate(keep.tolist()):
+            for h, rows in enumerate(per_head):
+                tokens = self.held[layer][s][h]
+                kept = [tokens[start + row] for row in rows]
+                self.held[layer][s][h] = tokens[:start] + kept + tokens[start + window :]
+
+
+def replay(model, real: Tensor, events, window: int) -> Ledger:
+    """The ledger of a text ``real [S, T]`` after ``events``, of which it reads logical_len, window_start and
+    keep_indices."""
+    config = model.config
+    ledger = Ledger(config.num_hidden_layers, config.num_key_value_heads, real)
+    for event in events:
+        ledger.read(event.logical_len)
+        for s, start in enumerate(event.window_start):
+            if start >= 0:
+                ledger.drop(s, start, window, event.keep_indices[:, s])
+    ledger.read(real.shape[1])
+    return ledger
+
+
+@torch.no_grad()
+def dense_logits(model, ids: Tensor, real: Tensor, visible: Tensor) -> Tensor:
+    """Logits ``[S, T, V]`` of the text ``ids [S, T]`` in one forward without a cache."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("dense")
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, position_ids=positions, visible=visible, use_cache=False).logits
+    model.set_attn_implementation(before)
+    return logits
+
+
+def best_of_window(
+    layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float
+) -> Tensor:
+    """The ``keep`` of ``tokens`` that ``judges`` look at most in the last dense forward: ``[H, K]``."""
+    query, key = (x[s].double() for x in _seen[layer])
+    heads, dim = key.shape[0], key.shape[2]
+    query = query[:, judges].reshape(heads, -1, dim)  # the G query heads of a KV head stand together
+    score = (query @ key[:, tokens].mT * scale).softmax(-1).mean(1)
+    return score.topk(keep).indices.sort(-1).values

@@ -1,0 +1,597 @@
+"""KaraCache against a dense model without a cache, and against transformers' own cache."""
+
+import re
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from dense import best_of_window, dense_logits, replay  # noqa: E402
+from transformers import (  # noqa: E402
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+)
+
+from kara_kernels.integrations.transformers import KaraCache, kara_attention  # noqa: E402
+
+VOCABULARY, LAYERS, HEADS = 61, 3, 2
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"head_dim": 8}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),  # biased projections
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),  # q/k norms, head_dim != hidden / heads
+}
+
+
+def make_model(family="llama", **overrides):
+    cls, config_cls, extra = FAMILIES[family]
+    torch.manual_seed(7)
+    config = config_cls(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=LAYERS,
+        num_attention_heads=6, num_key_value_heads=HEADS, max_position_embeddings=1024,
+        eos_token_id=None, bos_token_id=None, pad_token_id=0,
+        initializer_range=0.25,  # large, so that attention is peaked and a wrong row changes the text
+        **(extra | overrides),
+    )  # fmt: skip
+    model = cls(config).eval()
+    model.set_attn_implementation("kara")
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only lose by more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model()
+
+
+def prompts(*lengths, seed=0):
+    """Random prompts, left-padded: ids and attention mask, ``[S, max(lengths)]``."""
+    width = max(lengths)
+    ids = torch.randint(1, VOCABULARY, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
+    real = torch.stack([torch.arange(width) >= width - n for n in lengths]).long()
+    return ids * real, real
+
+
+def generate(model, ids, real, cache, tokens, **options):
+    """Greedy text ``[S, T]`` and the logits ``[S, tokens, V]`` it came from."""
+    out = model.generate(
+        ids, attention_mask=real, past_key_values=cache, max_new_tokens=tokens, return_dict_in_generate=True,
+        output_logits=True, **({"do_sample": False} | options),
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+def stock(model, *args, **options):
+    model.set_attn_implementation("sdpa")
+    try:
+        return generate(model, *args[:2], DynamicCache(config=model.config), *args[2:], **options)
+    finally:
+        model.set_attn_implementation("kara")
+
+
+@torch.no_grad()
+def feed(model, cache, ids, sizes, real=None):
+    """Teacher forcing: ``ids`` in forwards of ``sizes`` tokens; logits ``[S, T, V]``."""
+    logits, at = [], 0
+    for size in sizes:
+        mask = None if real is None else real[:, : at + size]
+        where = None if real is None else (real.cumsum(1) - 1).clamp(min=0)[:, at : at + size]
+        out = model(ids[:, at : at + size], attention_mask=mask, position_ids=where, past_key_values=cache)
+        logits.append(out.logits)
+        at += size
+    assert at == ids.shape[1]
+    return torch.cat(logits, 1)
+
+
+def with_text(real, text):
+    return torch.cat([real, real.new_ones(len(real), text.shape[1] - real.shape[1])], 1).bool()
+
+
+def assert_dense(model, cache, ids, real, logits):
+    """``logits [S, n, V]`` of the newest tokens of the stored text ``ids`` are those of the dense model."""
+    ledger = replay(model, real, cache.events, cache.window)
+    newest = slice(ids.shape[1] - logits.shape[1], None)
+    expected = dense_logits(model, ids, real, ledger.visible)[:, newest]
+    torch.testing.assert_close(logits[real[:, newest]], expected[real[:, newest]], rtol=1e-4, atol=1e-4)
+    assert cache.physical_lengths == [len(per_head[0]) for per_head in ledger.held[0]]
+    return expected
+
+
+def assert_generated(model, cache, text, real, logits):
+    """The same for what ``generate`` returned: its last token was never fed back."""
+    expected = assert_dense(model, cache, text[:, :-1], with_text(real, text[:, :-1]), logits)
+    assert torch.equal(text[:, real.shape[1] :], expected.argmax(-1))
+
+
+def assert_best_kept(model, cache, ids, real, prompt):
+    """Windows follow each other without gap or overlap, and what stays of each is what its queries and those
+    of the tail look at most: in every layer, sequence and head, by the dense model. For plain top-k."""
+    dense_logits(model, ids, real, replay(model, real, cache.events, cache.window).visible)
+    waiting = [[t for t in range(prompt, ids.shape[1]) if real[s, t]] for s in range(len(ids))]
+    for event in cache.events:
+        for s, start in enumerate(event.window_start):
+            if start < 0:
+                assert (event.keep_indices[:, s] == -1).all()
+                continue
+            window, judges = waiting[s][: cache.window], waiting[s][: cache.window + cache.tail]
+            assert len(judges) == cache.window + cache.tail
+            assert judges[-1] < event.logical_len
+            waiting[s] = waiting[s][cache.window :]
+            for layer, attention in enumerate(module.self_attn for module in model.model.layers):
+                best = best_of_window(layer, s, window, judges, cache.keep, attention.scaling)
+                assert torch.equal(event.keep_indices[layer, s].long(), best), (event.logical_len, layer, s)
+
+
+def assert_blocks(cache):
+    """Every block is free or in exactly one table, and no table is longer than its rows need."""
+    held = [block for table in cache._tables for block in table]
+    assert sorted(held + cache._pool.free) == list(range(cache._pool.size))
+    assert [len(table) for table in cache._tables] == [
+        -(-n // cache.block_size) for n in cache.physical_lengths
+    ]
+    assert cache.blocks_in_use == len(held) <= cache.peak_blocks
+    assert len(cache._tables) != 1 or cache._tables[0] == list(
+        range(len(held))
+    )  # what reading without a copy needs
+    assert len({pool.shape[1] for pool in cache._k + cache._v} | {cache._pool.size}) == 1
+
+
+# ------------------------------------------------------------------------------------ nothing compressed
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 9)])
+def test_without_compression_it_is_the_stock_cache_to_the_bit(model, lengths):
+    ids, real = prompts(*lengths)
+    cache = KaraCache(model, window=256)
+    text, logits = generate(model, ids, real, cache, 60)
+    expected_text, expected = stock(model, ids, real, 60)
+    assert torch.equal(text, expected_text)
+    assert torch.equal(logits, expected)
+    assert not cache.events
+    assert cache.retention == 1.0
+
+
+def test_without_compression_padding_changes_nothing_but_rounding(model):
+    ids, real = prompts(5, 12, 9)
+    text, logits = generate(model, ids, real, KaraCache(model, block_size=5), 60)
+    expected_text, expected = stock(model, ids, real, 60)
+    assert torch.equal(text, expected_text)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_tokens_in_one_forward_are_the_stock_cache_to_the_bit(llama):
+    ids, _ = prompts(40, 40)
+    sizes = [8, 1, 5, 1, 20, 5]
+    ours = feed(llama, KaraCache(llama), ids, sizes)
+    llama.set_attn_implementation("sdpa")
+    expected = feed(llama, DynamicCache(), ids, sizes)
+    llama.set_attn_implementation("kara")
+    assert torch.equal(ours, expected)
+
+
+def test_sampling_draws_what_the_stock_cache_draws(llama):
+    ids, real = prompts(6, 6)
+    options = {"do_sample": True, "top_k": 0, "temperature": 0.8}
+    torch.manual_seed(3)
+    text, _ = generate(llama, ids, real, KaraCache(llama), 40, **options)
+    torch.manual_seed(3)
+    assert torch.equal(text, stock(llama, ids, real, 40, **options)[0])
+
+
+def test_without_a_kara_cache_the_attention_is_sdpa(llama):
+    ids, real = prompts(6, 9)
+    text, logits = generate(llama, ids, real, DynamicCache(), 10)
+    expected_text, expected = stock(llama, ids, real, 10)
+    assert torch.equal(text, expected_text)
+    assert torch.equal(logits, expected)
+
+
+# -------------------------------------------------------------------------------------------- compressed
+
+
+@pytest.mark.parametrize("lengths", [(9,), (13, 6)])
+def test_generated_text_is_that_of_the_dense_model(model, lengths):
+    ids, real = prompts(*lengths)
+    cache = KaraCache(model, window=16, keep=6, tail=5, block_size=4)
+    text, logits = generate(model, ids, real, cache, 90)
+    assert len(cache.events) == 5  # 89 decoded tokens were stored: 16 + 5, then every 16
+    assert_generated(model, cache, text, real, logits)
+    unlike_full_attention = stock(model, ids, real, 90)[1]
+    assert (logits - unlike_full_attention).abs().max() > 0.1  # the oracle had something to tell
+    assert_blocks(cache)
+
+
+@pytest.mark.parametrize(
+    ("window", "keep", "tail", "block_size"),
+    [
+        (16, 8, 0, 4),
+        (12, 12, 3, 4),
+        (16, 1, 4, 1),
+        (15, 7, 2, 16),
+        (16, 5, 20, 3),
+        (1, 1, 0, 2),
+        (40, 9, 6, 64),
+    ],
+)
+def test_any_window_tail_and_block_size(llama, window, keep, tail, block_size):
+    ids, real = prompts(5, 11)
+    cache = KaraCache(llama, window=window, keep=keep, tail=tail, block_size=block_size)
+    text, logits = generate(llama, ids, real, cache, 70)
+    assert len(cache.events) == (69 - tail) // window
+    assert_generated(llama, cache, text, real, logits)
+    assert_blocks(cache)
+
+
+PLAIN = {"chunk_fraction": 0.0, "pool": "head", "redundancy": 0.0}
+
+
+@pytest.mark.parametrize("tail", [0, 7])
+def test_keep_lists_are_what_the_dense_model_would_choose(model, tail):
+    ids, real = prompts(9, 4)
+    cache = KaraCache(model, window=16, keep=6, tail=tail, **PLAIN)
+    text, _ = generate(model, ids, real, cache, 80)
+    assert [event.logical_len for event in cache.events] == [9 + tail + 16 * n for n in range(1, 5)]
+    assert_best_kept(model, cache, text, with_text(real, text), 9)
+
+
+def test_forwards_of_many_tokens_equal_forwards_of_one(llama):
+    """Up to the token that completes a window: it takes effect behind the forward that brings it."""
+    ids, _ = prompts(73, 73)
+    one, many = (KaraCache(llama, window=16, keep=6, tail=4, block_size=4) for _ in range(2))
+    single = feed(llama, one, ids, [9] + [1] * 64)
+    several = feed(llama, many, ids, [9, 20, 10, 6, 16, 3, 9])
+    torch.testing.assert_close(single, several, rtol=1e-4, atol=1e-4)
+    assert len(one.events) == len(many.events) == 3
+    for a, b in zip(one.events, many.events, strict=True):
+        assert a.logical_len == b.logical_len
+        assert torch.equal(a.keep_indices, b.keep_indices)
+
+
+def test_a_forward_that_completes_several_windows(llama):
+    ids, _ = prompts(90, 90)
+    cache = KaraCache(llama, window=16, keep=6, tail=4, block_size=4, **PLAIN)
+    logits = feed(llama, cache, ids, [9, 1, 11, 48, 1, 1, 19])
+    assert [event.logical_len for event in cache.events] == [69, 69, 69, 90]
+    assert_dense(llama, cache, ids, torch.ones_like(ids).bool(), logits)
+    assert_best_kept(llama, cache, ids, torch.ones_like(ids).bool(), 9)
+    assert_blocks(cache)
+
+
+def test_sequences_that_are_due_at_different_times(llama):
+    """Padding behind the prompt takes sequences out of step; each is compressed when it is due."""
+    ids, _ = prompts(80, 80, 80)
+    real = torch.ones_like(ids).bool()
+    real[0, :6] = False
+    real[1, 20:31] = False
+    real[2, 40:44] = real[2, 60] = False
+    cache = KaraCache(llama, window=12, keep=5, tail=3, block_size=4, **PLAIN)
+    logits = feed(llama, cache, ids, [10, 5, 1, 1, 20, 9, 14] + [1] * 20, real)
+    assert any(-1 in event.window_start for event in cache.events)
+    assert_dense(llama, cache, ids, real, logits)
+    assert_best_kept(llama, cache, ids, real, 10)
+    assert cache.get_seq_length() == 80
+    assert_blocks(cache)
+
+
+@pytest.mark.parametrize("protected", [(19, 25), 25])
+def test_a_prompt_in_several_forwards(llama, protected):
+    lengths = protected if isinstance(protected, tuple) else (protected, protected)
+    ids, _ = prompts(25, 25)
+    real = torch.stack([torch.arange(25) >= 25 - n for n in lengths])
+    ids, real = torch.cat([ids, prompts(45, 45, seed=1)[0]], 1), with_text(real, torch.zeros(2, 70))
+    whole = KaraCache(llama, window=12, keep=5, tail=3)
+    pieces = KaraCache(llama, window=12, keep=5, tail=3, protected=protected)
+    logits = feed(llama, whole, ids, [25] + [1] * 45, real)
+    # A piece may also hold the first decoded tokens.
+    torch.testing.assert_close(feed(llama, pieces, ids, [8, 8, 3, 10] + [1] * 41, real)[real], logits[real],
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert [e.window_start for e in pieces.events] == [e.window_start for e in whole.events]
+    assert pieces.events[0].window_start == list(lengths)
+    assert all(
+        torch.equal(a.keep_indices, b.keep_indices) for a, b in zip(pieces.events, whole.events, strict=True)
+    )
+
+
+def test_a_scorer_replaces_the_scores(llama):
+    calls = []
+
+    def newest(*, query, k_cache, v_cache, block_tables, window_starts, window):
+        calls.append((query.clone(), window_starts.tolist()))
+        for s, start in enumerate(window_starts.tolist()):
+            block, row = divmod(start, k_cache[0].shape[1])
+            assert all((k[block_tables[s, block], row] != 0).all() for k in k_cache)
+        assert len(v_cache) == LAYERS
+        assert block_tables.dtype == window_starts.dtype == torch.int32
+        return torch.arange(window).float().expand(LAYERS, 2, HEADS, window).contiguous()
+
+    ids, real = prompts(9, 4)
+    cache = KaraCache(llama, window=16, keep=6, tail=3, scorer=newest, chunk_fraction=0.0)
+    text, logits = generate(llama, ids, real, cache, 50)
+    assert [starts for _, starts in calls] == [[9, 4], [15, 10]]
+    assert calls[0][0].shape == (LAYERS, 2, 19, 6, 8)
+    assert all((event.keep_indices == torch.arange(10, 16)).all() for event in cache.events)
+    assert_generated(llama, cache, text, real, logits)
+
+
+def test_the_selection_options_reach_the_library(llama):
+    ids, real = prompts(9, 9)
+    cache = KaraCache(llama, window=16, keep=6, tail=3, pool="model")
+    generate(llama, ids, real, cache, 40)
+    lists = cache.events[0].keep_indices
+    assert (lists == lists[:1, :, :1]).all()
+    causal = KaraCache(llama, window=16, keep=6, tail=3, attention="causal")
+    generate(llama, ids, real, causal, 40)
+    assert causal.events
+
+
+def test_bfloat16_runs():
+    model = make_model().to(torch.bfloat16)
+    ids, real = prompts(9, 4)
+    cache = KaraCache(model, window=16, keep=6, tail=3)
+    _, logits = generate(model, ids, real, cache, 60)
+    assert logits.isfinite().all()
+    assert len(cache.events) == 3
+    assert cache._k[0].dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------ blocks and records
+
+
+def test_blocks_are_accounted_for_after_every_token(llama):
+    ids, real = prompts(7, 12)
+    cache = KaraCache(llama, window=16, keep=5, tail=6, block_size=4)
+    text, _ = generate(llama, ids, real, KaraCache(llama), 80)
+    real = with_text(real, text)
+    for at, size in [(0, 12)] + [(n, 1) for n in range(12, 92)]:
+        with torch.no_grad():
+            llama(text[:, at : at + size], attention_mask=real[:, : at + size], past_key_values=cache)
+        assert_blocks(cache)
+    highest = [sum(-(-rows // 4) for rows in event.physical_before) for event in cache.events]
+    assert cache.peak_blocks == max(highest) > cache.blocks_in_use  # here each window ends on a peak
+    assert cache.peak_blocks < -(-87 // 4) + -(-92 // 4)
+    assert all(event.freed_blocks for event in cache.events)
+    first = cache.physical_lengths, cache.peak_blocks, len(cache.events)
+
+    cache.reset()
+    assert cache.blocks_in_use == cache.get_seq_length() == 0
+    assert cache.physical_lengths == []
+    assert not cache.events
+    assert_blocks(cache)
+    size = cache._pool.size
+    feed(llama, cache, text[:, :92], [12] + [1] * 80, real[:, :92])
+    assert (cache.physical_lengths, cache.peak_blocks, len(cache.events)) == first
+    assert cache._pool.size == size  # freed ids are used again
+
+
+def test_a_forward_that_fails_leaves_the_cache_as_it_was(llama):
+    ids, _ = prompts(60, 60)
+    clean = feed(llama, KaraCache(llama, window=12, keep=5, tail=3), ids, [9] + [1] * 51)
+    cache = KaraCache(llama, window=12, keep=5, tail=3)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    logits, at = [], 0
+    for size in [9] + [1] * 51:
+        for batch in (1, 2) if at == 0 else (2,):
+            hook = llama.model.layers[1].mlp.register_forward_pre_hook(fail)
+            with pytest.raises(KeyboardInterrupt):
+                llama(ids[:batch, at : at + size + 3], past_key_values=cache)
+            hook.remove()
+        logits.append(feed(llama, cache, ids[:, at : at + size], [size]))
+        at += size
+    assert len(cache.events) == 4
+    assert torch.equal(torch.cat(logits, 1), clean)
+    assert_blocks(cache)
+
+
+def test_in_and_out_of_inference_mode(llama):
+    ids, _ = prompts(60, 60)
+    settings = {"window": 12, "keep": 5, "tail": 3}
+    clean = feed(llama, KaraCache(llama, **settings), ids, [9] + [1] * 51)
+    cache = KaraCache(llama, **settings)
+    logits = []
+    for at, size in [(0, 9)] + [(n, 1) for n in range(9, 60)]:
+        with torch.inference_mode(at % 3 == 0), torch.enable_grad():
+            logits.append(llama(ids[:, at : at + size], past_key_values=cache).logits)
+    assert torch.equal(torch.cat([step.detach().clone() for step in logits], 1), clean)
+
+
+def test_another_batch_after_reset(llama):
+    cache = KaraCache(llama, window=16, keep=5, tail=6, block_size=4)
+    for lengths in [(9, 4), (7,), (3, 8, 5)]:
+        cache.reset()
+        ids, real = prompts(*lengths)
+        text, logits = generate(llama, ids, real, cache, 50)
+        assert_generated(llama, cache, text, real, logits)
+        assert_blocks(cache)
+
+
+@pytest.mark.parametrize("lengths", [(9,), (13, 6)])
+def test_free_blocks_may_hold_anything(llama, lengths):
+    ids, real = prompts(*lengths)
+    settings = {"window": 16, "keep": 5, "tail": 6, "block_size": 4}
+    text, _ = generate(llama, ids, real, KaraCache(llama, **settings), 80)
+    real = with_text(real, text)
+    clean = feed(llama, KaraCache(llama, **settings), text, [ids.shape[1]] + [1] * 80, real)
+    cache = KaraCache(llama, **settings)
+    poisoned, at = [], 0
+    for size in [ids.shape[1]] + [1] * 80:
+        positions = (real.cumsum(1) - 1).clamp(min=0)[:, at : at + size]
+        with torch.no_grad():
+            out = llama(text[:, at : at + size], attention_mask=real[:, : at + size], position_ids=positions,
+                        past_key_values=cache)  # fmt: skip
+        at += size
+        poisoned.append(out.logits)
+        for pool in cache._k + cache._v:
+            pool[:, cache._pool.free] = torch.nan
+    assert len(cache.events) > 3
+    assert torch.equal(torch.cat(poisoned, 1)[real], clean[real])
+
+
+def test_a_fixed_pool_that_only_compression_makes_large_enough(llama):
+    ids, real = prompts(8, 8)
+    settings = {"window": 16, "keep": 4, "tail": 4, "block_size": 4}
+    free = KaraCache(llama, **settings)
+    expected, _ = generate(llama, ids, real, free, 80)
+    assert free.peak_blocks < 2 * -(-87 // 4)
+    cache = KaraCache(llama, **settings, num_blocks=free.peak_blocks)
+    assert torch.equal(generate(llama, ids, real, cache, 80)[0], expected)
+    assert cache.pool_bytes == free.peak_blocks * 4 * 2 * LAYERS * HEADS * 8 * 4
+
+    short = KaraCache(llama, **settings, num_blocks=free.peak_blocks - 1)
+    needed = re.escape(f"num_blocks={free.peak_blocks - 1}") + f".*num_blocks >= {free.peak_blocks}"
+    with pytest.raises(RuntimeError, match=needed):
+        generate(llama, ids, real, short, 80)
+    short.reset()
+    assert short.blocks_in_use == 0
+    assert torch.equal(generate(llama, ids[:1], real[:1], short, 80)[0], expected[:1])
+
+
+def test_records(llama):
+    ids, real = prompts(9, 4)
+    cache = KaraCache(llama, window=16, keep=6, tail=3, block_size=4)
+    generate(llama, ids, real, cache, 60)
+    event = cache.events[1]
+    assert event.window_start == [15, 10]
+    assert event.physical_before == [34, 29]
+    assert event.physical_after == [24, 19]
+    assert event.freed_blocks == (9 - 6) + (8 - 5)
+    assert event.seconds > 0
+    assert event.keep_indices.shape == (LAYERS, 2, HEADS, 6)
+    assert event.keep_indices.dtype == torch.int32
+    assert cache.physical_lengths == [38, 33]
+    assert cache.retention == 71 / (68 + 63)
+    assert cache.kv_bytes == cache.blocks_in_use * 4 * 2 * LAYERS * HEADS * 8 * 4 <= cache.pool_bytes
+    assert (
+        cache.query_bytes == LAYERS * 2 * (16 + 3) * 6 * 8 * 4
+    )  # bounded: window + tail, no matter how long
+    assert cache.get_seq_length() == 9 + 59
+    assert cache.batch_size == 2
+    assert len(cache) == LAYERS
+
+
+# --------------------------------------------------------------------------------------- what is refused
+
+
+def test_beam_search_assisted_generation_and_batch_surgery_are_refused(llama):
+    ids, real = prompts(6)
+    with pytest.raises(NotImplementedError, match="beam search"):
+        generate(llama, ids, real, KaraCache(llama), 4, num_beams=2)
+    cache = KaraCache(llama)
+    assert not cache.is_croppable
+    assert not cache.is_compileable
+    for name in (
+        "crop",
+        "batch_repeat_interleave",
+        "batch_select_indices",
+        "offload",
+        "early_initialization",
+    ):
+        with pytest.raises(NotImplementedError, match="KaraCache does not support"):
+            getattr(cache, name)(1)
+
+
+def test_another_attention_implementation_is_refused():
+    model = make_model()
+    ids, _ = prompts(6)
+    cache = KaraCache(model)
+    for other in ("sdpa", "eager"):
+        model.set_attn_implementation(other)
+        with pytest.raises(ValueError, match=f"got '{other}'.*set_attn_implementation"):
+            KaraCache(model)
+        with pytest.raises(RuntimeError, match=r'layer 0.*attn_implementation="kara"'):
+            model(ids, past_key_values=cache)
+        cache.reset()
+    model.set_attn_implementation("kara")
+    model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(num_hidden_layers=2, sliding_window=64), "sliding_attention"),
+        (Qwen2Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=2), "sliding_attention"),
+        (T5Config(), "encoder-decoder"),
+        (LlamaConfig(is_causal=False), "not causal"),
+    ],
+)
+def test_unsupported_models_are_refused(config, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        KaraCache(config)
+
+
+def test_a_config_is_enough():
+    assert len(KaraCache(MistralConfig(num_hidden_layers=2, sliding_window=None))) == 2
+
+
+@pytest.mark.parametrize(
+    "extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(6)}, {"sliding_window": 8}, {"is_causal": False}]
+)
+def test_attention_that_is_not_plain_is_refused(llama, extra):
+    query, (key, value) = torch.zeros(1, 6, 3, 8), torch.zeros(2, 1, 2, 3, 8)
+    key, value = KaraCache(llama).update(key, value, 0)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(extra))}.*LlamaAttention"):
+        kara_attention(llama.model.layers[0].self_attn, query, key, value, None, scaling=1.0, **extra)
+
+
+def test_custom_masks_are_refused(llama):
+    ids, _ = prompts(6)
+    with pytest.raises(NotImplementedError, match="a custom mask"):
+        llama(ids, attention_mask=torch.ones(1, 1, 6, 6).tril().bool(), past_key_values=KaraCache(llama))
+
+
+def test_another_batch_without_reset_is_refused(llama):
+    cache = KaraCache(llama)
+    llama(prompts(6, 6)[0], past_key_values=cache)
+    with pytest.raises(ValueError, match="batch size: expected 2 as in the first forward, got 3"):
+        llama(prompts(1, 1, 1)[0], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, r"window: expected 1\.\.4096, got 0"),
+        ({"window": 8, "keep": 9}, r"keep: expected 1\.\.8, got 9"),
+        ({"keep": 0}, r"keep: expected 1\.\.256, got 0"),
+        ({"keep": 2.0}, "keep: expected an int, got float"),
+        ({"tail": -1}, r"tail: expected 0\.\..*, got -1"),
+        ({"block_size": 0}, r"block_size: expected 1\.\..*, got 0"),
+        ({"num_blocks": 0}, r"num_blocks: expected 1\.\..*, got 0"),
+        ({"protected": [3, -1]}, r"protected: expected 0\.\..*, got -1"),
+        ({"backend": "cuda"}, "backend: expected"),
+        ({"scorer": 3}, "scorer: expected a callable"),
+        ({"pool": "none"}, "pool"),
+        ({"chunk_fraction": 1.5}, "chunk_fraction"),
+        ({"windows": 3}, "unknown arguments windows"),
+        ({"window": 5000, "keep": 1}, "4096"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_runs(llama, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        KaraCache(llama, **arguments)
+
+
+def test_protected_needs_one_length_per_sequence(llama):
+    with pytest.raises(ValueError, match="protected: expected 2 lengths, one per sequence, got 3"):
+        llama(prompts(6, 6)[0], past_key_values=KaraCache(llama, protected=[1, 2, 3]))
