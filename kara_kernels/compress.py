@@ -46,7 +46,8 @@ class CompressedWindow(NamedTuple):
     keep_indices: Tensor
     """int32 ``[S, H, K]``: kept positions relative to the window, ascending; all -1 for a skipped sequence."""
     scores: Tensor
-    """float32 ``[S, H, W]``: the scores that were selected from, after pooling; zero for a skipped sequence unless given."""
+    """float32 ``[S, H, W]``: the scores that were selected from, after pooling; zero for a skipped sequence unless
+    given."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ class _Request:
     many: bool
 
     @property
-    def pooled_dims(self) -> tuple[int, ...]:
-        """Dimensions of ``[L, S, H, W]`` that pooling averages."""
-        return {"head": (), "layer": (2,), "model": (0, 2)}[self.pool]
+    def lists(self) -> tuple[int, int, int]:
+        """How many keep lists there are, as ``[L, S, H]`` with extent 1 where scores are pooled."""
+        layers, heads = len(self.cache.k), self.cache.shape[2]
+        return 1 if self.pool == "model" else layers, len(self.seq_lens), heads if self.pool == "head" else 1
 
 
 def compress_window(
@@ -100,7 +102,68 @@ def compress_window(
     reduce_scores: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> CompressedWindow:
-    """docstring later"""
+    """Score a window of every sequence, keep ``keep`` of its ``window`` tokens, and move the rest of the cache up,
+    in place.
+
+    For a paged KV cache of one layer or of all layers at once: three kernel launches whatever ``L`` and ``S`` (a
+    fourth where scores are pooled or reduced), no device-to-host synchronisation, no allocation that depends on
+    contents. On the CPU the same by vectorised PyTorch, in slices, with at most 256 MB beside the result.
+
+    Args:
+        query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16 or float32, in any order; those of tokens
+            behind the window may be among them and make good judges. For many layers ``[L, S, N, H*G, D]`` or ``L``
+            tensors. None with ``scores``.
+        k_cache: ``[B, P, H, D]``, or ``L`` of them, or ``PagedCache.k``. Any strides; the Triton path needs the last
+            to be 1 and one set of strides for all layers. float16, bfloat16, float32 or float8; with ``scores`` any
+            dtype of 1, 2 or 4 bytes.
+        v_cache: the same with ``Dv``, or None for caches with one latent tensor (MLA).
+        block_tables: int32 ``[S, max_blocks]``: physical token ``t`` of sequence ``s`` lies in block
+            ``block_tables[s, t // P]``, row ``t % P``. May be a narrowed view.
+        seq_lens: int32 ``[S]``, **physical** lengths in tokens.
+        window: ``W``, tokens that are compressed, up to 4096.
+        keep: ``K``, tokens of them that stay, ``1 <= keep <= window``.
+        scores: float32 ``[S, H, W]`` (``[L, S, H, W]``) to select by instead of scoring: any policy can be plugged
+            in.
+        window_starts: int32 ``[S]``, physical index of the first window token; ``seq_lens - window`` by default.
+            What lies behind the window is the tail, which stays whole and moves up.
+        protected_lens: int32 ``[S]``, physical tokens that may not be compressed (the prompt); 0 by default.
+        chunk_fraction: share of ``keep`` that Token2Chunk may spend on gaps, ``0..1``; the budget is
+            ``min(round(chunk_fraction * keep), keep - 1)``, see :func:`kara_kernels.ops.expand_chunks`. 0 is plain
+            top-k.
+        max_chunk: longest span that counts as a chunk, in tokens, ends included.
+        attention: ``"bidirectional"``, or ``"causal"`` as an ablation; see :func:`kara_kernels.ops.score_window`.
+        pool: how many keep lists there are: ``"head"`` (one per layer and KV head), ``"layer"`` (mean over heads) or
+            ``"model"`` (mean over heads and layers: one per sequence).
+        redundancy: weight of similarity to other keys, subtracted from the score; see
+            :func:`kara_kernels.ops.score_window`.
+        scale: of the logits, ``1/sqrt(D)`` by default.
+        k_scale: factor on the keys of an fp8 cache; float or tensor, see :func:`kara_kernels.ops.score_window`.
+        reduce_scores: called with the pooled scores before selection, for example to all-reduce them over
+            tensor-parallel ranks. Gets and returns float32 ``[L, S, H, W]`` with extent 1 where pooled, without
+            ``L`` for one layer. May work in place and return None; with ``scores`` and ``pool="head"`` it is handed
+            the caller's own tensor.
+        backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        :class:`CompressedWindow`. A sequence whose window does not fit, ``window_start < protected_len`` or
+        ``window_start + window > seq_len``, is skipped: nothing of it changes, its ``keep_indices`` are -1. That is
+        decided on the device, so batches of mixed lengths need no host work. Pooled results are expanded views.
+
+    Raises:
+        TypeError, ValueError: before anything is written, naming argument, expected and got.
+
+    Not checked on a GPU, unless ``KARA_KERNELS_DEBUG=1`` (it costs a synchronisation): used block ids in ``0..B-1``,
+    lengths within the table's capacity, starts of 0 or more, and that no two sequences share a block from their
+    windows on.
+    Blocks that other sequences or a prefix cache still read must not be written: that is the engine's to know.
+
+    Before serving, call it once with ``seq_lens`` of zeros: every sequence is skipped and every kernel compiled;
+    batch, lengths, ``N`` and ``keep`` may then change without compiling anew. For CUDA graphs pass a
+    :class:`PagedCache` and one stacked ``query``: lists of tensors cost an upload of their addresses per call.
+
+    Method: Kara, sliding-window KV cache compression (arXiv 2607.01237); what the paper leaves open is marked where
+    it is computed. Defaults are provisional until a quality bench supports them.
+    """
     request = _checked(
         query, k_cache, v_cache, block_tables, seq_lens, window, keep, scores, window_starts, protected_lens,
         chunk_fraction, max_chunk, attention, pool, redundancy, scale, k_scale, reduce_scores,
@@ -116,7 +179,9 @@ def compress_window(
     lengths, keep_indices, pooled = compress(request)
     shape = (len(request.cache.k), request.block_tables.shape[0], request.cache.shape[2])
     keep_indices, pooled = keep_indices.expand(*shape, -1), pooled.expand(*shape, -1)
-    return CompressedWindow(lengths, keep_indices if request.many else keep_indices[0], pooled if request.many else pooled[0])
+    return CompressedWindow(
+        lengths, keep_indices if request.many else keep_indices[0], pooled if request.many else pooled[0]
+    )
 
 
 def _checked(
@@ -149,14 +214,15 @@ def _checked(
     if reduce_scores is not None and not callable(reduce_scores):
         raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
     scales = key_scales(k_scale, layers, heads, device)
-    budget = min(int(round(chunk_fraction * keep)), keep - 1)
+    budget = min(round(chunk_fraction * keep), keep - 1)
     request = _Request(
         queries, cache, table, seq_lens, window, keep, scores, window_starts, protected_lens, budget, max_chunk,
         attention, pool, redundancy, dim**-0.5 if scale is None else scale, scales, reduce_scores, many,
     )  # fmt: skip
     if contents_are_checked(device):
         starts, fits = _windows(request)
-        # A default start below zero is a sequence shorter than its window, which is skipped; a given one is a mistake.
+        # A default start below zero is a sequence shorter than its window, which is skipped; a given one is a
+        # mistake.
         named = fits if window_starts is None else fits | (window_starts < 0)
         check_contents(cache, table, starts, torch.where(fits, seq_lens, starts), named, seq_lens)
     return request
@@ -174,37 +240,50 @@ def _windows(request: _Request) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _compress_torch(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     """(new lengths, keep indices, scores) by the PyTorch path, sequence by sequence."""
+    layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
     starts, fits = _windows(r)
     alive = [(s, start) for s, (start, fit) in enumerate(zip(starts.tolist(), fits.tolist(), strict=True)) if fit]
     scores = r.scores
-    if scores is None:
-        assert r.query is not None
-        scores = torch.zeros(len(r.cache.k), len(starts), r.cache.shape[2], r.window, device=starts.device)
-        for s, start in alive:
-            for layer, keys in enumerate(r.cache.k):
-                scores[layer, s] = score_sequence(
-                    r.query[layer][s], keys, r.block_tables[s], start, r.window, scale=r.scale,
-                    k_scale=r.k_scale if isinstance(r.k_scale, float) else r.k_scale[layer],
-                    attention=r.attention, redundancy=r.redundancy,
-                )  # fmt: skip
-    if r.pooled_dims:  # in float64, so that the mean does not depend on the order of addition
-        scores = scores.double().mean(r.pooled_dims, keepdim=True).float()
+    if scores is None or r.pool != "head":
+        scores = torch.zeros(*r.lists, r.window, device=starts.device)
+        if r.scores is None:
+            for s, start in alive:
+                scores[:, s] = _pooled(r, _score_sequence(r, s, start))
+        else:
+            for s in range(sequences):
+                scores[:, s] = _pooled(r, r.scores[:, s])
     scores = _reduced(r, scores)
     keep_indices = expand_chunks(scores, r.keep, r.chunk_budget, r.max_chunk)
     keep_indices = torch.where(fits[:, None, None], keep_indices, -1)
-    rows = keep_indices.expand(len(r.cache.k), len(starts), r.cache.shape[2], r.keep)
+    rows = keep_indices.expand(layers, sequences, heads, r.keep)
     for s, start in alive:
         compact_sequence(r.cache, r.block_tables[s], start, int(r.seq_lens[s]), rows[:, s], r.window)
     return torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores
+
+
+def _score_sequence(r: _Request, s: int, start: int) -> Tensor:
+    """All layers of one sequence: float32 ``[L, H, W]``."""
+    assert r.query is not None
+    return torch.stack([
+        score_sequence(
+            r.query[layer][s], keys, r.block_tables[s], start, r.window, scale=r.scale,
+            k_scale=r.k_scale if isinstance(r.k_scale, float) else r.k_scale[layer],
+            attention=r.attention, redundancy=r.redundancy,
+        )
+        for layer, keys in enumerate(r.cache.k)
+    ])  # fmt: skip
+
+
+def _pooled(r: _Request, scores: Tensor) -> Tensor:
+    """Means over the pooled of ``[L, H, W]``, in float64 so that they do not depend on the order of addition."""
+    dims = {"head": (), "layer": (1,), "model": (0, 1)}[r.pool]
+    return scores.double().mean(dims, keepdim=True).float() if dims else scores
 
 
 def _compress_triton(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     """The same in three launches, four where scores are pooled or handed out, whatever ``L`` and ``S``."""
     layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
     fit = r.window_starts, r.seq_lens, r.protected_lens
-    lists = [layers, sequences, heads]
-    for dim in r.pooled_dims:
-        lists[dim] = 1
     scores, computed, inverse = r.scores, r.scores is None, 1.0
     if scores is None:
         assert r.query is not None
@@ -214,21 +293,19 @@ def _compress_triton(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
         launch_score(
             partials, r.query, r.cache.k, r.block_tables, *fit, r.scale, r.k_scale, r.attention, r.redundancy, config
         )
-        scores = partials.new_empty(*lists, r.window)
+        scores = partials.new_empty(*r.lists, r.window)
     else:
         partials = scores[:, :, :, None]
-    if r.pooled_dims or (computed and r.reduce_scores is not None):
-        scores = partials.new_empty(*lists, r.window)
+    if r.pool != "head" or (computed and r.reduce_scores is not None):
+        scores = partials.new_empty(*r.lists, r.window)
         launch_pool(scores, partials, *fit, inverse, r.redundancy, computed)
         computed = False
     if r.reduce_scores is not None:
         scores = _reduced(r, scores)
     if not computed:
         partials = scores[:, :, :, None]
-    keep_indices = r.seq_lens.new_empty(*lists, r.keep)
-    launch_keep(
-        keep_indices, scores, partials, *fit, inverse, r.redundancy, r.chunk_budget, r.max_chunk, computed
-    )
+    keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
+    launch_keep(keep_indices, scores, partials, *fit, inverse, r.redundancy, r.chunk_budget, r.max_chunk, computed)
     new_lens = torch.empty_like(r.seq_lens)
     rows = keep_indices.expand(layers, sequences, heads, r.keep)
     launch_compact(new_lens, r.cache, r.block_tables, r.window_starts, r.seq_lens, rows, r.window)

@@ -130,18 +130,23 @@ class PagedCache:
 
 
 def per_layer(
-    query: Tensor | Sequence[Tensor] | None, k_cache: Tensor | Sequence[Tensor], v_cache: Tensor | Sequence[Tensor] | None
+    query: Tensor | Sequence[Tensor] | None,
+    k_cache: Tensor | Sequence[Tensor],
+    v_cache: Tensor | Sequence[Tensor] | None,
 ) -> tuple[Layers | None, PagedCache, bool]:
     """The arguments of one or of many layers in one form: queries, pool, and whether results carry a leading L.
 
-    ``[B, P, H, D]`` caches with a ``[S, N, H*G, D]`` query are one layer. Sequences, or tensors with a leading ``L``, are many.
+    ``[B, P, H, D]`` caches with a ``[S, N, H*G, D]`` query are one layer. Sequences, or tensors with a leading
+    ``L``, are many.
     """
     if not isinstance(k_cache, Layers):  # first what decides how the rest is read
         k_cache = k_cache if isinstance(k_cache, Tensor) and k_cache.dim() == 4 else Layers("k_cache", k_cache)
     many = isinstance(k_cache, Layers)
     if isinstance(k_cache, Tensor):
         if isinstance(query, Tensor) and query.dim() != 4:
-            raise ValueError(f"query: expected [S, N, H*G, D] beside one layer's k_cache, got shape {list(query.shape)}")
+            raise ValueError(
+                f"query: expected [S, N, H*G, D] beside one layer's k_cache, got shape {list(query.shape)}"
+            )
         if v_cache is not None and not isinstance(v_cache, Tensor):
             raise TypeError(f"v_cache: expected a tensor as k_cache is one, got {type(v_cache).__name__}")
         if query is not None and not isinstance(query, Tensor):
@@ -150,6 +155,11 @@ def per_layer(
         k_cache, v_cache = k_cache[None], None if v_cache is None else v_cache[None]
     queries = query if query is None or isinstance(query, Layers) else Layers("query", query)
     return queries, PagedCache.of(k_cache, v_cache), many
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """``0..total`` in pieces of ``size``: how the PyTorch path bounds its memory."""
+    return (slice(i, min(i + size, total)) for i in range(0, total, size))
 
 
 def _check_pools(k: Layers, v: Layers | None) -> None:
@@ -188,7 +198,9 @@ def _check_overlap(k: Layers, v: Layers | None) -> None:
             if other.data_ptr() >= end:
                 break
             if _share_elements(tensor, other):
-                raise ValueError(f"{other_name}: expected memory of its own, got elements of {name}: overlapping caches")
+                raise ValueError(
+                    f"{other_name}: expected memory of its own, got elements of {name}: overlapping caches"
+                )
 
 
 def _span(tensor: Tensor) -> int:
@@ -262,7 +274,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_tensor(name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device) -> Tensor:
+def check_tensor(
+    name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
+) -> Tensor:
     """A tensor of this shape (None: any extent), one of these dtypes, on this device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -315,8 +329,8 @@ def require_rows(name: str, scores: Tensor) -> Tensor:
         rows = None
     if rows is None or (rows.stride(1) != 1 and rows.shape[1] > 1):
         raise ValueError(
-            f"{name}: expected rows at one stride and the last dimension at stride 1, got shape {list(scores.shape)} with "
-            f"strides {scores.stride()}"
+            f"{name}: expected rows at one stride and the last dimension at stride 1, got shape "
+            f"{list(scores.shape)} with strides {scores.stride()}"
         )
     return rows
 
@@ -370,7 +384,7 @@ def check_query(query: Layers | None, cache: PagedCache, sequences: int) -> Laye
         raise ValueError(f"query: expected {len(cache.k)} layers as in k_cache, got {len(query)}")
     check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, cache.k[0].device)
     if first.shape[1] < 1:
-        raise ValueError("query: expected at least one query per sequence, got shape " f"{list(first.shape)}")
+        raise ValueError(f"query: expected at least one query per sequence, got shape {list(first.shape)}")
     if first.shape[2] < heads or first.shape[2] % heads:
         raise ValueError(f"query: expected a multiple of {heads} KV heads in dimension H*G, got {first.shape[2]}")
     if cache.k[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
@@ -422,7 +436,8 @@ def check_contents(
 ) -> None:
     """Block ids and lengths that tokens ``starts..ends`` of the ``active`` sequences would be reached through.
 
-    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. With ``written`` no block may be used by two
+    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. With ``written`` no block may be used
+    by two
     sequences: only blocks that a sequence owns alone may be rewritten. Only called where reading contents is free
     or asked for.
     """
@@ -434,7 +449,9 @@ def check_contents(
         beyond = values > capacity if rows is None else (values > capacity) & rows
         if bool(beyond.any()):
             s = int(beyond.nonzero()[0])
-            raise ValueError(f"{name}[{s}]: expected at most {capacity} (the block table's capacity), got {int(values[s])}")
+            raise ValueError(
+                f"{name}[{s}]: expected at most {capacity} (the block table's capacity), got {int(values[s])}"
+            )
     negative = (starts < 0) & active
     if bool(negative.any()):
         s = int(negative.nonzero()[0])
@@ -444,11 +461,14 @@ def check_contents(
     bad = used & ((block_tables < 0) | (block_tables >= blocks))
     if bool(bad.any()):
         s, b = bad.nonzero()[0].tolist()
-        raise ValueError(f"block_tables[{s}, {b}]: expected a block id in 0..{blocks - 1}, got {int(block_tables[s, b])}")
+        raise ValueError(
+            f"block_tables[{s}, {b}]: expected a block id in 0..{blocks - 1}, got {int(block_tables[s, b])}"
+        )
     if written:
         ids, counts = block_tables[used].unique(return_counts=True)
         if bool((counts > 1).any()):
             block = int(ids[counts > 1][0])
             raise ValueError(
-                f"block_tables: expected blocks that one sequence owns alone from its window on, got block {block} twice"
+                f"block_tables: expected blocks that one sequence owns alone from its window on, "
+                f"got block {block} twice"
             )

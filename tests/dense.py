@@ -76,9 +76,7 @@ def dense_logits(model, ids: Tensor, real: Tensor, visible: Tensor) -> Tensor:
     return logits
 
 
-def best_of_window(
-    layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float
-) -> Tensor:
+def best_of_window(layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float) -> Tensor:
     """The ``keep`` of ``tokens`` that ``judges`` look at most in the last dense forward: ``[H, K]``."""
     query, key = (x[s].double() for x in _seen[layer])
     heads, dim = key.shape[0], key.shape[2]

@@ -116,9 +116,7 @@ def expand_chunks(scores: Vector, keep: int, budget: int, max_chunk: int) -> lis
 
     # 2. Pairs of neighbouring candidates with something between them and a short enough span.
     pairs = [
-        (left, right)
-        for left, right in pairwise(candidates)
-        if right - left - 1 >= 1 and right - left + 1 <= max_chunk
+        (left, right) for left, right in pairwise(candidates) if right - left - 1 >= 1 and right - left + 1 <= max_chunk
     ]
 
     # 3. Buy the best pairs until one does not fit. Worth is the weaker end point.

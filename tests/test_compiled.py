@@ -14,7 +14,9 @@ import torch
 from conftest import INTERPRETED
 
 if INTERPRETED:
-    pytest.skip("compiles kernels, which an interpreting process cannot: run with TRITON_INTERPRET=0", allow_module_level=True)
+    pytest.skip(
+        "compiles kernels, which an interpreting process cannot: run with TRITON_INTERPRET=0", allow_module_level=True
+    )
 
 from compile_only import SHARED, TARGETS, Build, compiling_for
 
@@ -76,7 +78,9 @@ def test_every_kernel_compiles_well(shape: str, target: str) -> None:
     assert_barrier_before_store(builds["compact_kernel"], moves=1 if SHAPES[shape][2] == 0 else 2)
     if SHAPES[shape][4] > 1 or SHAPES[shape][1] % 64 == 0:
         for name in ("score_kernel", "compact_kernel"):
-            assert re.search(r"ld\.global\.[^ ]*v4\.b32|cp\.async\.cg.*, 0x10|(global|buffer)_load_dwordx4", builds[name].assembly), name
+            assert re.search(
+                r"ld\.global\.[^ ]*v4\.b32|cp\.async\.cg.*, 0x10|(global|buffer)_load_dwordx4", builds[name].assembly
+            ), name
 
 
 def assert_barrier_before_store(build: Build, moves: int) -> None:
@@ -113,7 +117,7 @@ def test_standalone_operations_compile() -> None:
 
 
 def test_nothing_compiles_after_a_warm_up_call() -> None:
-    """A call with lengths of zero compiles everything: batch, lengths, keep, budget and query count do not specialise."""
+    """A call with lengths of zero compiles everything: batch, lengths, keep, budget and queries do not specialise."""
     with compiling_for("sm_90") as builds:
         given = arguments(256, 128, 128, 4, 16, torch.bfloat16)
         given["seq_lens"].zero_()
@@ -121,7 +125,12 @@ def test_nothing_compiles_after_a_warm_up_call() -> None:
         compress_window(**given, window_starts=starts, keep=128, backend="triton")
         compiled = len(builds)
         assert compiled == 3
-        for sequences, queries, keep, fraction in [(1, 256, 128, 0.3), (3, 300, 100, 0.2), (8, 17, 1, 0.0), (2, 256, 255, 0.9)]:
+        for sequences, queries, keep, fraction in [
+            (1, 256, 128, 0.3),
+            (3, 300, 100, 0.2),
+            (8, 17, 1, 0.0),
+            (2, 256, 255, 0.9),
+        ]:
             given = arguments(256, 128, 128, 4, 16, torch.bfloat16, sequences, queries)
             starts = torch.zeros(sequences, dtype=torch.int32)
             compress_window(
@@ -133,7 +142,9 @@ def test_nothing_compiles_after_a_warm_up_call() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 7])
 @pytest.mark.parametrize("sequences", [1, 5])
-def test_launches_do_not_grow_with_layers_or_sequences(layers: int, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_do_not_grow_with_layers_or_sequences(
+    layers: int, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.runtime.jit import JITFunction
 
     launched: list[str] = []

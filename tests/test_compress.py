@@ -247,9 +247,7 @@ def test_causal_attention(backend: str, plan: Plan, data: st.DataObject) -> None
 
 
 @few
-@given(
-    plan=plans(dtypes=FP8, max_layers=2, max_window=10), k_scale=st.sampled_from([0.25, 3.0]), data=st.data()
-)
+@given(plan=plans(dtypes=FP8, max_layers=2, max_window=10), k_scale=st.sampled_from([0.25, 3.0]), data=st.data())
 def test_fp8_caches(backend: str, plan: Plan, k_scale: float, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, plan.window))
     as_given = data.draw(st.sampled_from([k_scale, torch.tensor([k_scale])]))
@@ -370,9 +368,7 @@ def test_a_broken_sequence_leaves_the_others_alone(backend: str, plan: Plan, dat
 
 # ---- arguments in all their forms ------------------------------------------------------------------------
 
-TWO_LAYERS = Plan(
-    (Sequenced(3, tail=2), Sequenced(1)), layers=2, heads=2, group=2, window=6, queries=6, seed=7
-)
+TWO_LAYERS = Plan((Sequenced(3, tail=2), Sequenced(1)), layers=2, heads=2, group=2, window=6, queries=6, seed=7)
 ONE_LAYER = replace(TWO_LAYERS, layers=1)
 
 
@@ -445,9 +441,7 @@ def test_every_chunk_limit(backend: str) -> None:
     for max_chunk in range(1, 9):
         world = World(plan)
         before = world.snapshot()
-        result = compress(
-            world, 20, backend, query=None, scores=scores, chunk_fraction=0.6, max_chunk=max_chunk
-        )
+        result = compress(world, 20, backend, query=None, scores=scores, chunk_fraction=0.6, max_chunk=max_chunk)
         check(world, before, result, 20, chunk_fraction=0.6, max_chunk=max_chunk)
         chosen.add(str(result.keep_indices.tolist()))
     assert len(chosen) > 4  # the limit mattered
@@ -728,9 +722,7 @@ ONE_LAYER_ERRORS: dict[str, tuple[Change, type[Exception], list[str]]] = {
         ["v_cache"],
     ),
     "rows that overlap": (
-        lambda b: {
-            "k_cache": b["k_cache"].contiguous().view(-1).as_strided(b["k_cache"].shape, (16, 8, 3, 1))
-        },
+        lambda b: {"k_cache": b["k_cache"].contiguous().view(-1).as_strided(b["k_cache"].shape, (16, 8, 3, 1))},
         ValueError,
         ["k_cache"],
     ),
@@ -833,9 +825,7 @@ def overlapping(cache: torch.Tensor, shift: int) -> dict[str, Any]:
     return {"k_cache": rows[..., :dim], "v_cache": rows[..., shift:]}
 
 
-@pytest.mark.parametrize(
-    ("change", "exception", "words"), list(ONE_LAYER_ERRORS.values()), ids=list(ONE_LAYER_ERRORS)
-)
+@pytest.mark.parametrize(("change", "exception", "words"), list(ONE_LAYER_ERRORS.values()), ids=list(ONE_LAYER_ERRORS))
 def test_bad_arguments_are_named_and_nothing_is_written(
     backend: str, change: Change, exception: type[Exception], words: list[str]
 ) -> None:
@@ -953,9 +943,7 @@ except (ValueError, RuntimeError, ImportError) as error:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens where Triton cannot run")
 def test_triton_is_refused_where_it_cannot_run() -> None:
     """In a process of its own, since the interpreter is switched on for a whole process."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "KARA"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "KARA"))}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-c", CANNOT_RUN]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

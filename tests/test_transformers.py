@@ -146,13 +146,9 @@ def assert_blocks(cache):
     """Every block is free or in exactly one table, and no table is longer than its rows need."""
     held = [block for table in cache._tables for block in table]
     assert sorted(held + cache._pool.free) == list(range(cache._pool.size))
-    assert [len(table) for table in cache._tables] == [
-        -(-n // cache.block_size) for n in cache.physical_lengths
-    ]
+    assert [len(table) for table in cache._tables] == [-(-n // cache.block_size) for n in cache.physical_lengths]
     assert cache.blocks_in_use == len(held) <= cache.peak_blocks
-    assert len(cache._tables) != 1 or cache._tables[0] == list(
-        range(len(held))
-    )  # what reading without a copy needs
+    assert len(cache._tables) != 1 or cache._tables[0] == list(range(len(held)))  # what reading without a copy needs
     assert len({pool.shape[1] for pool in cache._k + cache._v} | {cache._pool.size}) == 1
 
 
@@ -307,9 +303,7 @@ def test_a_prompt_in_several_forwards(llama, protected):
                                rtol=1e-4, atol=1e-4)  # fmt: skip
     assert [e.window_start for e in pieces.events] == [e.window_start for e in whole.events]
     assert pieces.events[0].window_start == list(lengths)
-    assert all(
-        torch.equal(a.keep_indices, b.keep_indices) for a, b in zip(pieces.events, whole.events, strict=True)
-    )
+    assert all(torch.equal(a.keep_indices, b.keep_indices) for a, b in zip(pieces.events, whole.events, strict=True))
 
 
 def test_a_scorer_replaces_the_scores(llama):
@@ -483,9 +477,7 @@ def test_records(llama):
     assert cache.physical_lengths == [38, 33]
     assert cache.retention == 71 / (68 + 63)
     assert cache.kv_bytes == cache.blocks_in_use * 4 * 2 * LAYERS * HEADS * 8 * 4 <= cache.pool_bytes
-    assert (
-        cache.query_bytes == LAYERS * 2 * (16 + 3) * 6 * 8 * 4
-    )  # bounded: window + tail, no matter how long
+    assert cache.query_bytes == LAYERS * 2 * (16 + 3) * 6 * 8 * 4  # bounded: window + tail, no matter how long
     assert cache.get_seq_length() == 9 + 59
     assert cache.batch_size == 2
     assert len(cache) == LAYERS

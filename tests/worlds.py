@@ -110,9 +110,7 @@ class World:
         self.lengths = plan.lengths
         protected = [s.start + s.overlap if s.overlap else s.start // 2 for s in plan.sequences]
         facts = zip(self.starts, self.lengths, protected, strict=True)
-        self.skipped = [
-            oracle.is_skipped(start, plan.window, length, below) for start, length, below in facts
-        ]
+        self.skipped = [oracle.is_skipped(start, plan.window, length, below) for start, length, below in facts]
 
         self._make_block_tables()
         self._make_caches()
@@ -188,17 +186,14 @@ class World:
                     k, v_cache = (self._random_bits([b, p, h, row], plan.dtype) for row in (k_row, v_row))
                 case "HND":
                     k, v_cache = (
-                        self._random_bits([b, h, p, row], plan.dtype).transpose(1, 2)
-                        for row in (k_row, v_row)
+                        self._random_bits([b, h, p, row], plan.dtype).transpose(1, 2) for row in (k_row, v_row)
                     )
                 case "stacked":
                     k, v_cache = self._random_bits([2, b, p, h, k_row], plan.dtype).unbind(0)
                 case "kv_interleaved":
                     k, v_cache = self._random_bits([b, 2, p, h, k_row], plan.dtype).unbind(1)
                 case "packed":
-                    k, v_cache = self._random_bits([b, p, h, d + v + plan.k_pad], plan.dtype).tensor_split(
-                        [d], -1
-                    )
+                    k, v_cache = self._random_bits([b, p, h, d + v + plan.k_pad], plan.dtype).tensor_split([d], -1)
                 case "k_transposed":
                     k = self._random_bits([b, h, d, p], plan.dtype).permute(0, 3, 1, 2)
                     v_cache = self._random_bits([b, p, h, v_row], plan.dtype)
@@ -443,9 +438,7 @@ def score_rows(max_rows: int = 4, max_width: int = 40) -> st.SearchStrategy[torc
 
     def rows(shape: tuple[int, int], patterns: st.SearchStrategy[int]) -> st.SearchStrategy[torch.Tensor]:
         count = shape[0] * shape[1]
-        return st.lists(patterns, min_size=count, max_size=count).map(
-            lambda drawn: from_bits(drawn).view(shape)
-        )
+        return st.lists(patterns, min_size=count, max_size=count).map(lambda drawn: from_bits(drawn).view(shape))
 
     shapes = st.tuples(st.integers(1, max_rows), st.integers(1, max_width))
     few = st.sampled_from([0x3F800000, 0x40000000, 0x40400000, 0x00000000, 0x80000000])

@@ -472,9 +472,7 @@ class KaraCache(Cache):
         assert self._table is not None
         began = time.perf_counter()
         if self._paged is None:
-            self._paged = PagedCache(
-                *([x.permute(1, 2, 0, 3) for x in pools] for pools in (self._k, self._v))
-            )
+            self._paged = PagedCache(*([x.permute(1, 2, 0, 3) for x in pools] for pools in (self._k, self._v)))
         pick: Any = slice(None) if len(due) == len(self._tables) else due
         given: dict[str, Any] = {
             "query": self._queries[:, pick, : self.num_queries],

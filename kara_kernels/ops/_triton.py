@@ -21,7 +21,7 @@ except ImportError:  # macOS, Windows: kernels can be read and imported, the PyT
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
 
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = _Absent()
 
     HAS_TRITON = False
 else:
@@ -60,8 +60,8 @@ def window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W: tl.constexpr):
 # With TRITON_INTERPRET=1 at import time the decorator made Python functions of the kernels.
 INTERPRETED = HAS_TRITON and not isinstance(layer_pointer, triton.runtime.JITFunction)
 
-# Shared memory that one program may use, in bytes: CUDA programming guide, table of compute capabilities (less the 1 KB
-# that CUDA keeps), and AMD's LDS sizes. Unknown targets get the smallest.
+# Shared memory that one program may use, in bytes: CUDA programming guide, table of compute capabilities (less the 1
+# KB that CUDA keeps), and AMD's LDS sizes. Unknown targets get the smallest.
 SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376,
                  "gfx942": 65536, "gfx950": 163840}  # fmt: skip
 
@@ -89,7 +89,7 @@ def align_of(layers: Layers) -> int:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """"triton" or "torch". ``"auto"``: CUDA and HIP tensors run Triton, all others PyTorch.
+    """ "triton" or "torch". ``"auto"``: CUDA and HIP tensors run Triton, all others PyTorch.
 
     Raises ValueError for a backend that cannot run on ``device``.
     """

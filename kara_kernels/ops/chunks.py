@@ -1,11 +1,11 @@
 """Token2Chunk: spend part of the budget on the interiors of short gaps between good tokens.
 
-Candidates, chunks and fill are three uses of one primitive, :func:`kara_kernels.ops.select.take_best`, on different keys and
-weights, so one program does a whole row in registers. Inside :func:`kara_kernels.compress_window` the same kernel first
-adds up the partial rows of scoring, so that selection costs one launch.
+Candidates, chunks and fill are three uses of one primitive, :func:`kara_kernels.ops.select.take_best`, on different
+keys and weights, so one program does a whole row in registers. Inside :func:`kara_kernels.compress_window` the same
+kernel first adds up the partial rows of scoring, so that selection costs one launch.
 
-Method: Token2Chunk of Kara (arXiv 2607.01237). A chunk's worth (the lower end), buying best first until one does not fit, and
-filling up to exactly ``keep`` are this library's choice.
+Method: Token2Chunk of Kara (arXiv 2607.01237). A chunk's worth (the lower end), buying best first until one does not
+fit, and filling up to exactly ``keep`` are this library's choice.
 """
 
 import torch
@@ -76,7 +76,8 @@ def keep_kernel(
     keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
     SUM: tl.constexpr, REDUNDANCY: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not fit.
+    """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not
+    fit.
 
     With ``SUM`` the row is first added up from partial rows and written to ``scores`` (zero where the window does not
     fit); without, ``partials`` are the scores.
@@ -120,10 +121,11 @@ def launch_expand(indices: Tensor, scores: Tensor, chunk_budget: int, max_chunk:
 
 
 def launch_keep(
-    indices: Tensor, scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor, protected: Tensor | None,
-    inverse: float, redundancy: float, chunk_budget: int, max_chunk: int, computed: bool,
+    indices: Tensor, scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor,
+    protected: Tensor | None, inverse: float, redundancy: float, chunk_budget: int, max_chunk: int, computed: bool,
 ) -> None:  # fmt: skip
-    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and, if ``computed``, ``scores [l, S, h, W]``."""
+    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and, if ``computed``, ``scores [l, S, h,
+    W]``."""
     layers, sequences, lists, tiles, window = partials.shape
     keep_kernel[(lists, sequences, layers)](
         indices, scores, partials, starts, seq_lens, protected, tiles, inverse, redundancy, indices.shape[-1],
@@ -137,13 +139,14 @@ def launch_keep(
 
 
 def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, *, backend: str = "auto") -> Tensor:
-    """``keep`` positions of each row: the best tokens, with the short gaps between them filled as far as a budget goes.
+    """``keep`` positions of each row: the best tokens, with the short gaps between them filled as far as a budget
+    goes.
 
     1. Candidates: the best ``keep - chunk_budget`` tokens, as :func:`select_topk` ranks them.
     2. Two neighbouring candidates with a gap between them and at most ``max_chunk`` tokens from end to end are a
        possible chunk, worth the lower of their two scores.
-    3. Chunks are bought best first (ties: the lower position) while their gaps sum up to at most ``chunk_budget``, stopping
-       at the first that does not fit. Neighbouring chunks share an end, so chains form longer ones.
+    3. Chunks are bought best first (ties: the lower position) while their gaps sum up to at most ``chunk_budget``,
+       stopping at the first that does not fit. Neighbouring chunks share an end, so chains form longer ones.
     4. The best tokens not yet kept fill up to ``keep``.
 
     Args:
@@ -154,8 +157,8 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, 
         backend: as in :func:`select_topk`.
 
     Returns:
-        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions: block tables are shared by all layers
-        and heads, so equal counts are what a paged engine can free.
+        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions: block tables are shared by all
+        layers and heads, so equal counts are what a paged engine can free.
 
     Raises:
         TypeError, ValueError: wrong dtype or range, a backend that cannot run.

@@ -1,8 +1,8 @@
 """Move the survivors of a window together, in place, through the block table; the tail follows.
 
 Row ``window_start + r`` takes row ``window_start + keep_indices[r]``. Sources ascend and no destination is behind its
-source, so rows move upward tile by tile without a second buffer: what a tile overwrites, no later tile reads. Within a
-tile a barrier stands between loads and stores, because a warp may store a row that another has yet to load.
+source, so rows move upward tile by tile without a second buffer: what a tile overwrites, no later tile reads. Within
+a tile a barrier stands between loads and stores, because a warp may store a row that another has yet to load.
 Bytes are moved and never recomputed, so any dtype will do.
 """
 
@@ -29,7 +29,8 @@ from ._triton import align_of, layer_pointer, resolve_backend, tl, triton
 
 @triton.jit
 def _move_rows(base, table, keep_list, start, length, keep, stride_b, stride_p,
-               W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+               W: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """All rows of one head from ``start`` to ``length``, upward, ``BLOCK_R`` at a time."""
     offs_d = tl.arange(0, BLOCK_D)
     count = length - start - W + keep  # rows at their new place: survivors, then the tail
@@ -52,12 +53,15 @@ def _move_rows(base, table, keep_list, start, length, keep, stride_b, stride_p,
 @triton.jit(do_not_specialize=["keep", "stride_t_s", "stride_i_l", "stride_i_s", "stride_i_h"])
 def compact_kernel(
     new_lens_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr, keep_ptr, keep,
-    stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64, stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64, stride_t_s: tl.int64,
+    stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
+    stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
+    stride_t_s: tl.int64,
     stride_i_l: tl.int64, stride_i_s: tl.int64, stride_i_h: tl.int64,
     H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ALIGN_K: tl.constexpr,
     ALIGN_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RV: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, caches, L)``: one program moves one head of one cache. A keep list of -1 leaves its sequence alone."""
+    """Grid ``(S*H, caches, L)``: one program moves one head of one cache. A keep list of -1 leaves its sequence
+    alone."""
     seq = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     layer = tl.program_id(2).to(tl.int64)
@@ -77,7 +81,9 @@ def compact_kernel(
             _move_rows(base, table, keep_list, start, length, keep, stride_k_b, stride_k_p, W, P, D, BLOCK_D, BLOCK_R)
         else:
             base = layer_pointer(v_ptr, v_table, stride_v_l, layer, ALIGN_V) + head * stride_v_h
-            _move_rows(base, table, keep_list, start, length, keep, stride_v_b, stride_v_p, W, P, DV, BLOCK_DV, BLOCK_RV)
+            _move_rows(
+                base, table, keep_list, start, length, keep, stride_v_b, stride_v_p, W, P, DV, BLOCK_DV, BLOCK_RV
+            )
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
@@ -95,7 +101,8 @@ def launch_compact(
     new_lens: Tensor, cache: PagedCache, block_tables: Tensor, starts: Tensor | None, seq_lens: Tensor,
     keep_indices: Tensor, window: int,
 ) -> None:  # fmt: skip
-    """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``. Checks nothing."""
+    """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``. Checks
+    nothing."""
     layers, sequences, heads, keep = keep_indices.shape
     keys, values = cache.k, cache.v or cache.k
     k, v = (pool[0].view(WORDS[pool[0].element_size()]) for pool in (keys, values))
@@ -129,14 +136,14 @@ def compact_blocks(
     """Keep ``keep_indices`` of every window and move the tail up behind them, in place, for every layer and head.
 
     Args:
-        k_cache: ``[B, P, H, D]`` of any dtype of 1, 2 or 4 bytes and any strides (the last 1 on the Triton path), or ``L`` such
-            tensors, or a :class:`~kara_kernels.PagedCache` half.
+        k_cache: ``[B, P, H, D]`` of any dtype of 1, 2 or 4 bytes and any strides (the last 1 on the Triton path), or
+            ``L`` such tensors, or a :class:`~kara_kernels.PagedCache` half.
         v_cache: the same with ``Dv``, or None for caches with one latent tensor (MLA).
         block_tables: int32 ``[S, max_blocks]``; may be a narrowed view.
         window_starts: int32 ``[S]``, physical index of the first window token.
         seq_lens: int32 ``[S]``, physical lengths.
-        keep_indices: int32 ``[S, H, K]``, for many layers ``[L, S, H, K]``: positions relative to the window, ascending.
-            All -1 for a sequence that is to be left alone; its window start is then not looked at.
+        keep_indices: int32 ``[S, H, K]``, for many layers ``[L, S, H, K]``: positions relative to the window,
+            ascending. All -1 for a sequence that is to be left alone; its window start is then not looked at.
         window: window length ``W`` in tokens.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
@@ -145,15 +152,14 @@ def compact_blocks(
         sequences' blocks and all below the window keep their bits.
 
     Raises:
-        TypeError, ValueError: before anything is written. Contents (block ids, lengths, order of ``keep_indices``, blocks
+        TypeError, ValueError: before anything is written. Contents (block ids, lengths, order of ``keep_indices``,
+            blocks
         that two sequences share from their windows on) are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only.
     """
     _, cache, many = per_layer(None, k_cache, v_cache)
     device = cache.k[0].device
     if resolve_backend(backend, device) == "torch":
-        return reference.compact_blocks(
-            k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window
-        )
+        return reference.compact_blocks(k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window)
     check_window(window)
     table = check_block_tables(block_tables, device)
     starts = check_lengths("window_starts", window_starts, table.shape[0], device)

@@ -3,9 +3,10 @@
     a[s,h,g,i,j] = scale * <query[s,i,h*G+g], key[s,h,j]>
     scores[s,h,j] = mean over g and i of softmax_j(a[s,h,g,i,:])
 
-One program owns ``rows_per_program`` of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand
-a softmax row is local to a tile, so the program keeps the keys on chip, walks its query tiles and adds up columns; the
-``N x W`` logits never leave registers. Programs leave one partial row each and whoever needs the scores adds the partial
+One program owns ``rows_per_program`` of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W``
+keys at hand a softmax row is local to a tile, so the program keeps the keys on chip, walks its query tiles and adds
+up columns; the ``N x W`` logits never leave registers. Programs leave one partial row each and whoever needs the
+scores adds the partial
 rows in fixed order: no atomics, same bits every time. Wider windows stream key tiles twice: once for the row's
 log-sum-exp, once for the columns.
 
@@ -23,7 +24,6 @@ from .. import reference
 from ..paged import (
     FP8_DTYPES,
     Layers,
-    PagedCache,
     check_block_tables,
     check_contents,
     check_lengths,
@@ -34,7 +34,7 @@ from ..paged import (
     key_scales,
     per_layer,
 )
-from ._triton import INTERPRETED, align_of, layer_pointer, is_amd, resolve_backend, shared_memory, tl, triton, window_of
+from ._triton import INTERPRETED, align_of, is_amd, layer_pointer, resolve_backend, shared_memory, tl, triton, window_of
 
 FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -65,7 +65,8 @@ def _fp8_to_float(bits, FP8: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h,
-               W: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+               W: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
+               FP8: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Keys of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside the window and outside ``DIM``."""
     token = start + offs_w
     block = tl.load(table + token // P, mask=offs_w < W, other=0).to(tl.int64)
@@ -103,21 +104,27 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
     mean = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32)
+        keys = _load_keys(
+            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
+        )
         mean += tl.sum(_unit(keys), 1)
     mean = mean / W
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32)
+        keys = _load_keys(
+            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
+        )
         cosine = tl.where(offs_w < W, tl.sum(_unit(keys) * mean[:, None], 0), float("-inf"))
         higher = tl.maximum(peak, tl.max(cosine, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(cosine - higher), 0)
         peak = higher
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32)
+        keys = _load_keys(
+            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
+        )
         cosine = tl.sum(_unit(keys) * mean[:, None], 0)
         tl.store(out + offs_w, tl.exp(cosine - peak) / total, mask=offs_w < W)
 
@@ -171,7 +178,9 @@ def _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m,
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         q = _load_queries(q_base, offs_m, row_last, offs_d, stride_q_n, stride_q_h, G, D, DTYPE)
-        k = _load_keys(k_base, table, start, offs_w, offs_d, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+        k = _load_keys(
+            k_base, table, start, offs_w, offs_d, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE
+        )
         logits = tl.dot(q, k, logits, input_precision=PRECISION)
     return _masked(logits, offs_m, offs_w, scale, num_queries, W, G, CAUSAL)
 
@@ -215,14 +224,17 @@ def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_querie
 def score_kernel(
     partials_ptr, query_ptr, query_table, k_ptr, k_table, block_tables_ptr, starts_ptr, seq_lens_ptr, protected_ptr,
     k_scale_ptr, scale, num_queries, num_tiles,
-    stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64, stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64, stride_t_s: tl.int64,
+    stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64,
+    stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
+    stride_t_s: tl.int64,
     stride_ks_l: tl.int64, stride_ks_h: tl.int64,
     H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     REDUNDANCY: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, ALIGN_Q: tl.constexpr, ALIGN_K: tl.constexpr,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, tiles, L)``: partial column sums ``[L, S, H, tiles, W]``; with redundancy its softmax is the last tile.
+    """Grid ``(S*H, tiles, L)``: partial column sums ``[L, S, H, tiles, W]``; with redundancy its softmax is the last
+    tile.
 
     A sequence whose window does not fit is left out; nobody reads its partial rows.
     """
@@ -236,9 +248,15 @@ def score_kernel(
         table = block_tables_ptr + seq * stride_t_s
         out = partials_ptr + ((layer * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile) * W
         if REDUNDANCY and tile == num_tiles - 1:
-            _mean_cosines(out, k_base, table, start, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, BLOCK_D, BLOCK_R)
+            _mean_cosines(
+                out, k_base, table, start, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, BLOCK_D, BLOCK_R
+            )
         else:
-            q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q) + seq * stride_q_s + head * G * stride_q_h
+            q_base = (
+                layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q)
+                + seq * stride_q_s
+                + head * G * stride_q_h
+            )
             factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e): exp2 is the native instruction
             if k_scale_ptr is not None:
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
@@ -255,7 +273,9 @@ def score_kernel(
 
 
 @triton.jit
-def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr):
+def row_scores(
+    partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr
+):
     """Scores of one head from its partial rows, added in ascending order."""
     total = tl.zeros([BLOCK_W], tl.float32)
     sums = num_tiles - 1 if REDUNDANCY else num_tiles
@@ -270,13 +290,15 @@ def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr
 @triton.jit(do_not_specialize=["num_tiles", "stride_p_l", "stride_p_s", "stride_p_h"])
 def pool_kernel(
     scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
-    stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64, LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr,
-    W: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
+    stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
+    LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr, W: tl.constexpr,
+    REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(lists of a layer, S, pooled layers)``: scores ``[pooled L, S, pooled H, W]``, means over ``HEADS`` and ``LAYERS``.
+    """Grid ``(lists of a layer, S, pooled layers)``: scores ``[pooled L, S, pooled H, W]``, means over ``HEADS`` and
+    ``LAYERS``.
 
-    Means are taken in float64 and rounded once, so that they do not depend on the order of addition. Computed scores of
-    a sequence whose window does not fit are zero.
+    Means are taken in float64 and rounded once, so that they do not depend on the order of addition. Computed scores
+    of a sequence whose window does not fit are zero.
     """
     offs_w = tl.program_id(0) % tl.cdiv(W, BLOCK_W) * BLOCK_W + tl.arange(0, BLOCK_W)
     list_ = (tl.program_id(0) // tl.cdiv(W, BLOCK_W)).to(tl.int64)
@@ -295,7 +317,9 @@ def pool_kernel(
             total = tl.zeros([BLOCK_W], tl.float64)
             for row in range(0, LAYERS * HEADS):
                 source = partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h
-                total += row_scores(source, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W).to(tl.float64)
+                total += row_scores(source, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W).to(
+                    tl.float64
+                )
             pooled = (total / (LAYERS * HEADS)).to(tl.float32)
         tl.store(out, pooled, mask=offs_w < W)
     else:
@@ -354,8 +378,9 @@ def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
 
 
 def launch_score(
-    partials: Tensor, query: Layers, k_cache: Layers, block_tables: Tensor, starts: Tensor | None, seq_lens: Tensor | None,
-    protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str, redundancy: float, config: ScoreConfig,
+    partials: Tensor, query: Layers, k_cache: Layers, block_tables: Tensor, starts: Tensor | None,
+    seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
+    redundancy: float, config: ScoreConfig,
 ) -> None:  # fmt: skip
     """Partial column sums of all layers and sequences into ``partials [L, S, H, tiles, W]``. Checks nothing."""
     layers, sequences, heads, tiles, window = partials.shape
@@ -364,16 +389,16 @@ def launch_score(
     keys = k.view(torch.uint8) if fp8 else k
     # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
     dtype = tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)]
-    by_head = isinstance(k_scale, Tensor)
-    # float32 products: AMD has the instruction; on NVIDIA "ieee" is scalar code that spills at any tile size, and three TF32
-    # products err by about 2^-22.
+    by_head = k_scale if isinstance(k_scale, Tensor) else None
+    # float32 products: AMD has the instruction; on NVIDIA "ieee" is scalar code that spills at any tile size, and
+    # three TF32 products err by about 2^-22.
     precision = "ieee" if INTERPRETED or is_amd(k.device) else "tf32x3"
     score_kernel[(sequences * heads, tiles, layers)](
         partials, q, query.table, keys, k_cache.table, block_tables, starts, seq_lens, protected,
-        k_scale if by_head else None, scale if by_head else scale * k_scale, q.shape[1], tiles,
+        by_head, scale * k_scale if isinstance(k_scale, float) else scale, q.shape[1], tiles,
         query.stride_layer, q.stride(0), q.stride(1), q.stride(2),
         k_cache.stride_layer, k.stride(0), k.stride(1), k.stride(2), block_tables.stride(0),
-        k_scale.stride(0) if by_head else 0, k_scale.stride(1) if by_head else 0,
+        *((0, 0) if by_head is None else by_head.stride()),
         H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], CAUSAL=attention == "causal",
         REDUNDANCY=redundancy > 0, FP8=fp8, DTYPE=dtype, ALIGN_Q=align_of(query), ALIGN_K=align_of(k_cache),
         PRECISION=precision, WHOLE=config.whole, BLOCK_M=config.block_m, BLOCK_W=config.block_w,
@@ -417,24 +442,26 @@ def score_window(
     """Mean attention mass that every key of each window receives from all queries, without the causal mask.
 
     Args:
-        query: ``[S, N, H*G, D]`` float16, bfloat16 or float32, post-RoPE, in any order (a ring buffer needs no rotation). Queries
-            of tokens behind the window may be among them. Or ``L`` such tensors, or one ``[L, S, N, H*G, D]``.
-        k_cache: ``[B, P, H, D]`` of those dtypes or float8, any strides (the last 1 on the Triton path); or ``L`` of them.
+        query: ``[S, N, H*G, D]`` float16, bfloat16 or float32, post-RoPE, in any order (a ring buffer needs no
+            rotation). Queries of tokens behind the window may be among them. Or ``L`` such tensors, or one ``[L, S,
+            N, H*G, D]``.
+        k_cache: ``[B, P, H, D]`` of those dtypes or float8, any strides (the last 1 on the Triton path); or ``L`` of
+            them.
         block_tables: int32 ``[S, max_blocks]``; may be a narrowed view.
         window_starts: int32 ``[S]``, physical index of the first window token.
         window: window length ``W`` in tokens, up to 4096.
         scale: of the logits; ``1/sqrt(D)`` by default.
-        k_scale: factor on the keys of an fp8 cache: a float, or a tensor of one element, ``[H]`` (``[L]`` for many layers),
-            or ``[L, H]``. On the Triton path it is read on the device.
-        attention: ``"bidirectional"``; ``"causal"`` restricts query ``i``, then window token ``W - N + i``, to what is not
-            after it (an ablation; needs ``N <= W``).
+        k_scale: factor on the keys of an fp8 cache: a float, or a tensor of one element, ``[H]`` (``[L]`` for many
+            layers), or ``[L, H]``. On the Triton path it is read on the device.
+        attention: ``"bidirectional"``; ``"causal"`` restricts query ``i``, then window token ``W - N + i``, to what
+            is not after it (an ablation; needs ``N <= W``).
         redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
-        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Without redundancy rows sum to 1. A row does not depend on the
-        rest of the batch, to the bit. Products are taken in the query's dtype and summed in float32; float32 on NVIDIA
-        GPUs as three TF32 products.
+        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Without redundancy rows sum to 1. A row does not
+        depend on the rest of the batch, to the bit. Products are taken in the query's dtype and summed in float32;
+        float32 on NVIDIA GPUs as three TF32 products.
 
     Raises:
         TypeError, ValueError: before anything is launched. Block ids and starts are checked on the CPU and with
@@ -464,8 +491,10 @@ def score_window(
     partials = scores.new_empty(layers, len(starts), heads, tiles, window)
     if len(starts):
         launch_score(
-            partials, queries, cache.k, table, starts, None, None, dim**-0.5 if scale is None else scale, scales, attention,
-            redundancy, config,
+            partials, queries, cache.k, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
+            attention, redundancy, config,
         )  # fmt: skip
-        launch_pool(scores, partials, starts, None, None, heads / (queries[0].shape[1] * queries[0].shape[2]), redundancy, True)
+        launch_pool(
+            scores, partials, starts, None, None, heads / (queries[0].shape[1] * queries[0].shape[2]), redundancy, True
+        )
     return scores if many else scores[0]

@@ -31,10 +31,11 @@ def order_keys(scores, inside):
 
 @triton.jit
 def take_best(keys, weights, budget):
-    """Mask of the elements taken by descending key, ties to the lower index, while the sum of weights fits ``budget``.
+    """Mask of the elements taken by descending key, ties to the lower index, while the sum of weights fits
+    ``budget``.
 
-    Elements of weight 0 are no candidates. Taking stops at the first that does not fit. With weights of one this is the
-    exact top-``budget``.
+    Elements of weight 0 are no candidates. Taking stops at the first that does not fit. With weights of one this is
+    the exact top-``budget``.
     """
     candidate = weights > 0
     # The smallest threshold whose strictly greater keys fit. At the greatest key nothing is greater: it always fits.
@@ -77,8 +78,8 @@ def topk_kernel(indices_ptr, scores_ptr, k, stride_row: tl.int64, W: tl.constexp
 
 
 def row_warps(window: int) -> int:
-    """256 elements a warp: one warp counts without barriers, and wider rows stay in registers without a spill (at 512 a
-    warp, W = 4096 spilled scalar registers on gfx942)."""
+    """256 elements a warp: one warp counts without barriers, and wider rows stay in registers without a spill (at
+    512 a warp, W = 4096 spilled scalar registers on gfx942)."""
     return max(1, triton.next_power_of_2(window) // 256)
 
 
@@ -104,8 +105,8 @@ def select_topk(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
-        int32 ``[..., k]``. Exact for any bit pattern: higher score first, ties to the lowest position, NaN ranks as -inf,
-        -0.0 equals +0.0. The same bits in give the same indices out on every device and in every batch.
+        int32 ``[..., k]``. Exact for any bit pattern: higher score first, ties to the lowest position, NaN ranks as
+        -inf, -0.0 equals +0.0. The same bits in give the same indices out on every device and in every batch.
 
     Raises:
         TypeError, ValueError: wrong dtype, ``k`` outside ``1..W``, a backend that cannot run.

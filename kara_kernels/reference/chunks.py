@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..paged import check_chunks, check_scores
-from .select import order_keys, positions_of_best, unique_rank
+from .select import by_rows, order_keys, positions_of_best, unique_rank
 
 
 def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int) -> Tensor:
@@ -27,17 +27,19 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int) 
     """
     check_scores(scores)
     check_chunks(scores.shape[-1], keep, chunk_budget, max_chunk)
+    return by_rows(lambda rows: _expand_rows(rows, keep, chunk_budget, max_chunk), scores, keep)
+
+
+def _expand_rows(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int) -> Tensor:
     keys = order_keys(scores)
     rank = unique_rank(keys)
     if chunk_budget == 0:
         return positions_of_best(rank, keep)
-
     candidates = positions_of_best(rank, keep - chunk_budget).long()
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, candidates, True)
     kept |= _bought_interiors(keys, candidates, chunk_budget, max_chunk)
     # What is kept outranks everything and is never more than `keep`, so the fill is one more exact top-k.
-    top = torch.iinfo(torch.int64).max
-    return positions_of_best(torch.where(kept, top, rank), keep)
+    return positions_of_best(torch.where(kept, torch.iinfo(torch.int64).max, rank), keep)
 
 
 def _bought_interiors(keys: Tensor, candidates: Tensor, budget: int, max_chunk: int) -> Tensor:

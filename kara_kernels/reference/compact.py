@@ -32,10 +32,11 @@ def compact_blocks(
     keep_indices: Tensor,
     window: int,
 ) -> Tensor:
-    """Keep ``keep_indices`` of each window and move the tail up behind them; see :func:`kara_kernels.ops.compact_blocks`.
+    """Keep ``keep_indices`` of each window and move the tail up behind them; see
+    :func:`kara_kernels.ops.compact_blocks`.
 
-    ``keep_indices`` int32 ``[S, H, K]`` (``[L, S, H, K]`` for ``L`` layers), window-relative, ascending, or all -1 for a
-    sequence to leave alone. Returns the new lengths, int32 ``[S]``. Both caches are changed in place.
+    ``keep_indices`` int32 ``[S, H, K]`` (``[L, S, H, K]`` for ``L`` layers), window-relative, ascending, or all -1
+    for a sequence to leave alone. Returns the new lengths, int32 ``[S]``. Both caches are changed in place.
     """
     _, cache, many = per_layer(None, k_cache, v_cache)
     window = check_window(window)
@@ -74,7 +75,7 @@ def _move_rows(pools: Sequence[Tensor], blocks: Tensor, start: int, length: int,
         survivors = keep[:, first : first + len(place)]  # [H, r], empty in tiles of the tail
         tail = (place[survivors.shape[1] :] + (window - kept)).expand(heads, -1)
         source, target = start + torch.cat((survivors, tail), dim=1), start + place
-        source = blocks[source // page].long(), source % page, head
-        target = blocks[target // page].long(), target % page, head
+        taken = blocks[source // page].long(), source % page, head
+        given = blocks[target // page].long(), target % page, head
         for pool in words:
-            pool[target] = pool[source]
+            pool[given] = pool[taken]

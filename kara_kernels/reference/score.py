@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from ..paged import (
     contents_are_checked,
     key_scales,
     per_layer,
+    slices,
 )
 
-# Logits are made a slice of rows at a time: 4 MB stays in a core's cache (a 256-token window of 9 heads is 2.3 MB) and
-# bounds the memory for any window. Keys are made float32 a few heads at a time, for the same reason.
+# Logits are made a slice of rows at a time: 4 MB stays in a core's cache (a 256-token window of 9 heads is 2.3 MB)
+# and bounds the memory for any window. Keys are made float32 a few heads at a time, for the same reason.
 SLICE_BYTES = 4 << 20
 KEY_BYTES = 32 << 20
 
@@ -41,8 +42,8 @@ def score_window(
 ) -> Tensor:
     """Scores of the ``W = window`` tokens from ``window_starts`` on; see :func:`kara_kernels.ops.score_window`.
 
-    ``query`` ``[S, N, H*G, D]``, ``k_cache`` ``[B, P, H, D]`` -> float32 ``[S, H, W]``; sequences of ``L`` of both, or
-    tensors with a leading ``L``, -> ``[L, S, H, W]``. Computed in float32.
+    ``query`` ``[S, N, H*G, D]``, ``k_cache`` ``[B, P, H, D]`` -> float32 ``[S, H, W]``; sequences of ``L`` of both,
+    or tensors with a leading ``L``, -> ``[L, S, H, W]``. Computed in float32.
     """
     queries, cache, many = per_layer(query, k_cache, None)
     check_window(window)
@@ -54,9 +55,7 @@ def score_window(
     if contents_are_checked(table.device):
         everywhere = torch.ones_like(starts, dtype=torch.bool)
         check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
-    scores = torch.empty(
-        len(cache.k), table.shape[0], cache.shape[2], window, dtype=torch.float32, device=table.device
-    )
+    scores = torch.empty(len(cache.k), table.shape[0], cache.shape[2], window, dtype=torch.float32, device=table.device)
     for s, start in enumerate(starts.tolist()):
         for layer, keys in enumerate(cache.k):
             scores[layer, s] = score_sequence(
@@ -85,7 +84,7 @@ def score_sequence(
     rows = start + torch.arange(window, device=k_cache.device)
     where = blocks[rows // k_cache.shape[1]].long(), rows % k_cache.shape[1]
     scores = torch.empty(heads, window, device=k_cache.device)
-    for some in _slices(heads, max(1, KEY_BYTES // (4 * window * dim))):
+    for some in slices(heads, max(1, KEY_BYTES // (4 * window * dim))):
         keys = _gather_keys(k_cache[:, :, some], *where)  # [h, W, D]
         factor = scale * (k_scale[some, None, None].float() if isinstance(k_scale, Tensor) else k_scale)
         scores[some] = _column_means(query.unflatten(1, (heads, -1))[:, some], keys, factor, attention)
@@ -105,10 +104,10 @@ def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention
     """``query [N, h, G, D]``, ``keys [h, W, D]`` -> ``[h, W]``: the mean over queries and group of softmax rows."""
     count, heads, group, dim = query.shape
     window = keys.shape[1]
-    keys_t = keys.transpose(1, 2)
+    keys_t = (keys * factor).transpose(1, 2)
     total = torch.zeros(heads, window, device=keys.device)
-    for some in _slices(count, max(1, SLICE_BYTES // (4 * heads * group * window))):
-        rows = query[some].float().permute(1, 0, 2, 3).reshape(heads, -1, dim) * factor
+    for some in slices(count, max(1, SLICE_BYTES // (4 * heads * group * window))):
+        rows = query[some].float().permute(1, 0, 2, 3).reshape(heads, -1, dim)
         logits = torch.bmm(rows, keys_t)  # [h, n*G, W]
         if attention == "causal":  # query i is window token W - N + i and sees itself and what is before it
             token = torch.arange(some.start, some.stop, device=keys.device) + window - count
@@ -121,14 +120,11 @@ def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention
 def _mean_cosines(keys: Tensor) -> Tensor:
     """``keys [h, W, D]`` -> ``[h, W]``: mean cosine of each key to all keys of the window; a zero key has cosine 0.
 
-    ``mean_i cos(k_i, k_j) = <k_j/|k_j|, mean_i k_i/|k_i|>``: O(W D) instead of the O(W^2 D) matrix (after R-KV, arXiv 2505.24133).
+    ``mean_i cos(k_i, k_j) = <k_j/|k_j|, mean_i k_i/|k_i|>``: O(W D) instead of the O(W^2 D) matrix (after R-KV,
+    arXiv 2505.24133).
     """
     largest = keys.abs().amax(-1, keepdim=True)
     unit = keys / torch.where(largest > 0, largest, 1.0)  # squares of tiny and huge keys would leave float32
     norm = unit.square().sum(-1, keepdim=True).sqrt()
     unit = unit / torch.where(norm > 0, norm, 1.0)
     return (unit * unit.mean(1, keepdim=True)).sum(-1)
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, total)) for i in range(0, total, size))

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..paged import check_count, check_scores
+from ..paged import check_count, check_scores, slices
+
+SLICE_ELEMENTS = 1 << 20  # scores in work at once: about a dozen int64 temporaries of it, 100 MB
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:
     """The ``k`` best positions of each row, ascending.
 
-    ``scores`` float32 ``[..., W]``, ``1 <= k <= W``; returns int32 ``[..., k]``. Exact for any bit pattern: the higher score
-    first, ties to the lower position, NaN ranks as -inf and -0.0 equals +0.0. Raises TypeError / ValueError for a wrong dtype or ``k``.
+    ``scores`` float32 ``[..., W]``, ``1 <= k <= W``; returns int32 ``[..., k]``. Exact for any bit pattern: the
+    higher score first, ties to the lower position, NaN ranks as -inf and -0.0 equals +0.0. Raises TypeError /
+    ValueError for a wrong dtype or ``k``.
     """
     check_scores(scores)
     check_count("k", k, 1, scores.shape[-1])
-    return positions_of_best(unique_rank(order_keys(scores)), k)
+    return by_rows(lambda rows: positions_of_best(unique_rank(order_keys(rows)), k), scores, k)
+
+
+def by_rows(select: Callable[[Tensor], Tensor], scores: Tensor, k: int) -> Tensor:
+    """``select`` applied to ``scores [..., W]`` some rows at a time, which bounds the extra memory for any batch."""
+    rows = scores.reshape(-1, scores.shape[-1])
+    indices = torch.empty(len(rows), k, dtype=torch.int32, device=scores.device)
+    for some in slices(len(rows), max(1, SLICE_ELEMENTS // rows.shape[1])):
+        indices[some] = select(rows[some])
+    return indices.view(*scores.shape[:-1], k)
 
 
 def order_keys(scores: Tensor) -> Tensor:
