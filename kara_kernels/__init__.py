@@ -1,7 +1,28 @@
-"""Shrink the paged KV cache of a reasoning LLM while it decodes. Start at :func:`compress_window`."""
+"""Shrink the paged KV cache of a reasoning LLM while it decodes. Start at :func:`compress_window`.
 
-from .compress import CompressedWindow, compress_window
-from .paged import PagedCache
+Names are imported on first use: the package's own command line answers before torch is there.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compress import CompressedWindow, compress_window
+    from .paged import PagedCache
 
 __all__ = ["CompressedWindow", "PagedCache", "compress_window"]
 __version__ = "0.1.0"
+
+_ROOMS = {"CompressedWindow": "compress", "PagedCache": "paged", "compress_window": "compress"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

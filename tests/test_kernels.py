@@ -13,7 +13,7 @@ from conftest import INTERPRETED
 from hypothesis import given, settings
 from worlds import FP8, Plan, Sequenced, World, plans
 
-from kara_kernels import ops, reference
+from kara_kernels import compress_window, ops, reference
 from kara_kernels.ops.score import score_config
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
@@ -181,3 +181,31 @@ def test_rows_the_kernel_cannot_reach_are_refused_not_copied(operation: str) -> 
     arguments = (2,) if operation == "select_topk" else (2, 1, 4)
     with pytest.raises(ValueError, match="scores: expected rows at one stride"):
         getattr(ops, operation)(scores, *arguments, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_pools_beyond_32_bit_offsets(backend: str) -> None:
+    """Two blocks at the far end of a pool of over 2^31 elements; the machine only backs what is touched."""
+    width = 64
+    blocks = 2**31 // (width * 16) + 8
+    pools = [torch.empty(blocks, 16, 1, width, dtype=torch.float8_e5m2) for _ in range(2)]
+    near = [torch.empty(2, 16, 1, width, dtype=torch.float8_e5m2) for _ in range(2)]
+    far_table = torch.tensor([[blocks - 2, blocks - 1]], dtype=torch.int32)
+    near_table = torch.tensor([[0, 1]], dtype=torch.int32)
+    query = torch.randn(1, 8, 2, width)
+    results = []
+    for (k, v), table in ((pools, far_table), (near, near_table)):
+        for cache, seed in ((k, 0), (v, 1)):
+            values = torch.randn(2, 16, 1, width, generator=torch.Generator().manual_seed(seed))
+            cache[table[0].long()] = values.to(torch.float8_e5m2)
+        lengths = torch.tensor([29], dtype=torch.int32)
+        starts = torch.tensor([3], dtype=torch.int32)
+        results.append(
+            compress_window(query, k, v, table, lengths, window=20, keep=9, window_starts=starts, backend=backend)
+        )
+        assert results[-1].seq_lens.tolist() == [18]
+    assert torch.equal(results[0].keep_indices, results[1].keep_indices)
+    assert torch.equal(results[0].scores, results[1].scores)
+    for far, close in zip(pools, near, strict=True):
+        moved = far.view(torch.uint8)[far_table[0].long()].flatten(0, 1)[:18]
+        assert torch.equal(moved, close.view(torch.uint8).flatten(0, 1)[:18])

