@@ -206,11 +206,12 @@ def _checked(
         check_lengths("protected_lens", protected_lens, sequences, device)
     if scores is None:
         queries = check_query(queries, cache, sequences)
-        check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
     else:
+        queries = None
         shape = (layers, sequences, heads, window) if many else (sequences, heads, window)
         check_tensor("scores", scores, shape, (torch.float32,), device)
         scores = scores if many else scores[None]
+    check_scoring(queries[0].shape[1] if queries else 0, window, scale, attention, redundancy)
     if reduce_scores is not None and not callable(reduce_scores):
         raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
     scales = key_scales(k_scale, layers, heads, device)
@@ -221,8 +222,7 @@ def _checked(
     )  # fmt: skip
     if contents_are_checked(device):
         starts, fits = _windows(request)
-        # A default start below zero is a sequence shorter than its window, which is skipped; a given one is a
-        # mistake.
+        # A default start below zero is a sequence shorter than its window: skipped. A given one is a mistake.
         named = fits if window_starts is None else fits | (window_starts < 0)
         check_contents(cache, table, starts, torch.where(fits, seq_lens, starts), named, seq_lens)
     return request

@@ -12,6 +12,7 @@ promise unless ``KARA_KERNELS_DEBUG=1``.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -74,6 +75,14 @@ class Layers(Sequence[Tensor]):
             addresses = [tensor.data_ptr() for tensor in self.tensors]
             self._table = torch.tensor(addresses, dtype=torch.int64, device=self.tensors[0].device)
         return self._table
+
+    @functools.cached_property
+    def alignment(self) -> int:
+        """Bytes, up to 16, that every layer's base address is a multiple of: it decides how wide loads may be."""
+        bits = 16
+        for tensor in self.tensors:
+            bits |= tensor.data_ptr()
+        return bits & -bits
 
     @property
     def stride_layer(self) -> int:

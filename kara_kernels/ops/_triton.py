@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..paged import Layers, check_choice
+from ..paged import check_choice
 
 try:
     import triton
@@ -78,14 +78,6 @@ def shared_memory(device: torch.device) -> int:
 def is_amd(device: torch.device) -> bool:
     """Whether the target behind ``device`` is an AMD GPU."""
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
-
-
-def align_of(layers: Layers) -> int:
-    """Bytes, up to 16, that every layer's base address is a multiple of: it decides how wide loads may be."""
-    bits = 16
-    for tensor in layers:
-        bits |= tensor.data_ptr()
-    return bits & -bits
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:

@@ -22,7 +22,7 @@ from ..paged import (
     contents_are_checked,
     per_layer,
 )
-from ._triton import align_of, layer_pointer, resolve_backend, tl, triton
+from ._triton import layer_pointer, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
 
@@ -113,7 +113,7 @@ def launch_compact(
         keys.stride_layer, k.stride(0), k.stride(1), k.stride(2),
         values.stride_layer, v.stride(0), v.stride(1), v.stride(2), block_tables.stride(0),
         keep_indices.stride(0), keep_indices.stride(1), keep_indices.stride(2),
-        H=heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3], ALIGN_K=align_of(keys), ALIGN_V=align_of(values),
+        H=heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3], ALIGN_K=keys.alignment, ALIGN_V=values.alignment,
         BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -34,7 +34,7 @@ from ..paged import (
     key_scales,
     per_layer,
 )
-from ._triton import INTERPRETED, align_of, is_amd, layer_pointer, resolve_backend, shared_memory, tl, triton, window_of
+from ._triton import INTERPRETED, is_amd, layer_pointer, resolve_backend, shared_memory, tl, triton, window_of
 
 FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -400,7 +400,7 @@ def launch_score(
         k_cache.stride_layer, k.stride(0), k.stride(1), k.stride(2), block_tables.stride(0),
         *((0, 0) if by_head is None else by_head.stride()),
         H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], CAUSAL=attention == "causal",
-        REDUNDANCY=redundancy > 0, FP8=fp8, DTYPE=dtype, ALIGN_Q=align_of(query), ALIGN_K=align_of(k_cache),
+        REDUNDANCY=redundancy > 0, FP8=fp8, DTYPE=dtype, ALIGN_Q=query.alignment, ALIGN_K=k_cache.alignment,
         PRECISION=precision, WHOLE=config.whole, BLOCK_M=config.block_m, BLOCK_W=config.block_w,
         D0=config.d0, D1=config.d1, ROWS=config.rows, BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_R=16,
         num_warps=config.num_warps, enable_fp_fusion=True,
