@@ -63,7 +63,7 @@ def expand_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
     inside = offs_w < W
-    keys = order_keys(tl.load(scores_ptr + row * stride_row + offs_w, mask=inside, other=0.0), inside)
+    keys = order_keys(tl.load(scores_ptr + row * stride_row + offs_w, mask=inside, other=0.0))
     kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
     store_positions(indices_ptr + row * keep, kept, offs_w)
 
@@ -96,7 +96,7 @@ def keep_kernel(
             tl.store(scores_ptr + row * W + offs_w, scores, mask=inside)
         else:
             scores = tl.load(partials + offs_w, mask=inside, other=0.0)
-        keys = order_keys(scores, inside)
+        keys = order_keys(scores)
         if CHUNKS:
             kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
         else:

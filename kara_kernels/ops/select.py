@@ -16,17 +16,15 @@ from ._triton import resolve_backend, tl, triton
 
 
 @triton.jit
-def order_keys(scores, inside):
-    """int32 keys that order as float32 scores do: NaN as -inf, one zero, and positions that are not inside last.
+def order_keys(scores):
+    """int32 keys that order as float32 scores do, with NaN as -inf and one zero.
 
-    Flipping all bits but the sign of a negative float's pattern makes patterns order as signed integers do. Padding
-    gets INT_MIN, which no score maps to: padding with -inf would tie with a real one.
+    Flipping all bits but the sign of a negative float's pattern makes patterns order as signed integers do.
     """
     scores = tl.where(scores != scores, float("-inf"), scores)
     scores = tl.where(scores == 0, 0.0, scores)
     bits = scores.to(tl.int32, bitcast=True)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(inside, keys, -2147483648)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -34,8 +32,8 @@ def take_best(keys, weights, budget):
     """Mask of the elements taken by descending key, ties to the lower index, while the sum of weights fits
     ``budget``.
 
-    Elements of weight 0 are no candidates. Taking stops at the first that does not fit. With weights of one this is
-    the exact top-``budget``.
+    Elements of weight 0 are no candidates, padding among them: no key of it could tie with a real -inf. Taking stops
+    at the first that does not fit. With weights of one this is the exact top-``budget``.
     """
     candidate = weights > 0
     # The smallest threshold whose strictly greater keys fit. At the greatest key nothing is greater: it always fits.
@@ -70,7 +68,7 @@ def topk_kernel(indices_ptr, scores_ptr, k, stride_row: tl.int64, W: tl.constexp
     offs_w = tl.arange(0, BLOCK_W)
     inside = offs_w < W
     scores = tl.load(scores_ptr + row * stride_row + offs_w, mask=inside, other=0.0)
-    kept = take_best(order_keys(scores, inside), inside.to(tl.int32), k)
+    kept = take_best(order_keys(scores), inside.to(tl.int32), k)
     store_positions(indices_ptr + row * k, kept, offs_w)
 
 
