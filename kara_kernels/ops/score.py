@@ -351,7 +351,8 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
     d0 = max(16, 1 << (dim.bit_length() - 1))
     d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
     # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
-    block_m = min(64, max(16, 16384 // block_w))
+    # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
+    block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
     # Keys, and two query tiles in flight beside them. AMD keeps the queries in registers.
     needed = (block_w + (0 if amd else 2 * block_m)) * (d0 + d1) * dtype.itemsize
     # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
