@@ -252,11 +252,8 @@ def score_kernel(
                 out, k_base, table, start, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, BLOCK_D, BLOCK_R
             )
         else:
-            q_base = (
-                layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q)
-                + seq * stride_q_s
-                + head * G * stride_q_h
-            )
+            q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q)
+            q_base += seq * stride_q_s + head * G * stride_q_h
             factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e): exp2 is the native instruction
             if k_scale_ptr is not None:
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
@@ -317,9 +314,8 @@ def pool_kernel(
             total = tl.zeros([BLOCK_W], tl.float64)
             for row in range(0, LAYERS * HEADS):
                 source = partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h
-                total += row_scores(source, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W).to(
-                    tl.float64
-                )
+                scores = row_scores(source, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W)
+                total += scores.to(tl.float64)
             pooled = (total / (LAYERS * HEADS)).to(tl.float32)
         tl.store(out, pooled, mask=offs_w < W)
     else:
