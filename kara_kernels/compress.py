@@ -115,7 +115,7 @@ def compress_window(
             tensors. None with ``scores``.
         k_cache: ``[B, P, H, D]``, or ``L`` of them, or ``PagedCache.k``. Any strides; the Triton path needs the last
             to be 1 and one set of strides for all layers. float16, bfloat16, float32 or float8; with ``scores`` any
-            dtype of 1, 2 or 4 bytes.
+            dtype of 1, 2, 4 or 8 bytes.
         v_cache: the same with ``Dv``, or None for caches with one latent tensor (MLA).
         block_tables: int32 ``[S, max_blocks]``: physical token ``t`` of sequence ``s`` lies in block
             ``block_tables[s, t // P]``, row ``t % P``. May be a narrowed view.

@@ -23,6 +23,7 @@ from torch import Tensor
 MAX_WINDOW = 4096  # the selection kernel holds a whole row in registers; 4096 is what fits without spills
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SCORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what rows of an element size are moved as
 
 
 class Layers(Sequence[Tensor]):
@@ -175,6 +176,8 @@ def _check_pools(k: Layers, v: Layers | None) -> None:
     for name, layers in (("k_cache", k), ("v_cache", v)):
         if layers is not None and layers[0].dim() != 4:
             raise ValueError(f"{name}: expected [B, P, H, D], got shape {tuple(layers[0].shape)}")
+        if layers is not None and layers[0].element_size() not in WORDS:
+            raise TypeError(f"{name}: expected a dtype of 1, 2, 4 or 8 bytes, got {layers[0].dtype}")
         if layers is not None and 0 in layers[0].shape:
             raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(layers[0].shape)}")
     if v is not None:
@@ -441,11 +444,13 @@ def check_contents(
     ends: Tensor,
     active: Tensor,
     seq_lens: Tensor | None = None,
+    window: int = 0,
     written: bool = True,
 ) -> None:
     """Block ids and lengths that tokens ``starts..ends`` of the ``active`` sequences would be reached through.
 
-    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. With ``written`` no block may be used
+    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``; ``window`` tokens from a start on must lie
+    before its end. With ``written`` no block may be used
     by two
     sequences: only blocks that a sequence owns alone may be rewritten. Only called where reading contents is free
     or asked for.
@@ -465,6 +470,13 @@ def check_contents(
     if bool(negative.any()):
         s = int(negative.nonzero()[0])
         raise ValueError(f"window_starts[{s}]: expected 0 or more, got {int(starts[s])}")
+    late = (starts > ends - window) & active
+    if bool(late.any()):
+        s = int(late.nonzero()[0])
+        raise ValueError(
+            f"window_starts[{s}]: expected at most {int(ends[s]) - window}, a window of {window} before the "
+            f"sequence's end, got {int(starts[s])}"
+        )
     column = torch.arange(block_tables.shape[1], device=block_tables.device)
     used = active[:, None] & (column >= (starts // page)[:, None]) & (column <= ((ends - 1) // page)[:, None])
     bad = used & ((block_tables < 0) | (block_tables >= blocks))

@@ -209,3 +209,53 @@ def test_pools_beyond_32_bit_offsets(backend: str) -> None:
     for far, close in zip(pools, near, strict=True):
         moved = far.view(torch.uint8)[far_table[0].long()].flatten(0, 1)[:18]
         assert torch.equal(moved, close.view(torch.uint8).flatten(0, 1)[:18])
+
+
+COMPACT = {
+    "k_cache": torch.zeros(4, 4, 2, 3),
+    "v_cache": torch.ones(4, 4, 2, 5),
+    "block_tables": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+    "window_starts": torch.tensor([0, 1], dtype=torch.int32),
+    "seq_lens": torch.tensor([6, 7], dtype=torch.int32),
+    "keep_indices": torch.tensor([0, 2], dtype=torch.int32).expand(2, 2, 2),
+    "window": 6,
+}
+# name: (what is changed, exception, words of the message)
+WRONG_COMPACTIONS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
+    "window past the end": ({"window": 7}, ValueError, r"window_starts\[0\]: expected at most -1"),
+    "descending": ({"keep_indices": torch.tensor([2, 0], dtype=torch.int32).expand(2, 2, 2)}, ValueError, "ascending"),
+    "outside": ({"keep_indices": torch.tensor([2, 6], dtype=torch.int32).expand(2, 2, 2)}, ValueError, r"0\.\.5"),
+    "too many": ({"window": 1}, ValueError, r"keep_indices: expected 1\.\.1 indices"),
+    "int64": ({"keep_indices": torch.zeros(2, 2, 2, dtype=torch.int64)}, TypeError, "keep_indices: expected dtype"),
+    "dtype of 16 bytes": ({"k_cache": torch.zeros(4, 4, 2, 3, dtype=torch.complex128)}, TypeError, "1, 2, 4 or 8 byt"),
+    "shared block": (
+        {"block_tables": torch.tensor([[0, 1], [2, 1]], dtype=torch.int32)}, ValueError, "got block 1 twice",
+    ),
+    "half a sequence left alone": (
+        {"keep_indices": torch.tensor([[[0, 1], [-1, -1]]] * 2, dtype=torch.int32)}, ValueError, "throughout",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("wrong", WRONG_COMPACTIONS)
+def test_a_wrong_compaction_is_refused_before_anything_moves(wrong: str, backend: str) -> None:
+    change, error, words = WRONG_COMPACTIONS[wrong]
+    given_ = COMPACT | {"k_cache": torch.randn(4, 4, 2, 3), "v_cache": torch.randn(4, 4, 2, 5)} | change
+    before = given_["k_cache"].clone(), given_["v_cache"].clone()
+    with pytest.raises(error, match=words):
+        ops.compact_blocks(**given_, backend=backend)
+    assert torch.equal(given_["k_cache"], before[0])
+    assert torch.equal(given_["v_cache"], before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_any_dtype_is_moved(dtype: torch.dtype, backend: str) -> None:
+    cache = torch.arange(4 * 4 * 2 * 3).view(4, 4, 2, 3).to(dtype)
+    expected = cache.clone()
+    expected[0, 1], expected[2, 2] = cache[0, 2], cache[2, 3]
+    lens = ops.compact_blocks(**(COMPACT | {"k_cache": cache, "v_cache": None}), backend=backend)
+    assert lens.tolist() == [2, 3]
+    assert torch.equal(cache[0, :2], expected[0, :2])
+    assert torch.equal(cache[2, :3], expected[2, :3])

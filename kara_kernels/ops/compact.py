@@ -13,11 +13,13 @@ from torch import Tensor
 
 from .. import reference
 from ..paged import (
+    WORDS,
     PagedCache,
     check_block_tables,
     check_contents,
     check_keep_indices,
     check_lengths,
+    check_unit_stride,
     check_window,
     contents_are_checked,
     per_layer,
@@ -88,8 +90,6 @@ def compact_kernel(
 
 # --------------------------------------------------------------------------------------------- how it is launched
 
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
 
 def row_block(dim: int, itemsize: int) -> tuple[int, int]:
     """``(BLOCK_D, rows of a tile)``: 64 bytes in flight a thread at 4 warps, four 16-byte loads."""
@@ -136,7 +136,7 @@ def compact_blocks(
     """Keep ``keep_indices`` of every window and move the tail up behind them, in place, for every layer and head.
 
     Args:
-        k_cache: ``[B, P, H, D]`` of any dtype of 1, 2 or 4 bytes and any strides (the last 1 on the Triton path), or
+        k_cache: ``[B, P, H, D]`` of any dtype of 1, 2, 4 or 8 bytes and any strides (the last 1 on the Triton path), or
             ``L`` such tensors, or a :class:`~kara_kernels.PagedCache` half.
         v_cache: the same with ``Dv``, or None for caches with one latent tensor (MLA).
         block_tables: int32 ``[S, max_blocks]``; may be a narrowed view.
@@ -166,8 +166,9 @@ def compact_blocks(
     lengths = check_lengths("seq_lens", seq_lens, table.shape[0], device)
     keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
     cache.require_kernel_layout()
+    check_unit_stride("keep_indices", keep)
     if contents_are_checked(device):
-        check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths)
+        check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths, window)
     new_lens = torch.empty_like(lengths)
     if len(lengths):
         launch_compact(new_lens, cache, table, starts, lengths, keep, window)

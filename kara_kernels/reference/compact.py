@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..paged import (
+    WORDS,
     PagedCache,
     check_block_tables,
     check_contents,
@@ -19,7 +20,6 @@ from ..paged import (
 )
 
 TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tail's length, and stays in cache
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes are moved, never recomputed
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def compact_blocks(
     keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
     active = keep[0, :, 0, 0] >= 0
     if contents_are_checked(table.device):
-        check_contents(cache, table, starts, lengths, active, lengths)
+        check_contents(cache, table, starts, lengths, active, lengths, window)
     for s, (start, length, alive) in enumerate(zip(starts.tolist(), lengths.tolist(), active.tolist(), strict=True)):
         if alive:
             compact_sequence(cache, table[s], start, length, keep[:, s], window)
