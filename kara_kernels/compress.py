@@ -102,8 +102,7 @@ def compress_window(
     reduce_scores: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> CompressedWindow:
-    """Score a window of every sequence, keep ``keep`` of its ``window`` tokens, and move the rest of the cache up,
-    in place.
+    """Score a window of every sequence, keep ``keep`` of its tokens, and move what follows up behind them, in place.
 
     For a paged KV cache of one layer or of all layers at once: three kernel launches whatever ``L`` and ``S`` (a
     fourth where scores are pooled or reduced), no device-to-host synchronisation, no allocation that depends on

@@ -153,8 +153,8 @@ def compact_blocks(
 
     Raises:
         TypeError, ValueError: before anything is written. Contents (block ids, lengths, order of ``keep_indices``,
-            blocks
-        that two sequences share from their windows on) are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only.
+            blocks that two sequences share from their windows on) are checked on the CPU and with
+            ``KARA_KERNELS_DEBUG=1`` only.
     """
     _, cache, many = per_layer(None, k_cache, v_cache)
     device = cache.k[0].device
