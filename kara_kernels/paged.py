@@ -449,9 +449,9 @@ def check_contents(
 ) -> None:
     """Block ids and lengths that tokens ``starts..ends`` of the ``active`` sequences would be reached through.
 
-    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. From a start on ``window`` tokens must lie
-    before the end. With ``written`` no block may be used by two sequences: only blocks that a sequence owns alone may
-    be rewritten. Only called where reading contents is free or asked for.
+    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. From a start on, ``window`` tokens must
+    lie before the end. With ``written`` no block may be used by two sequences: only blocks that a sequence owns alone
+    may be rewritten. Only called where reading contents is free or asked for.
     """
     blocks, page, _, _ = cache.shape
     capacity = block_tables.shape[1] * page
