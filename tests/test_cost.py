@@ -42,7 +42,11 @@ def alternate(rounds: int, *jobs: Callable[[], object]) -> list[float]:
 
 
 def test_an_event_costs_at_most_two_decode_steps() -> None:
-    """All 30 layers, 9 query heads, 3 KV heads, D 64, W 256, K 128, float32, one sequence; steps of batch 1."""
+    """All 30 layers, 9 query heads, 3 KV heads, D 64, W 256, K 128, float32, one sequence; steps of batch 1.
+
+    An event computes and a step waits for memory, so a busy neighbour on the same core doubles the one and leaves the
+    other alone. Disturbance only ever adds time: what counts is the least disturbed of some spells a few seconds apart.
+    """
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**smollm2())).eval()
     cache = transformers.DynamicCache()
@@ -65,6 +69,11 @@ def test_an_event_costs_at_most_two_decode_steps() -> None:
         model(torch.randint(1000, (1, 384)), past_key_values=cache)
         alternate(2, step, event)
         of_step, of_event = alternate(15, step, event)
+        for _ in range(8):
+            if of_event <= of_step:
+                break
+            time.sleep(5)
+            of_step, of_event = map(min, (of_step, of_event), alternate(10, step, event))
     print(f"\ndecode step {of_step * 1e3:.1f} ms, event {of_event * 1e3:.1f} ms, {of_event / of_step:.2f} steps")
     assert of_event <= 2 * of_step
 
