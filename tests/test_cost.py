@@ -95,7 +95,7 @@ class Large:
 LARGE = {
     "wide window, many queries": Large(queries=300, group=8, window=4096),
     "long tail": Large(tail=100_000),
-    "many rows": Large(sequences=120, queries=1, dim=8, layers=36),
+    "many rows": Large(sequences=300, queries=1, dim=2, layers=36),
     "many pooled rows": Large(sequences=500, queries=1, dim=4, layers=36, pool="model"),
     "many sequences": Large(sequences=300, dim=64, window=128, tail=64),
 }
