@@ -245,12 +245,16 @@ def _compress_torch(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     scores = r.scores
     if scores is None or r.pool != "head":
         scores = torch.zeros(*r.lists, r.window, device=starts.device)
-        if r.scores is None:
-            for s, start in alive:
-                scores[:, s] = _pooled(r, _score_sequence(r, s, start))
-        else:
+        if r.scores is not None:
             for s in range(sequences):
                 scores[:, s] = _pooled(r, r.scores[:, s])
+        elif r.query is not None:
+            for s, start in alive:
+                of_sequence = score_sequence(
+                    r.query, r.cache.k, r.block_tables, s, start, r.window,
+                    scale=r.scale, k_scale=r.k_scale, attention=r.attention, redundancy=r.redundancy,
+                )  # fmt: skip
+                scores[:, s] = _pooled(r, of_sequence)
     scores = _reduced(r, scores)
     keep_indices = expand_chunks(scores, r.keep, r.chunk_budget, r.max_chunk)
     keep_indices = torch.where(fits[:, None, None], keep_indices, -1)
@@ -258,19 +262,6 @@ def _compress_torch(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     for s, start in alive:
         compact_sequence(r.cache, r.block_tables[s], start, int(r.seq_lens[s]), rows[:, s], r.window)
     return torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores
-
-
-def _score_sequence(r: _Request, s: int, start: int) -> Tensor:
-    """All layers of one sequence: float32 ``[L, H, W]``."""
-    assert r.query is not None
-    return torch.stack([
-        score_sequence(
-            r.query[layer][s], keys, r.block_tables[s], start, r.window, scale=r.scale,
-            k_scale=r.k_scale if isinstance(r.k_scale, float) else r.k_scale[layer],
-            attention=r.attention, redundancy=r.redundancy,
-        )
-        for layer, keys in enumerate(r.cache.k)
-    ])  # fmt: skip
 
 
 def _pooled(r: _Request, scores: Tensor) -> Tensor:
@@ -284,23 +275,21 @@ def _compress_triton(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
     fit = r.window_starts, r.seq_lens, r.protected_lens
     scores, computed, inverse = r.scores, r.scores is None, 1.0
-    if scores is None:
-        assert r.query is not None
+    if scores is None or r.pool != "head":
+        scores = r.seq_lens.new_empty(*r.lists, r.window, dtype=torch.float32)
+    if r.query is not None:
         config, tiles = plan_score(r.query, r.cache.k, r.window, r.redundancy)
         inverse = heads / (r.query[0].shape[1] * r.query[0].shape[2])
-        partials = r.seq_lens.new_empty(layers, sequences, heads, tiles, r.window, dtype=torch.float32)
+        partials = scores.new_empty(layers, sequences, heads, tiles, r.window)
         launch_score(
             partials, r.query, r.cache.k, r.block_tables, *fit, r.scale, r.k_scale, r.attention, r.redundancy, config
         )
-        scores = partials.new_empty(*r.lists, r.window)
-    else:
-        partials = scores[:, :, :, None]
+    elif r.scores is not None:
+        partials = r.scores[:, :, :, None]
     if r.pool != "head" or (computed and r.reduce_scores is not None):
-        scores = partials.new_empty(*r.lists, r.window)
         launch_pool(scores, partials, *fit, inverse, r.redundancy, computed)
         computed = False
-    if r.reduce_scores is not None:
-        scores = _reduced(r, scores)
+    scores = _reduced(r, scores)
     if not computed:
         partials = scores[:, :, :, None]
     keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)

@@ -429,6 +429,43 @@ def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: 
         ) from None
 
 
+# ------------------------------------------------------------- all arguments of an operation, for either backend
+
+
+def check_score_window(
+    query: Layers | None, cache: PagedCache, block_tables: object, window_starts: object, window: int,
+    scale: float | None, k_scale: float | Tensor | None, attention: str, redundancy: float,
+) -> tuple[Layers, Tensor, Tensor, float | Tensor]:  # fmt: skip
+    """Arguments of ``score_window`` as (queries, block tables, starts, key scales)."""
+    check_window(window)
+    device, (_, _, heads, _) = cache.k[0].device, cache.shape
+    table = check_block_tables(block_tables, device)
+    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
+    queries = check_query(query, cache, table.shape[0])
+    check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
+    scales = key_scales(k_scale, len(cache.k), heads, device)
+    if contents_are_checked(device):
+        everywhere = torch.ones_like(starts, dtype=torch.bool)
+        check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
+    return queries, table, starts, scales
+
+
+def check_compact_blocks(
+    cache: PagedCache, block_tables: object, window_starts: object, seq_lens: object, keep_indices: object,
+    window: int, many: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Arguments of ``compact_blocks`` as (block tables, starts, lengths, keep indices ``[L, S, H, K]``)."""
+    check_window(window)
+    device = cache.k[0].device
+    table = check_block_tables(block_tables, device)
+    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
+    lengths = check_lengths("seq_lens", seq_lens, table.shape[0], device)
+    keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
+    if contents_are_checked(device):
+        check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths, window)
+    return table, starts, lengths, keep
+
+
 # ------------------------------------------------------------------------------------------- content checks
 
 

@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..paged import (
-    WORDS,
-    PagedCache,
-    check_block_tables,
-    check_contents,
-    check_keep_indices,
-    check_lengths,
-    check_unit_stride,
-    check_window,
-    contents_are_checked,
-    per_layer,
-)
+from ..paged import WORDS, PagedCache, check_compact_blocks, check_unit_stride, per_layer
 from ._triton import layer_pointer, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -157,18 +146,13 @@ def compact_blocks(
             ``KARA_KERNELS_DEBUG=1`` only.
     """
     _, cache, many = per_layer(None, k_cache, v_cache)
-    device = cache.k[0].device
-    if resolve_backend(backend, device) == "torch":
+    if resolve_backend(backend, cache.k[0].device) == "torch":
         return reference.compact_blocks(k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window)
-    check_window(window)
-    table = check_block_tables(block_tables, device)
-    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
-    lengths = check_lengths("seq_lens", seq_lens, table.shape[0], device)
-    keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
+    table, starts, lengths, keep = check_compact_blocks(
+        cache, block_tables, window_starts, seq_lens, keep_indices, window, many
+    )
     cache.require_kernel_layout()
     check_unit_stride("keep_indices", keep)
-    if contents_are_checked(device):
-        check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths, window)
     new_lens = torch.empty_like(lengths)
     if len(lengths):
         launch_compact(new_lens, cache, table, starts, lengths, keep, window)

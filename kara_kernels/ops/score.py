@@ -21,19 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..paged import (
-    FP8_DTYPES,
-    Layers,
-    check_block_tables,
-    check_contents,
-    check_lengths,
-    check_query,
-    check_scoring,
-    check_window,
-    contents_are_checked,
-    key_scales,
-    per_layer,
-)
+from ..paged import FP8_DTYPES, Layers, check_score_window, per_layer
 from ._triton import INTERPRETED, is_amd, layer_pointer, resolve_backend, shared_memory, tl, triton, window_of
 
 FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
@@ -471,18 +459,12 @@ def score_window(
             query, k_cache, block_tables, window_starts, window,
             scale=scale, k_scale=k_scale, attention=attention, redundancy=redundancy,
         )  # fmt: skip
-    check_window(window)
-    table = check_block_tables(block_tables, device)
-    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
-    queries = check_query(queries, cache, table.shape[0])
-    check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
-    layers, (_, _, heads, dim) = len(cache.k), cache.shape
-    scales = key_scales(k_scale, layers, heads, device)
+    queries, table, starts, scales = check_score_window(
+        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, redundancy
+    )
     queries.require_kernel_layout("query")
     cache.require_kernel_layout()
-    if contents_are_checked(device):
-        everywhere = torch.ones_like(starts, dtype=torch.bool)
-        check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
+    layers, (_, _, heads, dim) = len(cache.k), cache.shape
     config, tiles = plan_score(queries, cache.k, window, redundancy)
     scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
     partials = scores.new_empty(layers, len(starts), heads, tiles, window)

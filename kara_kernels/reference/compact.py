@@ -7,17 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..paged import (
-    WORDS,
-    PagedCache,
-    check_block_tables,
-    check_contents,
-    check_keep_indices,
-    check_lengths,
-    check_window,
-    contents_are_checked,
-    per_layer,
-)
+from ..paged import WORDS, PagedCache, check_compact_blocks, per_layer
 
 TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tail's length, and stays in cache
 
@@ -39,14 +29,10 @@ def compact_blocks(
     for a sequence to leave alone. Returns the new lengths, int32 ``[S]``. Both caches are changed in place.
     """
     _, cache, many = per_layer(None, k_cache, v_cache)
-    window = check_window(window)
-    table = check_block_tables(block_tables, cache.k[0].device)
-    starts = check_lengths("window_starts", window_starts, table.shape[0], table.device)
-    lengths = check_lengths("seq_lens", seq_lens, table.shape[0], table.device)
-    keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
+    table, starts, lengths, keep = check_compact_blocks(
+        cache, block_tables, window_starts, seq_lens, keep_indices, window, many
+    )
     active = keep[0, :, 0, 0] >= 0
-    if contents_are_checked(table.device):
-        check_contents(cache, table, starts, lengths, active, lengths, window)
     for s, (start, length, alive) in enumerate(zip(starts.tolist(), lengths.tolist(), active.tolist(), strict=True)):
         if alive:
             compact_sequence(cache, table[s], start, length, keep[:, s], window)

@@ -7,19 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..paged import (
-    FP8_DTYPES,
-    check_block_tables,
-    check_contents,
-    check_lengths,
-    check_query,
-    check_scoring,
-    check_window,
-    contents_are_checked,
-    key_scales,
-    per_layer,
-    slices,
-)
+from ..paged import FP8_DTYPES, Layers, check_score_window, per_layer, slices
 
 # Logits are made a slice of rows at a time, which bounds the memory for any window: 1 MB of them stays in a core's
 # cache (a 256-token window of 9 heads took 37 ms instead of 42 over 30 layers). Keys are made float32 some heads at a
@@ -47,39 +35,38 @@ def score_window(
     or tensors with a leading ``L``, -> ``[L, S, H, W]``. Computed in float32.
     """
     queries, cache, many = per_layer(query, k_cache, None)
-    check_window(window)
-    table = check_block_tables(block_tables, cache.k[0].device)
-    starts = check_lengths("window_starts", window_starts, table.shape[0], table.device)
-    queries = check_query(queries, cache, table.shape[0])
-    check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
-    scales = key_scales(k_scale, len(cache.k), cache.shape[2], table.device)
-    if contents_are_checked(table.device):
-        everywhere = torch.ones_like(starts, dtype=torch.bool)
-        check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
+    queries, table, starts, scales = check_score_window(
+        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, redundancy
+    )
     scores = torch.empty(len(cache.k), table.shape[0], cache.shape[2], window, dtype=torch.float32, device=table.device)
     for s, start in enumerate(starts.tolist()):
-        for layer, keys in enumerate(cache.k):
-            scores[layer, s] = score_sequence(
-                queries[layer][s], keys, table[s], start, window,
-                scale=scale, k_scale=scales if isinstance(scales, float) else scales[layer],
-                attention=attention, redundancy=redundancy,
-            )  # fmt: skip
+        scores[:, s] = score_sequence(
+            queries, cache.k, table, s, start, window,
+            scale=scale, k_scale=scales, attention=attention, redundancy=redundancy,
+        )  # fmt: skip
     return scores if many else scores[0]
 
 
 def score_sequence(
-    query: Tensor,
-    k_cache: Tensor,
-    blocks: Tensor,
-    start: int,
-    window: int,
-    *,
-    scale: float | None,
-    k_scale: float | Tensor,
-    attention: str,
-    redundancy: float,
-) -> Tensor:
-    """One layer of one sequence, unchecked: ``query [N, H*G, D]``, ``blocks [max_blocks]`` -> float32 ``[H, W]``."""
+    queries: Layers, k_caches: Layers, block_tables: Tensor, s: int, start: int, window: int,
+    *, scale: float | None, k_scale: float | Tensor, attention: str, redundancy: float,
+) -> Tensor:  # fmt: skip
+    """All layers of sequence ``s``, unchecked: ``k_scale`` a float or ``[L, H]`` -> float32 ``[L, H, W]``."""
+    return torch.stack([
+        _score_layer(
+            queries[layer][s], keys, block_tables[s], start, window, scale=scale,
+            k_scale=k_scale if isinstance(k_scale, float) else k_scale[layer],
+            attention=attention, redundancy=redundancy,
+        )
+        for layer, keys in enumerate(k_caches)
+    ])  # fmt: skip
+
+
+def _score_layer(
+    query: Tensor, k_cache: Tensor, blocks: Tensor, start: int, window: int,
+    *, scale: float | None, k_scale: float | Tensor, attention: str, redundancy: float,
+) -> Tensor:  # fmt: skip
+    """``query [N, H*G, D]``, ``blocks [max_blocks]``, ``k_scale`` a float or ``[H]`` -> float32 ``[H, W]``."""
     heads, dim = k_cache.shape[2:]
     scale = dim**-0.5 if scale is None else scale
     rows = start + torch.arange(window, device=k_cache.device)
