@@ -1,0 +1,193 @@
+"""Who is compressed when, and what that does to blocks and lengths: host logic on counts alone.
+
+A compression has three parts. **plan**: the scheduler decides on a window from counts it has anyway. **execute**
+(:mod:`.execute`): every worker moves rows, before the step writes into freed blocks. **commit**: the scheduler books
+the new lengths. How many tokens stay is fixed when it is planned, so no scheduler waits for a worker and every
+tensor-parallel rank agrees.
+
+Two lengths are kept apart. The *logical* length counts every token ever seen: positions, stop conditions,
+recomputation. The *physical* length counts the rows a sequence still holds: slots, attention. They differ by what was
+*dropped*. The *frontier* is the physical length of what is never touched (again): the prompt, then what earlier
+compressions kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .policy import Policy
+
+
+class Held(NamedTuple):
+    """What an engine tells about a sequence that may be compressed now: its prompt is through, nothing in flight."""
+
+    request_id: str
+    logical_len: int
+    """Tokens computed so far; their keys and values are in the cache."""
+    blocks: Sequence[int]
+    """Ids of its blocks in order, or its slots with a page size of 1."""
+    first_owned: int
+    """Index of the first block from which on every block belongs to this sequence alone (reference count 1)."""
+
+
+class Plan(NamedTuple):
+    """One compression of one sequence, complete for a worker that knows nothing else of it."""
+
+    request_id: str
+    logical_len: int
+    physical_len: int
+    """Rows held before; afterwards ``new_len``."""
+    new_len: int
+    window_start: int
+    """Physical index of the first window token."""
+    blocks: tuple[int, ...]
+    """All blocks before, of which those from index ``first_written`` on are rewritten or freed."""
+    first_written: int
+    kept_blocks: int
+    """How many of ``blocks`` the sequence keeps; those behind go back to the pool."""
+    last_query: int
+    """Sample number of the newest recorded query, see :class:`kara_kernels.engine.QueryRing`."""
+    num_queries: int
+    """``N``, recorded queries that score."""
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Blocks that must leave the prefix cache before they are written or freed."""
+        return self.blocks[self.first_written :]
+
+    @property
+    def freed(self) -> tuple[int, ...]:
+        """Blocks that go back to the pool once the rows are moved."""
+        return self.blocks[self.kept_blocks :]
+
+
+@dataclass(slots=True)
+class _State:
+    """One running sequence."""
+
+    order: int
+    recorded_from: int  # logical position from which on its queries are in the ring
+    frontier: int
+    dropped: int = 0
+    windows: int = 0
+    said: str = ""  # the last reason why this window waits, so that each is counted once
+
+
+class Ledger:
+    """The compression state of every running sequence of one engine.
+
+    ``start`` it when its first tokens are scheduled, ``forget`` it when it finishes, is aborted **or preempted**: what
+    was kept is lost with the blocks, and recomputation begins anew. No state is tied to a place in a batch.
+
+    Args:
+        policy: what to do.
+        page_size: ``P``, tokens in a block; 1 for slot tables.
+
+    Raises:
+        ValueError: settings that could never free a block of this size.
+    """
+
+    def __init__(self, policy: Policy, page_size: int) -> None:
+        policy.check_page_size(page_size)
+        self.policy = policy
+        self.page_size = page_size
+        self.skipped: Counter[str] = Counter()
+        """Windows that had to wait, by reason; every window and reason counts once."""
+        self._states: dict[str, _State] = {}
+        self._started = 0
+        self._rounds = 0
+
+    def start(self, request_id: str, prompt_len: int, computed: int) -> None:
+        """A sequence begins, or begins anew after preemption.
+
+        Args:
+            request_id: its name.
+            prompt_len: tokens that are never compressed, at least those of ``policy.protected``.
+            computed: tokens that the prefix cache served: their queries were not seen.
+        """
+        frontier = max(prompt_len, self.policy.protected)
+        self._states[request_id] = _State(self._started, max(prompt_len, computed), frontier)
+        self._started += 1
+
+    def forget(self, request_id: str) -> None:
+        """The sequence holds no blocks any more. Unknown names are fine: it may never have begun."""
+        self._states.pop(request_id, None)
+
+    def dropped(self, request_id: str) -> int:
+        """Logical minus physical length; 0 for a sequence that was never compressed or is unknown."""
+        state = self._states.get(request_id)
+        return 0 if state is None else state.dropped
+
+    def windows(self, request_id: str) -> int:
+        """Compressions since the sequence began (anew)."""
+        state = self._states.get(request_id)
+        return 0 if state is None else state.windows
+
+    def plan(self, held: Iterable[Held]) -> list[Plan]:
+        """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
+
+        Those with most uncompressed tokens go first, then the longest running, so that nobody starves. Changes no
+        length: a plan that is not committed has not happened.
+        """
+        self._rounds += 1
+        if (self._rounds - 1) % self.policy.period:
+            return []
+        due = [plan for sequence in held if (plan := self._plan(sequence)) is not None]
+        due.sort(key=lambda plan: (plan.window_start - plan.physical_len, self._states[plan.request_id].order))
+        for plan in due[self.policy.max_sequences :]:
+            self._skip(self._states[plan.request_id], "cap")
+        return due[: self.policy.max_sequences]
+
+    def commit(self, plan: Plan) -> None:
+        """Books a plan that every worker executes before it computes another token of this sequence."""
+        state = self._states[plan.request_id]
+        if plan.physical_len != plan.logical_len - state.dropped or plan.window_start < state.frontier:
+            raise ValueError(f"plan: expected one made since the last commit of {plan.request_id}, got {plan}")
+        state.dropped += self.policy.dropped
+        state.frontier = plan.window_start + self.policy.keep
+        state.windows += 1
+        state.said = ""
+
+    def _plan(self, held: Held) -> Plan | None:
+        state = self._states.get(held.request_id)
+        if state is None:
+            return None
+        policy, page = self.policy, self.page_size
+        physical = held.logical_len - state.dropped
+        enough = policy.window + policy.tail
+        if physical - state.frontier < enough:
+            return None
+        start = max(state.frontier, held.first_owned * page)
+        if physical - start < enough:
+            return self._skip(state, "shared")
+        after = physical - policy.dropped
+        kept = -(-after // page)
+        freed = len(held.blocks) - kept
+        # Within one block of further tokens every gain comes up that can come up at all; then it goes ahead anyway.
+        if freed < policy.min_freed_blocks and physical - start < enough + page:
+            return self._skip(state, "gain")
+        last = (held.logical_len - 1) // policy.query_stride
+        recorded = last - (state.recorded_from - 1) // policy.query_stride
+        # A sequence whose decoded tokens came from the prefix cache has to be watched for a while.
+        if recorded < max(1, policy.query_rows // 4):
+            return self._skip(state, "queries")
+        return Plan(
+            request_id=held.request_id,
+            logical_len=held.logical_len,
+            physical_len=physical,
+            new_len=after,
+            window_start=start,
+            blocks=tuple(held.blocks),
+            first_written=start // page,
+            kept_blocks=kept,
+            last_query=last,
+            num_queries=min(recorded, policy.query_rows),
+        )
+
+    def _skip(self, state: _State, reason: str) -> None:
+        if state.said != reason:
+            state.said = reason
+            self.skipped[reason] += 1

@@ -1,0 +1,103 @@
+"""What an operator sets: how much is compressed, when, and by which scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..compress import POOLS
+from ..paged import MAX_WINDOW, check_choice, check_count, check_number
+
+QUERY_HEADS = ("all", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Settings of an engine's compression; every field has a default and is checked on construction.
+
+    Lengths are in tokens, counts in what they name.
+
+    Raises:
+        TypeError, ValueError: naming field, expected and got.
+    """
+
+    window: int = 256
+    """``W``: uncompressed tokens that one compression looks at; 2..4096, at least one block of the cache."""
+    keep: int = 128
+    """``K``: tokens of them that stay, below ``window``."""
+    tail: int = 128
+    """Newest tokens left alone until the next round; they judge the window before them."""
+    protected: int = 0
+    """Tokens from the start of a sequence that are never compressed. The whole prompt is protected in any case."""
+    period: int = 1
+    """Engine steps from one planning round to the next."""
+    max_sequences: int = 4
+    """Sequences compressed in one step at most; the others wait, those with most to compress go first."""
+    min_freed_blocks: int = 1
+    """A compression waits until it frees that many blocks, but never for more than one block of tokens."""
+    chunk_fraction: float = 0.3
+    """Share of ``keep`` that Token2Chunk may spend; see :func:`kara_kernels.compress_window`."""
+    max_chunk: int = 8
+    """Longest chunk, in tokens."""
+    pool: str = "head"
+    """Keep lists per ``"head"``, ``"layer"`` or ``"model"``."""
+    redundancy: float = 9.0
+    """Weight of similarity to other keys; 9 was measured best with the demo's model."""
+    query_stride: int = 8
+    """Queries of every n-th decoded token are recorded to score with; 1: of all."""
+    query_heads: str = "all"
+    """``"all"`` query heads are recorded, or the ``"mean"`` of each GQA group: ``G`` times less memory."""
+    max_query_gib: float = 4.0
+    """Upper bound of the query ring's memory per worker, in GiB; a ring that would be larger is refused."""
+
+    def __post_init__(self) -> None:
+        check_count("window", self.window, 2, MAX_WINDOW)
+        check_count("keep", self.keep, 1, self.window - 1)
+        for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 1)):
+            check_count(name, getattr(self, name), low, 2**31 - 1)
+        check_number("chunk_fraction", self.chunk_fraction, 0.0, 1.0)
+        check_count("max_chunk", self.max_chunk, 1, 2**31 - 1)
+        check_choice("pool", self.pool, POOLS)
+        check_number("redundancy", self.redundancy, 0.0, 3.4e38)
+        check_count("query_stride", self.query_stride, 1, self.window)
+        check_choice("query_heads", self.query_heads, QUERY_HEADS)
+        check_number("max_query_gib", self.max_query_gib, 0.0, 1e6)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Policy:
+        """The policy of a mapping such as parsed JSON. Unknown keys are a ValueError that lists the known ones."""
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(map(str, set(settings) - set(known))):
+            raise ValueError(f"{', '.join(unknown)}: expected one of {', '.join(known)}")
+        return cls(**settings)
+
+    def check_page_size(self, page_size: int) -> None:
+        """Refuses settings that could never free a block of ``page_size`` tokens."""
+        if self.window < page_size:
+            raise ValueError(f"window: expected at least one block of {page_size} tokens, got {self.window}")
+        most = -(-(self.window - self.keep) // page_size)
+        if self.min_freed_blocks > most:
+            raise ValueError(
+                f"min_freed_blocks: expected at most {most}, which is what dropping {self.window - self.keep} of "
+                f"{self.window} tokens can free with blocks of {page_size}, got {self.min_freed_blocks}"
+            )
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that one compression drops."""
+        return self.window - self.keep
+
+    @property
+    def query_rows(self) -> int:
+        """Queries a sequence has room for: those of one window and the tail behind it."""
+        return -(-(self.window + self.tail) // self.query_stride)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The options of :func:`kara_kernels.compress_window` that decide which tokens stay."""
+        names = "chunk_fraction", "max_chunk", "pool", "redundancy"
+        return {name: getattr(self, name) for name in names}

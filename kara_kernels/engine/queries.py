@@ -1,0 +1,152 @@
+"""The queries that score: a ring of the newest ones of every running sequence, written by the attention layers.
+
+Queries of decoded tokens only, of every ``query_stride``-th. Sample number ``n`` of a sequence is the query of its
+token at logical position ``n * query_stride``; it lies in row ``n % rows``, so a ring needs no state of its own, and a
+sequence that is recomputed after preemption writes the same rows again. Order does not matter to scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+from .policy import Policy
+
+
+class Span(NamedTuple):
+    """The tokens of one sequence in a step, in the order in which the step's batch has them."""
+
+    request_id: str
+    prompt_len: int
+    first_position: int
+    """Logical position of the first of them."""
+    num_tokens: int
+
+
+class QueryRing:
+    """Rings of post-RoPE queries for up to ``max_sequences`` running sequences, one allocation for life.
+
+    Memory: :attr:`nbytes`, allocated once and zeroed by nobody: on a CPU a page costs memory when it is first written.
+    ``prepare`` a step on the host, then ``record`` each layer inside the forward: its indices live at a fixed address,
+    so a captured CUDA graph that contains ``record`` writes what the latest ``prepare`` says.
+
+    Args:
+        policy: stride, rows and whether groups are averaged.
+        layers: ``L``.
+        query_heads, kv_heads: ``H*G`` and ``H`` of this worker.
+        head_dim: ``D``.
+        max_sequences: sequences that run at once at most.
+        max_tokens: tokens in one step at most, padding included.
+        dtype, device: of the queries.
+
+    Raises:
+        ValueError: the ring would be larger than ``policy.max_query_gib``.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        layers: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_sequences: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.policy = policy
+        self.rows = policy.query_rows
+        self._kv_heads = kv_heads
+        self._mean = policy.query_heads == "mean" and query_heads > kv_heads
+        heads = kv_heads if self._mean else query_heads
+        # The last row takes what is not recorded.
+        self._trash = max_sequences * self.rows
+        shape = layers, self._trash + 1, heads, head_dim
+        self.nbytes = layers * (self._trash + 1) * heads * head_dim * dtype.itemsize
+        """Bytes of all rings together."""
+        if self.nbytes > policy.max_query_gib * 2**30:
+            raise ValueError(
+                f"max_query_gib: the query ring of {max_sequences} sequences ({self.rows} queries of {heads} heads of "
+                f"{head_dim} in {layers} layers each) expected at most {policy.max_query_gib} GiB, got "
+                f"{self.nbytes / 2**30:.2f}: raise query_stride or max_query_gib, set query_heads to 'mean', or let "
+                f"fewer sequences run at once"
+            )
+        self._ring = torch.empty(shape, dtype=dtype, device=device)
+        self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
+        self._staged = torch.empty(max_tokens, dtype=torch.int64, pin_memory=self._targets.is_cuda)
+        self._written = 0
+        self._slots: dict[str, int] = {}
+        self._free = list(range(max_sequences - 1, -1, -1))
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that have a ring."""
+        return len(self._slots)
+
+    def release(self, request_id: str) -> None:
+        """The sequence finished, was aborted or preempted; unknown names are fine."""
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def prepare(self, spans: Iterable[Span]) -> bool:
+        """Where the queries of the step to come go; returns whether any is recorded.
+
+        Raises RuntimeError if more sequences run than the ring was made for: an engine that forgot to release some.
+        """
+        stride, rows, staged = self.policy.query_stride, self.rows, self._staged
+        offset = 0
+        marks: list[tuple[int, int]] = []
+        for request_id, prompt_len, first, count in spans:
+            # Only the newest `rows` samples survive a long chunk, and no row may be written twice in one step.
+            last_sample = (first + count - 1) // stride
+            begin = max(first, prompt_len, (last_sample - rows + 1) * stride)
+            sample = -(-begin // stride)
+            if sample <= last_sample:
+                base = self._slot(request_id) * rows
+                marks += [(offset + n * stride - first, base + n % rows) for n in range(sample, last_sample + 1)]
+            offset += count
+        # Tokens beyond this step's are padding, or left over from a longer step.
+        used = max(offset, self._written)
+        staged[:used] = self._trash
+        for at, row in marks:
+            staged[at] = row
+        self._written = offset if marks else 0
+        if marks or used:
+            self._targets[:used].copy_(staged[:used], non_blocking=True)
+        return bool(marks)
+
+    def record(self, layer: int, query: Tensor) -> None:
+        """Writes the queries ``[T, H*G, D]`` of one layer, padding included, to where ``prepare`` said."""
+        if self._mean:
+            query = query.unflatten(1, (self._kv_heads, -1)).mean(2)
+        self._ring[layer].index_copy_(0, self._targets[: query.shape[0]], query)
+
+    def select(self, plans: Sequence[Plan]) -> Tensor:
+        """Queries ``[L, S, N, H*G, D]`` of plans that share one ``num_queries``, in any order along ``N``."""
+        rows, count = self.rows, plans[0].num_queries
+        slots = [self._slots[plan.request_id] for plan in plans]
+        rings = self._ring[:, : self._trash].unflatten(1, (-1, rows))
+        if count == rows:
+            if len(slots) == 1:
+                return rings[:, slots[0] : slots[0] + 1]
+            return rings[:, slots]
+        places = [
+            [slot * rows + (plan.last_query - back) % rows for back in range(count)]
+            for slot, plan in zip(slots, plans, strict=True)
+        ]
+        return self._ring[:, places]
+
+    def _slot(self, request_id: str) -> int:
+        slot = self._slots.get(request_id)
+        if slot is None:
+            if not self._free:
+                raise RuntimeError(f"the query ring has no room for {request_id}: {len(self._slots)} sequences hold it")
+            slot = self._slots[request_id] = self._free.pop()
+        return slot
