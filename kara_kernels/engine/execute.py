@@ -15,7 +15,7 @@ from ..compress import compress_window
 from ..paged import PagedCache
 from .plan import Plan
 from .policy import Policy
-from .queries import QueryRing
+from .queries import QueryRing, upload
 
 
 class PackedCache:
@@ -25,7 +25,8 @@ class PackedCache:
     moving rows in place, for layouts that no strides describe.
 
     Args:
-        pools: ``L`` tensors ``[B, E]``, one row of ``E`` elements per block, stride 1 along ``E``.
+        pools: ``L`` tensors ``[B, E]``, one row of ``E`` elements per block, stride 1 along ``E``, of one dtype and
+            device.
         k_offsets: int64 ``[P, H, D]``: where in a block's row element ``d`` of the key of token ``t``, head ``h`` lies.
         v_offsets: the same for values, ``[P, H, Dv]``.
 
@@ -38,31 +39,37 @@ class PackedCache:
         if not self.pools:
             raise ValueError("pools: expected at least one layer, got none")
         first = self.pools[0]
-        for pool in self.pools:
-            if pool.dim() != 2 or pool.stride(1) != 1 or pool.shape != first.shape:
-                raise ValueError(
-                    f"pools: expected shape {list(first.shape)} with stride 1 in the last dimension in every layer, "
-                    f"got {list(pool.shape)} with strides {pool.stride()}"
-                )
+        for layer, pool in enumerate(self.pools):
+            if pool.dim() != 2:
+                raise ValueError(f"pools[{layer}]: expected shape [B, E], got {list(pool.shape)}")
+            if pool.stride(1) != 1:
+                raise ValueError(f"pools[{layer}]: expected stride 1 in the last dimension, got {pool.stride(1)}")
+            for what in ("shape", "dtype", "device"):
+                if getattr(pool, what) != getattr(first, what):
+                    raise ValueError(
+                        f"pools[{layer}]: expected {what} {getattr(first, what)} as in pools[0], "
+                        f"got {getattr(pool, what)}"
+                    )
         for name, offsets in (("k_offsets", k_offsets), ("v_offsets", v_offsets)):
             if offsets.dtype != torch.int64:
                 raise TypeError(f"{name}: expected dtype torch.int64, got {offsets.dtype}")
-            if offsets.dim() != 3 or offsets.shape[:2] != k_offsets.shape[:2]:
-                raise ValueError(f"{name}: expected shape [P, H, D], got {list(offsets.shape)}")
+            if offsets.dim() != 3 or 0 in offsets.shape or offsets.shape[:2] != k_offsets.shape[:2]:
+                raise ValueError(f"{name}: expected shape [P, H, D], P and H of both, got {list(offsets.shape)}")
         flat = torch.cat([k_offsets.flatten(), v_offsets.flatten()])
-        if int(flat.min()) < 0 or int(flat.max()) >= first.shape[1] or len(flat.unique()) != len(flat):
-            raise ValueError(f"offsets: expected distinct elements in 0..{first.shape[1] - 1}, got others")
-        self._offsets = flat
+        low, high = int(flat.min()), int(flat.max())
+        if low < 0 or high >= first.shape[1]:
+            raise ValueError(f"offsets: expected 0..{first.shape[1] - 1}, got {low}..{high}")
+        if len(flat.unique()) != len(flat):
+            raise ValueError("offsets: expected every element at an offset of its own, got one twice")
+        self._offsets = flat.to(first.device)
         self._shapes = k_offsets.shape, v_offsets.shape
 
     def load(self, blocks: Tensor) -> PagedCache:
         """The blocks ``[n]`` of all layers as a plain cache of ``n`` blocks."""
-        caches = []
-        for pool in self.pools:
-            rows = pool[blocks[:, None], self._offsets]
-            k, v = (x.unflatten(1, s) for x, s in zip(rows.split(self._sizes, 1), self._shapes, strict=True))
-            caches.append((k.contiguous(), v.contiguous()))
-        return PagedCache([k for k, _ in caches], [v for _, v in caches])
+        # One tensor for all layers: a list of them would cost an upload of their addresses.
+        rows = torch.stack([pool[blocks[:, None], self._offsets] for pool in self.pools])
+        k, v = (x.unflatten(2, s).contiguous() for x, s in zip(rows.split(self._sizes, 2), self._shapes, strict=True))
+        return PagedCache(k, v)
 
     def store(self, blocks: Tensor, cache: PagedCache) -> None:
         """Writes the plain blocks back."""
@@ -117,7 +124,7 @@ def execute(
             kept.update((plan.request_id, keep[:, s]) for s, plan in enumerate(group))
             continue
         for plan in group:
-            blocks = torch.tensor(plan.touched, device=cache.pools[0].device)
+            blocks = upload(plan.touched, torch.int64, cache.pools[0].device)
             plain = cache.load(blocks)
             before = plan.first_written * plain.shape[1]
             moved = plan._replace(
@@ -137,7 +144,7 @@ def _compress(plans: Sequence[Plan], query: Tensor, cache: PagedCache, options: 
         for plan in plans
     ]
     # One upload for lengths, starts and tables.
-    given = torch.tensor(rows, dtype=torch.int32, device=cache.k[0].device)
+    given = upload(rows, torch.int32, cache.k[0].device)
     lengths, starts = given[:, :2].t().contiguous()
     return compress_window(query, cache.k, cache.v, given[:, 2:], lengths, window_starts=starts, **options).keep_indices
 

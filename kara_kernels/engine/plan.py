@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .policy import Policy
@@ -73,7 +73,7 @@ class _State:
     frontier: int
     dropped: int = 0
     windows: int = 0
-    said: str = ""  # the last reason why this window waits, so that each is counted once
+    said: set[str] = field(default_factory=set)  # reasons why this window waited, so that each is counted once
 
 
 class Ledger:
@@ -95,8 +95,10 @@ class Ledger:
         self.policy = policy
         self.page_size = page_size
         self.skipped: Counter[str] = Counter()
-        """Windows that had to wait, by reason; every window and reason counts once."""
+        """Windows that had to wait; every window and reason counts once. ``shared``: others hold blocks of it;
+        ``gain``: it would free too few blocks yet; ``queries``: too few are recorded; ``cap``: others went first."""
         self._states: dict[str, _State] = {}
+        self._planned: dict[str, Plan] = {}  # of the latest round, until they are committed
         self._started = 0
         self._rounds = 0
 
@@ -108,6 +110,7 @@ class Ledger:
             prompt_len: tokens that are never compressed, at least those of ``policy.protected``.
             computed: tokens that the prefix cache served: their queries were not seen.
         """
+        self._planned.pop(request_id, None)
         frontier = max(prompt_len, self.policy.protected)
         self._states[request_id] = _State(self._started, max(prompt_len, computed), frontier)
         self._started += 1
@@ -115,6 +118,7 @@ class Ledger:
     def forget(self, request_id: str) -> None:
         """The sequence holds no blocks any more. Unknown names are fine: it may never have begun."""
         self._states.pop(request_id, None)
+        self._planned.pop(request_id, None)
 
     def dropped(self, request_id: str) -> int:
         """Logical minus physical length; 0 for a sequence that was never compressed or is unknown."""
@@ -126,12 +130,22 @@ class Ledger:
         state = self._states.get(request_id)
         return 0 if state is None else state.windows
 
+    def is_due(self, request_id: str, logical_len: int) -> bool:
+        """Whether the sequence has a window and a tail to compress: the cheap question before making a Held."""
+        state = self._states.get(request_id)
+        if state is None:
+            return False
+        return logical_len - state.dropped - state.frontier >= self.policy.window + self.policy.tail
+
     def plan(self, held: Iterable[Held]) -> list[Plan]:
         """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
 
         Those with most uncompressed tokens go first, then the longest running, so that nobody starves. Changes no
-        length: a plan that is not committed has not happened.
+        length: a plan that is not committed before the next call has not happened.
+
+        Raises ValueError if a sequence that is due has fewer blocks than rows.
         """
+        self._planned = {}
         self._rounds += 1
         if (self._rounds - 1) % self.policy.period:
             return []
@@ -139,41 +153,55 @@ class Ledger:
         due.sort(key=lambda plan: (plan.window_start - plan.physical_len, self._states[plan.request_id].order))
         for plan in due[self.policy.max_sequences :]:
             self._skip(self._states[plan.request_id], "cap")
-        return due[: self.policy.max_sequences]
+        del due[self.policy.max_sequences :]
+        self._planned = {plan.request_id: plan for plan in due}
+        return due
 
     def commit(self, plan: Plan) -> None:
-        """Books a plan that every worker executes before it computes another token of this sequence."""
+        """Books a plan that every worker executes before it computes another token of this sequence.
+
+        Raises ValueError for a plan that is not of the latest round, was committed before, or whose sequence was
+        forgotten or began anew since.
+        """
+        if self._planned.get(plan.request_id) != plan:
+            raise ValueError(f"plan: expected one of the latest round, not committed yet, got {plan}")
+        del self._planned[plan.request_id]
         state = self._states[plan.request_id]
-        if plan.physical_len != plan.logical_len - state.dropped or plan.window_start < state.frontier:
-            raise ValueError(f"plan: expected one made since the last commit of {plan.request_id}, got {plan}")
         state.dropped += self.policy.dropped
         state.frontier = plan.window_start + self.policy.keep
         state.windows += 1
-        state.said = ""
+        state.said.clear()
 
     def _plan(self, held: Held) -> Plan | None:
         state = self._states.get(held.request_id)
-        if state is None:
+        if state is None or not self.is_due(held.request_id, held.logical_len):
             return None
         policy, page = self.policy, self.page_size
         physical = held.logical_len - state.dropped
         enough = policy.window + policy.tail
-        if physical - state.frontier < enough:
-            return None
+        filled = -(-physical // page)
+        if len(held.blocks) < filled:
+            raise ValueError(
+                f"blocks: expected at least {filled} of {held.request_id} for its {physical} rows, "
+                f"got {len(held.blocks)}"
+            )
         start = max(state.frontier, held.first_owned * page)
-        if physical - start < enough:
-            return self._skip(state, "shared")
         after = physical - policy.dropped
         kept = -(-after // page)
-        freed = len(held.blocks) - kept
-        # Within one block of further tokens every gain comes up that can come up at all; then it goes ahead anyway.
-        if freed < policy.min_freed_blocks and physical - start < enough + page:
-            return self._skip(state, "gain")
         last = (held.logical_len - 1) // policy.query_stride
         recorded = last - (state.recorded_from - 1) // policy.query_stride
+        reason = ""
+        if physical - start < enough:
+            reason = "shared"
+        # Within one block of further tokens every gain comes up that can come up at all; then it goes ahead anyway.
+        elif filled - kept < policy.min_freed_blocks and physical - start < enough + page:
+            reason = "gain"
         # A sequence whose decoded tokens came from the prefix cache has to be watched for a while.
-        if recorded < max(1, policy.query_rows // 4):
-            return self._skip(state, "queries")
+        elif recorded < max(1, policy.query_rows // 4):
+            reason = "queries"
+        if reason:
+            self._skip(state, reason)
+            return None
         return Plan(
             request_id=held.request_id,
             logical_len=held.logical_len,
@@ -188,6 +216,6 @@ class Ledger:
         )
 
     def _skip(self, state: _State, reason: str) -> None:
-        if state.said != reason:
-            state.said = reason
+        if reason not in state.said:
+            state.said.add(reason)
             self.skipped[reason] += 1

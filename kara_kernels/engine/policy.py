@@ -77,6 +77,7 @@ class Policy:
 
     def check_page_size(self, page_size: int) -> None:
         """Refuses settings that could never free a block of ``page_size`` tokens."""
+        check_count("page_size", page_size, 1, 2**31 - 1)
         if self.window < page_size:
             raise ValueError(f"window: expected at least one block of {page_size} tokens, got {self.window}")
         most = -(-(self.window - self.keep) // page_size)

@@ -32,7 +32,8 @@ class QueryRing:
 
     Memory: :attr:`nbytes`, allocated once and zeroed by nobody: on a CPU a page costs memory when it is first written.
     ``prepare`` a step on the host, then ``record`` each layer inside the forward: its indices live at a fixed address,
-    so a captured CUDA graph that contains ``record`` writes what the latest ``prepare`` says.
+    so a captured CUDA graph that contains ``record`` writes what the latest ``prepare`` says. Both on one stream; then
+    the host may run as far ahead of it as it likes.
 
     Args:
         policy: stride, rows and whether groups are averaged.
@@ -79,8 +80,7 @@ class QueryRing:
             )
         self._ring = torch.empty(shape, dtype=dtype, device=device)
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
-        self._staged = torch.empty(max_tokens, dtype=torch.int64, pin_memory=self._targets.is_cuda)
-        self._written = 0
+        self._written = 0  # targets that may point elsewhere than to the last row
         self._slots: dict[str, int] = {}
         self._free = list(range(max_sequences - 1, -1, -1))
 
@@ -98,9 +98,10 @@ class QueryRing:
     def prepare(self, spans: Iterable[Span]) -> bool:
         """Where the queries of the step to come go; returns whether any is recorded.
 
-        Raises RuntimeError if more sequences run than the ring was made for: an engine that forgot to release some.
+        Raises ValueError for a step of more tokens, RuntimeError for more sequences than the ring was made for: an
+        engine that forgot to release some.
         """
-        stride, rows, staged = self.policy.query_stride, self.rows, self._staged
+        stride, rows = self.policy.query_stride, self.rows
         offset = 0
         marks: list[tuple[int, int]] = []
         for request_id, prompt_len, first, count in spans:
@@ -112,14 +113,17 @@ class QueryRing:
                 base = self._slot(request_id) * rows
                 marks += [(offset + n * stride - first, base + n % rows) for n in range(sample, last_sample + 1)]
             offset += count
-        # Tokens beyond this step's are padding, or left over from a longer step.
-        used = max(offset, self._written)
-        staged[:used] = self._trash
+        if offset > len(self._targets):
+            raise ValueError(f"spans: expected at most {len(self._targets)} tokens in one step, got {offset}")
+        end = marks[-1][0] + 1 if marks else 0
+        # Tokens behind the last mark are padding, or left over from a longer step.
+        targets = [self._trash] * max(end, self._written)
         for at, row in marks:
-            staged[at] = row
-        self._written = offset if marks else 0
-        if marks or used:
-            self._targets[:used].copy_(staged[:used], non_blocking=True)
+            targets[at] = row
+        if targets:
+            # Memory of its own for every step: the copy before may still wait for the stream.
+            self._targets[: len(targets)].copy_(staged(targets, torch.int64, self._targets.device), non_blocking=True)
+        self._written = end
         return bool(marks)
 
     def record(self, layer: int, query: Tensor) -> None:
@@ -131,17 +135,14 @@ class QueryRing:
     def select(self, plans: Sequence[Plan]) -> Tensor:
         """Queries ``[L, S, N, H*G, D]`` of plans that share one ``num_queries``, in any order along ``N``."""
         rows, count = self.rows, plans[0].num_queries
-        slots = [self._slots[plan.request_id] for plan in plans]
-        rings = self._ring[:, : self._trash].unflatten(1, (-1, rows))
-        if count == rows:
-            if len(slots) == 1:
-                return rings[:, slots[0] : slots[0] + 1]
-            return rings[:, slots]
+        bases = [self._slots[plan.request_id] * rows for plan in plans]
+        if count == rows and len(plans) == 1:
+            return self._ring[:, None, bases[0] : bases[0] + rows]
         places = [
-            [slot * rows + (plan.last_query - back) % rows for back in range(count)]
-            for slot, plan in zip(slots, plans, strict=True)
+            [base + (plan.last_query - back) % rows for back in range(count)]
+            for base, plan in zip(bases, plans, strict=True)
         ]
-        return self._ring[:, places]
+        return self._ring[:, upload(places, torch.int64, self._ring.device)]
 
     def _slot(self, request_id: str) -> int:
         slot = self._slots.get(request_id)
@@ -150,3 +151,13 @@ class QueryRing:
                 raise RuntimeError(f"the query ring has no room for {request_id}: {len(self._slots)} sequences hold it")
             slot = self._slots[request_id] = self._free.pop()
         return slot
+
+
+def staged(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the host whose copy to ``device`` needs no wait; pinned memory is not reused before it is through."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on ``device`` without waiting for it; ``torch.tensor(..., device=...)`` and lists as indices would."""
+    return staged(values, dtype, device).to(device, non_blocking=True)

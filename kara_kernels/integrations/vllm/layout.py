@@ -1,0 +1,99 @@
+"""Where the rows of a KV cache lie: measured by writing to it, not read off its shape.
+
+The shape of vLLM's caches says little: on CPUs keys are transposed inside a block, and bfloat16 is packed for matrix
+instructions. So numbered rows are written through the attention backend itself into one free block and looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kara_kernels.engine import PackedCache
+from kara_kernels.paged import PagedCache
+
+_BASE = 128  # digits that every dtype of a cache holds exactly
+_PROBED = 1  # block 0 is vLLM's null block
+
+
+@torch.inference_mode()
+def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> PagedCache | PackedCache:
+    """All layers' caches as strided views ``[B, P, H, D]`` if strides describe them, else with element offsets.
+
+    Args:
+        layers: vLLM's attention layers, their caches allocated and not in use yet.
+        num_blocks, block_size: of the cache.
+
+    Raises:
+        ValueError: caches that differ between layers, or a backend that does not keep all of a row in its block.
+    """
+    caches = [layer.kv_cache for layer in layers]
+    first = caches[0]
+    dims = [dim for dim, extent in enumerate(first.shape) if extent == num_blocks]
+    alike = all(x.shape == first.shape and x.stride() == first.stride() and x.dtype == first.dtype for x in caches)
+    if len(dims) == 2 and num_blocks == block_size:
+        dims = dims[:1]
+    if len(dims) != 1 or not alike or num_blocks <= _PROBED:
+        raise ValueError(
+            f"kara: expected caches of one layout with one dimension of {num_blocks} blocks, got shapes "
+            f"{sorted({tuple(x.shape) for x in caches})}"
+        )
+    dim = dims[0]
+    k_offsets, v_offsets = _element_offsets(layers[0], first, dim, block_size)
+    views: list[list[Tensor]] = []
+    for where in (k_offsets, v_offsets):
+        strides = _strides(where)
+        if strides is None:
+            size = int(max(k_offsets.max(), v_offsets.max())) + 1
+            pools = [x.as_strided((num_blocks, size), (x.stride(dim), 1), x.storage_offset()) for x in caches]
+            return PackedCache(pools, k_offsets, v_offsets)
+        shape, strides, start = (num_blocks, *where.shape), (first.stride(dim), *strides), int(where[0, 0, 0])
+        views.append([x.as_strided(shape, strides, x.storage_offset() + start) for x in caches])
+    return PagedCache(views[0], views[1])
+
+
+def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """int64 ``[P, H, D]`` for keys and values: storage offset of an element from the start of its block."""
+    heads, size = layer.num_kv_heads, layer.head_size
+    count = block_size * heads * size
+    numbers = torch.arange(1, 2 * count + 1, device=cache.device).view(2, block_size, heads, size)
+    slots = torch.arange(block_size, device=cache.device) + _PROBED * block_size
+    block = cache.narrow(dim, _PROBED, 1)
+    found, place = torch.zeros(block.shape, dtype=torch.int64, device=cache.device), 1
+    while place <= 2 * count:
+        digits = (numbers // place % _BASE).to(cache.dtype)
+        block.zero_()
+        layer.impl.do_kv_cache_update(layer, *digits, cache, slots)
+        found += block.to(torch.int64) * place
+        place *= _BASE
+    block.zero_()
+    where = torch.zeros(block.shape, dtype=torch.int64, device=cache.device)
+    for axis, (extent, stride) in enumerate(zip(block.shape, block.stride(), strict=True)):
+        shape = [1] * block.dim()
+        shape[axis] = extent
+        where += (torch.arange(extent, device=cache.device) * stride).view(shape)
+    held, order = found.flatten().sort()
+    order = order[held > 0]
+    if not torch.equal(held[held > 0], numbers.flatten()):
+        raise ValueError(
+            "kara: expected every element of a row once in its block of the KV cache, found another layout"
+        )
+    k, v = where.flatten()[order].view(2, block_size, heads, size)
+    return k, v
+
+
+def _strides(where: Tensor) -> tuple[int, ...] | None:
+    """Strides that lead to these offsets, None if there are none."""
+    strides = tuple(
+        int(where.select(axis, 1).flatten()[0] - where.flatten()[0]) if where.shape[axis] > 1 else 1
+        for axis in range(where.dim())
+    )
+    ideal = where.flatten()[0].clone()
+    for axis, stride in enumerate(strides):
+        shape = [1] * where.dim()
+        shape[axis] = where.shape[axis]
+        ideal = ideal + (torch.arange(where.shape[axis], device=where.device) * stride).view(shape)
+    return strides if torch.equal(ideal, where) else None

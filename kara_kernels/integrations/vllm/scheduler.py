@@ -1,0 +1,176 @@
+"""vLLM's scheduler with a plan before each step, and its KV cache manager with two lengths instead of one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import vllm.envs as envs
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from kara_kernels.engine import Held, Ledger, Plan
+
+from .settings import check_block_size, settings_of
+
+
+@dataclass
+class Step:
+    """What the workers must know of one step; travels as the attribute ``kara`` of a SchedulerOutput."""
+
+    plans: list[Plan] = field(default_factory=list)
+    """To be executed before the step touches a block."""
+    clients: list[tuple[str, int]] = field(default_factory=list)
+    """Per plan the request id that the client knows, and the tokens recomputed at its last resumption, else 0."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Logical minus physical length of scheduled requests, where not 0, these plans included."""
+    preempted: list[str] = field(default_factory=list)
+    """Requests that lost their blocks."""
+
+
+class KaraManager(FullAttentionManager):
+    """Full attention whose block tables are indexed by physical tokens. The scheduler sets ``ledger``."""
+
+    ledger: Ledger
+
+    @property
+    def has_positionally_stable_blocks(self) -> bool:
+        return False
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens - self.ledger.dropped(request_id), *args, **kwargs
+        )
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        dropped = self.ledger.dropped(request_id)
+        return super().allocate_new_blocks(request_id, num_tokens - dropped, num_tokens_main_model - dropped)
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # A compressed block no longer holds the tokens that its place in the text would give it a hash for.
+        if not self.ledger.windows(request.request_id):
+            super().cache_blocks(request, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # Finish, abort and preemption all come through here.
+        self.ledger.forget(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    def shrink(self, plan: Plan) -> None:
+        """The blocks' side of a plan: hashes of what is rewritten go, empty blocks return to the pool."""
+        blocks = self.req_to_blocks[plan.request_id]
+        freed = blocks[plan.kept_blocks :]
+        if self.enable_caching:
+            self.block_pool.evict_blocks(set(plan.touched))
+        del blocks[plan.kept_blocks :]
+        self.block_pool.free_blocks(reversed(freed))
+
+
+@register_kv_cache_spec(manager_class=KaraManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class KaraSpec(FullAttentionSpec):
+    """Full attention that vLLM gives to a :class:`KaraManager`. Workers report it instead of FullAttentionSpec."""
+
+
+class KaraScheduler(Scheduler):
+    """Plans and commits before vLLM schedules, and tells the workers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        kinds = ", ".join(type(manager).__name__ for manager in managers)
+        if len(managers) != 1 or not isinstance(managers[0], KaraManager):
+            raise ValueError(f"kara: expected one KV cache group of full attention, got {kinds or 'none'}")
+        policy = settings_of(self.vllm_config).policy
+        self._manager = managers[0]
+        check_block_size(policy, self._manager.block_size)
+        self._ledger = self._manager.ledger = Ledger(policy, self._manager.block_size)
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0
+        self._preempted: list[str] = []
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self._preempted.append(request.request_id)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        plans = self._ledger.plan(self._held())
+        for plan in plans:
+            self._ledger.commit(plan)
+            self._manager.shrink(plan)
+        output = super().schedule(*args, **kwargs)
+        # A request that vLLM preempts in this very step has lost the blocks its plan was made for.
+        plans = [plan for plan in plans if self._ledger.windows(plan.request_id)]
+        self._start(output)
+        dropped = {name: n for name in output.num_scheduled_tokens if (n := self._ledger.dropped(name))}
+        output.kara = Step(plans, [self._client(plan.request_id) for plan in plans], dropped, self._preempted)
+        self._preempted = []
+        self._counts["compressions"] += len(plans)
+        self._counts["tokens_dropped"] += sum(plan.physical_len - plan.new_len for plan in plans)
+        self._counts["blocks_freed"] += sum(len(plan.freed) for plan in plans)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        self._seconds += getattr(model_runner_output, "kara_seconds", 0.0)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            # The one field that takes any dict across processes; KV connectors, whose it is, are refused.
+            stats.kv_connector_stats = {"kara": self._report()}
+        return stats
+
+    def _held(self) -> Sequence[Held]:
+        """Running requests with enough to compress whose prompt is through and of which nothing is in flight."""
+        held = []
+        for request in self.running:
+            name, computed = request.request_id, request.num_computed_tokens
+            if not self._ledger.is_due(name, computed):
+                continue
+            # A session's next prompt would land behind its frontier.
+            if request.is_prefill_chunk or request.num_in_flight_tokens or request.resumable:
+                continue
+            blocks = self._manager.req_to_blocks[name]
+            first_owned = len(blocks)
+            while first_owned and blocks[first_owned - 1].ref_cnt == 1 and not blocks[first_owned - 1].is_null:
+                first_owned -= 1
+            held.append(Held(name, computed, [block.block_id for block in blocks], first_owned))
+        return held
+
+    def _start(self, output: SchedulerOutput) -> None:
+        """Requests that begin, or begin anew after preemption, with what the prefix cache served."""
+        for new in output.scheduled_new_reqs:
+            self._ledger.start(new.req_id, self.requests[new.req_id].num_prompt_tokens, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if name in cached.resumed_req_ids:
+                request = self.requests[name]
+                request.kara_recomputed = request.num_tokens
+                self._ledger.start(name, request.num_prompt_tokens, computed)
+
+    def _client(self, request_id: str) -> tuple[str, int]:
+        """The id that a client gave or got, which vLLM makes unique by eight random digits, and what was recomputed."""
+        recomputed = getattr(self.requests[request_id], "kara_recomputed", 0)
+        if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
+            return request_id, recomputed
+        return re.sub(r"-[0-9a-f]{8}$", "", request_id), recomputed
+
+    def _report(self) -> dict[str, Any]:
+        """Counts since the last report, and what holds now."""
+        running = [r for r in self.running if r.status == RequestStatus.RUNNING]
+        logical = sum(r.num_computed_tokens for r in running)
+        dropped = sum(self._ledger.dropped(r.request_id) for r in running)
+        counts, self._counts = {**self._counts, "compress_seconds": self._seconds}, Counter()
+        self._seconds = 0.0
+        skipped, self._ledger.skipped = dict(self._ledger.skipped), Counter()
+        return {"counts": counts, "skipped": skipped, "retention": 1 - dropped / logical if logical else 1.0}
