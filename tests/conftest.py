@@ -4,6 +4,7 @@ Triton decides when a kernel is decorated, so the choice is made here, before an
 """
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,9 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+# `make test-vllm` runs these in an environment that has vLLM.
+collect_ignore = [] if find_spec("vllm") else ["with_vllm"]
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 

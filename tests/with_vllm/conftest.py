@@ -1,0 +1,36 @@
+"""Tests of the vLLM plugin. They need an environment with vLLM: `make test-vllm` makes one and runs them."""
+
+import os
+
+import pytest
+
+# Before vLLM is imported. One thread: tests share the cores, and spinning threads on a busy machine are far slower.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
+
+vllm = pytest.importorskip("vllm")
+
+import harness  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A random Llama: 3 layers, 4 query heads, 2 KV heads of 32, decisive logits, and a tokenizer of 512 words."""
+    return harness.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def dense(model):
+    return harness.Dense(model)
+
+
+@pytest.fixture
+def trace(tmp_path):
+    return tmp_path / "trace.jsonl"

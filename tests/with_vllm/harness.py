@@ -1,0 +1,206 @@
+"""Engines to test, and the independent judge: a dense model fed the traced keep lists."""
+
+import json
+import random
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from dense import dense_logits, replay
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+VOCABULARY = 512
+KARA = {"window": 64, "keep": 32, "tail": 16, "query_stride": 2}
+
+
+def make_model(folder, **changes):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,  # ten times the usual: the best token stands out, and a wrong row is seen
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return str(folder)
+
+
+def prompts(*lengths, seed=1):
+    draw = random.Random(seed)
+    return [[draw.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def greedy(tokens, **options):
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **options)
+
+
+@dataclass
+class Served:
+    """A request as the client saw it, and where its recomputations began."""
+
+    request_id: str
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    cached: int = 0
+    recomputed: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """vLLM with Kara, in this process, its scheduler in reach."""
+
+    def __init__(self, llm, trace):
+        self.llm, self.trace = llm, trace
+        core = getattr(llm.llm_engine.engine_core, "engine_core", None)  # None: the engine core is another process
+        self.scheduler = core and core.scheduler
+        self.recomputed = defaultdict(list)
+        self.peak = 0
+        if self.scheduler is not None:
+            self._watch()
+
+    def _watch(self):
+        preempt, schedule = self.scheduler._preempt_request, self.scheduler.schedule
+
+        def preempted(request, *args, **kwargs):
+            self.recomputed[request.request_id.rsplit("-", 1)[0]].append(request.num_tokens)
+            return preempt(request, *args, **kwargs)
+
+        def scheduled(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            self.peak = max(self.peak, self.held_blocks)
+            return output
+
+        self.scheduler._preempt_request, self.scheduler.schedule = preempted, scheduled
+
+    @property
+    def pool(self):
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def held_blocks(self):
+        return self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()  # vLLM's null block is never free
+
+    @property
+    def runner(self):
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+    def generate(self, given, sampling):
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in given], sampling, use_tqdm=False)
+        served = []
+        for prompt, output in zip(given, outputs, strict=True):
+            best = output.outputs[0]
+            tokens = list(best.token_ids)
+            logprobs = best.logprobs and [step[t].logprob for t, step in zip(tokens, best.logprobs, strict=True)]
+            served.append(
+                Served(
+                    output.request_id,
+                    list(prompt),
+                    tokens,
+                    logprobs,
+                    output.num_cached_tokens or 0,
+                    self.recomputed[output.request_id],
+                )
+            )
+        return served
+
+    def events(self):
+        if self.trace is None or not self.trace.exists():
+            return []
+        return [json.loads(line) for line in self.trace.read_text().splitlines()]
+
+    def events_of(self, request_id):
+        return [event for event in self.events() if event["request_id"] == request_id]
+
+    def assert_nothing_leaks(self):
+        """Every block is free, nothing is remembered of anybody."""
+        assert self.held_blocks == 0
+        assert all(block.ref_cnt == 0 for block in self.pool.blocks[1:])
+        assert not self.scheduler._ledger._states
+        assert not any(
+            manager.req_to_blocks for manager in self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        )
+
+
+@contextmanager
+def engine(model, kara=KARA, *, trace=None, **options):
+    settings = {
+        "dtype": "float32",
+        "block_size": 32,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "num_gpu_blocks_override": 200,
+        "enforce_eager": True,
+    }
+    if kara is not None:
+        traced = {} if trace is None else {"trace": str(trace)}
+        settings["additional_config"] = {"kara": {**kara, **traced}}
+    llm = LLM(model=model, **{**settings, **options})
+    try:
+        yield Engine(llm, trace)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+class Dense:
+    """What the engine must say: one forward over the whole text, a dropped token is a hole in the mask of its layer
+    and head. Shares nothing with the plugin but the trace."""
+
+    def __init__(self, model):
+        torch.set_num_threads(1)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def logits(self, served, events):
+        """``[T - 1, V]``: before every token but the first. After preemption a text is computed anew, undropped, up
+        to where it was, and compressed anew from there; each part of it is judged by the run that produced it."""
+        text = served.prompt + served.tokens
+        ids = torch.tensor([text])
+        real = torch.ones_like(ids, dtype=torch.bool)
+        runs = {0: []}
+        for start in served.recomputed:
+            runs[start] = []
+        for event in events:
+            if event["physical_len_before"] == event["logical_len"]:
+                runs[event["recomputed_len"]] = []
+            runs[event["recomputed_len"]].append(
+                SimpleNamespace(
+                    logical_len=event["logical_len"],
+                    window_start=[event["window_start"]],
+                    keep_indices=torch.tensor(event["keep_indices"])[:, None],
+                )
+            )
+        starts = sorted(runs)
+        parts = []
+        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+            window = events[0]["window"] if events else 1
+            ledger = replay(self.model, real, runs[start], window)
+            logits = dense_logits(self.model, ids, real, ledger.visible)[0]
+            parts.append(logits[max(start - 1, 0) : end - 1])
+        return torch.cat(parts)
+
+    def mismatches(self, served, events):
+        best = self.logits(served, events).argmax(-1).tolist()[len(served.prompt) - 1 :]
+        return [i for i, (a, b) in enumerate(zip(best, served.tokens, strict=True)) if a != b]
+
+    def assert_equal(self, engine, all_served, *, compressions):
+        """Every token is the dense model's, and every request was compressed at least that often."""
+        for served in all_served:
+            events = engine.events_of(served.request_id)
+            assert len(events) >= compressions, f"request {served.request_id}: {len(events)} compressions"
+            assert self.mismatches(served, events) == [], f"request {served.request_id}"

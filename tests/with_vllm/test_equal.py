@@ -1,0 +1,151 @@
+"""Token by token, vLLM with Kara says what a dense model with the same tokens dropped says (float32, greedy)."""
+
+import pytest
+import torch
+from harness import KARA, engine, greedy, prompts
+from vllm import SamplingParams
+
+import kara_kernels.integrations.vllm.layout as layout
+from kara_kernels.engine import PackedCache
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "compressions"),
+    [
+        pytest.param({}, {}, 3, id="defaults"),
+        pytest.param({"pool": "layer"}, {}, 3, id="one list per layer"),
+        pytest.param({"pool": "model", "tail": 0}, {}, 3, id="one list, no tail"),
+        pytest.param({"query_heads": "mean", "query_stride": 1}, {}, 3, id="group means of all queries"),
+        pytest.param(
+            {"window": 40, "keep": 9, "tail": 3, "period": 5, "max_sequences": 1}, {}, 3, id="odd lengths, period, cap"
+        ),
+        pytest.param({"min_freed_blocks": 1, "keep": 50, "protected": 60}, {}, 2, id="little gain, protected"),
+        pytest.param({}, {"max_num_batched_tokens": 16, "max_num_seqs": 8}, 3, id="chunked prefill"),
+        pytest.param({}, {"enable_prefix_caching": False}, 3, id="no prefix cache"),
+        pytest.param({}, {"block_size": 64}, 3, id="larger blocks"),
+    ],
+)  # fmt: skip
+def test_mixed_lengths_and_several_compressions(model, dense, trace, changes, options, compressions):
+    with engine(model, {**KARA, **changes}, trace=trace, **options) as kara:
+        served = kara.generate(prompts(5, 40, 77, 64, 1), greedy(280))
+        dense.assert_equal(kara, served, compressions=compressions)
+        kara.assert_nothing_leaks()
+        for event in kara.events():
+            assert event["physical_len_after"] == event["physical_len_before"] - event["window"] + event["keep"]
+            assert len(event["keep_indices"]) == 3
+            assert [len(heads) for heads in event["keep_indices"]] == [2] * 3
+            for row in (row for heads in event["keep_indices"] for row in heads):
+                assert row == sorted(set(row))
+                assert len(row) == event["keep"]
+                assert 0 <= row[0] <= row[-1] < event["window"]
+
+
+def test_preemption_in_a_tiny_pool(model, dense, trace):
+    with engine(model, trace=trace, max_model_len=416, num_gpu_blocks_override=15) as kara:
+        served = kara.generate(prompts(5, 40, 77, 30, 51), greedy(300))
+        assert sum(len(request.recomputed) for request in served) >= 3
+        dense.assert_equal(kara, served, compressions=3)
+        kara.assert_nothing_leaks()
+
+
+def test_memory_is_saved(model, trace):
+    peaks = []
+    for settings in (None, KARA):
+        with engine(model, settings, trace=trace) as kara:
+            kara.generate(prompts(5, 5, 5), greedy(600))
+            peaks.append(kara.peak)
+    plain, compressed = peaks
+    assert compressed < 0.65 * plain
+
+
+def test_prefix_cache_before_and_after_compression(model, dense, trace):
+    prompt, other = prompts(70, 33)
+    with engine(model, trace=trace) as kara:
+        (first,) = kara.generate([prompt], greedy(200))
+        (again,) = kara.generate([prompt], greedy(200))
+        assert again.tokens == first.tokens
+        assert again.cached == 64  # two blocks of the prompt; the third was rewritten and is not found
+        conversation = prompt + first.tokens + other
+        (turn,) = kara.generate([conversation], greedy(200))
+        assert turn.cached == 64
+        # Side by side: shared blocks are in use by both while each is compressed.
+        both = kara.generate([prompt, prompt, prompt[:64] + other], greedy(200))
+        assert [request.cached for request in both] == [64, 64, 64]
+        assert both[0].tokens == both[1].tokens == first.tokens
+        dense.assert_equal(kara, [first, again, turn, *both], compressions=1)
+        kara.assert_nothing_leaks()
+
+
+def test_sampled_tokens_have_the_dense_models_probabilities(model, dense, trace):
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=250, ignore_eos=True, logprobs=0)
+    with engine(model, trace=trace) as kara:
+        for served in kara.generate(prompts(9, 60), sampling):
+            logits = dense.logits(served, kara.events_of(served.request_id))[len(served.prompt) - 1 :]
+            want = logits.log_softmax(-1).gather(1, torch.tensor(served.tokens)[:, None])[:, 0]
+            assert len(kara.events_of(served.request_id)) >= 2
+            # Both are float32 over the same values in another order; a single wrong row moves this by whole units.
+            assert (torch.tensor(served.logprobs) - want).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_caches(model, dense, trace, dtype):
+    """Rounding decides between close tokens, so the error of log probabilities is compared with that of an engine
+    that drops nothing: the same rounding, nothing else."""
+    errors = {}
+    for name, settings in (("plain", None), ("kara", KARA)):
+        with engine(model, settings, trace=trace if settings else None, dtype=dtype) as kara:
+            served = kara.generate(prompts(5, 40, 77), greedy(280, logprobs=0))
+            error = []
+            for request in served:
+                events = kara.events_of(request.request_id)
+                assert len(events) >= 3 * (settings is not None)
+                logits = dense.logits(request, events)[len(request.prompt) - 1 :]
+                want = logits.log_softmax(-1).gather(1, torch.tensor(request.tokens)[:, None])[:, 0]
+                error.append((torch.tensor(request.logprobs) - want).abs())
+            errors[name] = torch.cat(error).mean()
+    assert errors["kara"] < 1.5 * errors["plain"]
+
+
+def test_packed_blocks(model, dense, trace, monkeypatch):
+    """As on processors whose bfloat16 blocks no strides describe: rows are moved through element offsets."""
+    monkeypatch.setattr(layout, "_strides", lambda where: None)
+    with engine(model, trace=trace) as kara:
+        assert isinstance(kara.runner.kara_cache, PackedCache)
+        served = kara.generate(prompts(5, 40, 77), greedy(280))
+        dense.assert_equal(kara, served, compressions=3)
+        kara.assert_nothing_leaks()
+
+
+def test_engine_core_in_a_process_of_its_own(model, dense, trace, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with engine(model, trace=trace) as kara:
+        assert kara.scheduler is None
+        served = kara.generate(prompts(5, 40, 77), greedy(280))
+        dense.assert_equal(kara, served, compressions=3)
+
+
+@pytest.mark.parametrize("pool", ["head", "layer", "model"])
+def test_two_tensor_parallel_ranks(model, dense, trace, pool):
+    with engine(model, {**KARA, "pool": pool}, trace=trace, tensor_parallel_size=2) as kara:
+        served = kara.generate(prompts(5, 40, 77), greedy(280))
+        dense.assert_equal(kara, served, compressions=3)
+        if pool != "head":
+            lists = {tuple(row) for heads in kara.events()[0]["keep_indices"] for row in heads}
+            assert len(lists) == {"layer": 3, "model": 1}[pool]
+
+
+def test_aborted_requests_leave_nothing(model, dense, trace):
+    with engine(model, trace=trace) as kara:
+        core = kara.llm.llm_engine
+        for name, prompt in enumerate(prompts(5, 40, 77, 20)):
+            core.add_request(str(name), {"prompt_token_ids": prompt}, greedy(300))
+        for step in range(130):
+            core.step()
+            if step in (60, 110):  # before and after the first compressions
+                core.abort_request(["0" if step == 60 else "1"])
+        assert {event["request_id"] for event in kara.events()} >= {"1", "2", "3"}
+        core.abort_request(["2", "3"])
+        kara.assert_nothing_leaks()
+        served = kara.generate(prompts(30), greedy(200))
+        dense.assert_equal(kara, served, compressions=2)
+        assert kara.runner.kara_ring.sequences <= 1

@@ -1,0 +1,187 @@
+"""Switching Kara on, and what it refuses: one error at start-up that names what was expected and what was given."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm
+from harness import KARA, engine, greedy, make_model, prompts
+from vllm.engine.arg_utils import EngineArgs
+
+from kara_kernels.integrations.vllm import register, settings
+from kara_kernels.integrations.vllm.worker import KaraRunner
+
+
+def configure(model, kara, **options):
+    return EngineArgs(
+        model=model, block_size=32, max_model_len=512, additional_config={"kara": kara}, **options
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("kara", "words"),
+    [
+        ({"windw": 64}, ["windw", "expected one of window, keep", "trace"]),
+        ({"window": "64"}, ["window", "expected an int", "str"]),
+        ({"window": 64, "keep": 64}, ["keep", "expected 1..63", "64"]),
+        ({"window": 64, "keep": 0}, ["keep", "expected 1..63", "0"]),
+        ({"window": 8192, "keep": 64}, ["window", "expected 2..4096", "8192"]),
+        ({"window": 16, "keep": 8}, ["window", "at least one block of 32", "16", "--block-size"]),
+        ({"window": 64, "keep": 48, "min_freed_blocks": 2}, ["min_freed_blocks", "expected at most 1", "2"]),
+        ({"pool": "heads"}, ["pool", "'head', 'layer', 'model'", "'heads'"]),
+        ({"tail": -1}, ["tail", "expected 0..", "-1"]),
+        ({"tail": 1.5}, ["tail", "expected an int", "float"]),
+        ({"chunk_fraction": 2}, ["chunk_fraction", "expected 0.0..1.0", "2"]),
+        ({"trace": 7}, ["trace", "expected a file name", "int"]),
+        ("on", ["expected an object of settings", "str"]),
+    ],
+)
+def test_settings_are_checked_at_start_up(model, kara, words):
+    with pytest.raises(ValueError, match="kara: ") as caught:
+        configure(model, kara)
+    line = next(line for line in str(caught.value).splitlines() if "kara: " in line)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative",
+        ),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+        ({"async_scheduling": True}, "asynchronous scheduling"),
+        ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8"),
+        ({"scheduler_cls": "elsewhere.Scheduler"}, "the scheduler elsewhere.Scheduler"),
+        ({"runner": "pooling"}, "pooling models"),
+    ],
+)
+def test_unsupported_configurations_are_refused(model, options, words):
+    with pytest.raises(ValueError, match=f"kara: not supported together with .*{words}"):
+        configure(model, KARA, **options)
+
+
+def test_unsupported_versions_are_refused(model, monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    with pytest.raises(ValueError, match=r"kara: expected vLLM 0\.32\.\*, got 0\.99\.1"):
+        configure(model, KARA)
+
+
+def test_models_with_sliding_windows_are_refused(tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+    }
+    mistral = make_model(tmp_path)  # for its tokenizer
+    MistralForCausalLM(
+        MistralConfig(vocab_size=512, num_key_value_heads=2, sliding_window=128, **shape)
+    ).save_pretrained(mistral)
+    with pytest.raises(ValueError, match=r"kara: .*(sliding windows|SlidingWindowSpec)"), engine(mistral):
+        pass
+
+
+def layer(**changes):
+    impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0}
+    own = {
+        "num_heads": 4, "num_kv_heads": 2, "head_size": 32, "attn_type": "decoder", "sliding_window": None,
+        "kv_sharing_target_layer_name": None,
+    }  # fmt: skip
+    impl.update({key: value for key, value in changes.items() if key in impl})
+    own.update({key: value for key, value in changes.items() if key not in impl})
+    return SimpleNamespace(impl=SimpleNamespace(**impl), **own)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([layer(alibi_slopes=torch.ones(4))], "not supported: ALiBi .layer 0"),
+        ([layer(), layer(sliding_window=128)], "sliding windows .layer 1"),
+        ([layer(sinks=torch.ones(4))], "attention sinks"),
+        ([layer(logits_soft_cap=30.0)], "soft-capped logits"),
+        ([layer(kv_sharing_target_layer_name="0")], "cross-layer KV sharing"),
+        ([layer(attn_type="encoder_only")], "attention of type encoder_only"),
+        ([layer(head_size_v=16)], "keys of 32 and values of 16"),
+        ([layer(), layer(num_kv_heads=4)], "the same heads in every layer"),
+        ([], "the same heads in every layer, got no layer"),
+        ([layer(num_kv_heads=1)], "at most 2 tensor-parallel ranks"),
+    ],
+)
+def test_layers_that_are_not_plain_attention_are_refused(layers, words):
+    runner = KaraRunner()
+    runner.compilation_config = SimpleNamespace(static_forward_context=dict(zip("0123", layers, strict=False)))
+    runner.vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 2),
+        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+    )
+    with pytest.raises(ValueError, match=f"kara: .*{words}"):
+        runner._attention_layers()
+
+
+def test_a_ring_beyond_its_bound_is_refused(model):
+    with pytest.raises(ValueError, match=r"max_query_gib: .* 8 sequences .* at most 0.0001 GiB"):
+        with engine(model, {**KARA, "max_query_gib": 0.0001}):
+            pass
+
+
+def test_configuring_twice_is_configuring_once(model):
+    register()
+    register()
+    config = configure(model, KARA)
+    settings.prepare(config)
+    settings.apply(config)
+    assert config.scheduler_config.scheduler_cls == settings._SCHEDULER
+    assert config.parallel_config.worker_cls in settings._WORKERS.values()
+
+
+UNCONFIGURED = """
+import json, sys
+sys.path[:0] = {path!r}
+import conftest
+from harness import engine, greedy, prompts
+with engine({model!r}, None) as plain:
+    served = plain.generate(prompts(5, 40, 77), greedy(200))
+    core = plain.scheduler
+    print("RESULT", json.dumps([
+        [request.tokens for request in served],
+        [type(x).__module__ for x in (core, plain.runner, core.kv_cache_manager.coordinator.single_type_managers[0])],
+        sorted(name for name in sys.modules if name.startswith("kara_kernels")),
+    ]))
+"""
+
+
+def test_unconfigured_vllm_behaves_as_without_us(model):
+    """The plugin loaded but not configured against VLLM_PLUGINS without it, each in a process of its own."""
+    import json
+
+    results = []
+    for plugins in (None, "none"):
+        env = {**os.environ, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}
+        code = UNCONFIGURED.format(path=[p for p in sys.path if "tests" in p], model=model)
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))[7:]))
+    with_us, without = results
+    assert with_us[0] == without[0]
+    assert all(module.startswith("vllm.") for module in with_us[1])
+    assert without[2] == []
+    # The hook, and nothing behind it.
+    assert with_us[2] == ["kara_kernels", "kara_kernels.integrations", "kara_kernels.integrations.vllm"]
+
+
+def test_memory_in_plenty_and_nothing_to_compress_changes_no_token(model):
+    said = []
+    for kara in (None, {**KARA, "window": 512, "keep": 256}):
+        with engine(model, kara) as one:
+            said.append([request.tokens for request in one.generate(prompts(5, 40, 77), greedy(200))])
+    assert said[0] == said[1]
