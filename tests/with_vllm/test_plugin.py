@@ -129,9 +129,9 @@ def test_layers_that_are_not_plain_attention_are_refused(layers, words):
 
 
 def test_a_ring_beyond_its_bound_is_refused(model):
-    with pytest.raises(ValueError, match=r"max_query_gib: .* 8 sequences .* at most 0.0001 GiB"):
-        with engine(model, {**KARA, "max_query_gib": 0.0001}):
-            pass
+    too_large = r"max_query_gib: .* 8 sequences .* at most 0.0001 GiB"
+    with pytest.raises(ValueError, match=too_large), engine(model, {**KARA, "max_query_gib": 0.0001}):
+        pass
 
 
 def test_configuring_twice_is_configuring_once(model):
