@@ -12,7 +12,7 @@ from harness import KARA, engine, greedy, make_model, prompts
 from vllm.engine.arg_utils import EngineArgs
 
 from kara_kernels.integrations.vllm import register, settings
-from kara_kernels.integrations.vllm.worker import KaraRunner
+from kara_kernels.integrations.vllm.runner import KaraRunner
 
 
 def configure(model, kara, **options):

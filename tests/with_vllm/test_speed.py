@@ -51,7 +51,7 @@ def test_cost_of_recording_planning_and_compressing(capsys):
         for owner, name in (
             (runner.kara_ring, "record"),
             (runner.kara_ring, "prepare"),
-            (runner, "_shift"),
+            (runner, "_kara_shift"),
             (scheduler, "_held"),
             (scheduler, "_start"),
             (scheduler._ledger, "plan"),
@@ -65,7 +65,7 @@ def test_cost_of_recording_planning_and_compressing(capsys):
         assert steps >= 300
         assert not watch.seconds["_compress"]
         step = statistics.median(watch.seconds["step"])
-        names = ("record", "prepare", "_shift", "_held", "_start", "plan")
+        names = ("record", "prepare", "_kara_shift", "_held", "_start", "plan")
         share = sum(watch.per_step(name, steps) for name in names) / step
 
         kara.generate(prompts(*[20] * REQUESTS, seed=2), greedy(720))

@@ -5,7 +5,9 @@ hooks one method, the end of vLLM's own configuration, and does nothing there un
 
 - :mod:`.settings` checks the settings and what else is configured, and names scheduler and worker to vLLM;
 - :mod:`.scheduler` plans and commits, keeps the books of blocks, before vLLM's scheduler runs;
-- :mod:`.worker` records queries, executes the plans before the step, and shifts lengths and slots;
+- :mod:`.runner` records queries, executes the plans before the step, and shifts lengths and slots, inside of
+  :mod:`.worker`'s workers;
+- :mod:`.layout` finds out where a cache's rows lie;
 - :mod:`.metrics` shows it on vLLM's own ``/metrics``.
 
 No file of vLLM is changed. Supported versions: see :data:`.settings.SUPPORTED`.

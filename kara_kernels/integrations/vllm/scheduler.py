@@ -149,18 +149,19 @@ class KaraScheduler(Scheduler):
 
     def _start(self, output: SchedulerOutput) -> None:
         """Requests that begin, or begin anew after preemption, with what the prefix cache served."""
-        for new in output.scheduled_new_reqs:
-            self._ledger.start(new.req_id, self.requests[new.req_id].num_prompt_tokens, new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
-        for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if name in cached.resumed_req_ids:
-                request = self.requests[name]
-                request.kara_recomputed = request.num_tokens
-                self._ledger.start(name, request.num_prompt_tokens, computed)
+        begun = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        begun += [
+            x for x in zip(cached.req_ids, cached.num_computed_tokens, strict=True) if x[0] in cached.resumed_req_ids
+        ]
+        for name, computed in begun:
+            request = self.requests[name]
+            request.kara_recomputed = request.num_tokens if request.num_preemptions else 0
+            self._ledger.start(name, request.num_prompt_tokens, computed)
 
     def _client(self, request_id: str) -> tuple[str, int]:
         """The id that a client gave or got, which vLLM makes unique by eight random digits, and what was recomputed."""
-        recomputed = getattr(self.requests[request_id], "kara_recomputed", 0)
+        recomputed = self.requests[request_id].kara_recomputed
         if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
             return request_id, recomputed
         return re.sub(r"-[0-9a-f]{8}$", "", request_id), recomputed

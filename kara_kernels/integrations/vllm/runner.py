@@ -1,0 +1,306 @@
+"""vLLM's model runners with Kara: queries recorded, plans executed before the step, lengths and slots shifted.
+
+On a step with plans the order is: move rows, forget the freed blocks, then everything vLLM does: block zeroing, copies,
+inputs, forward. Compression runs outside captured CUDA graphs, on the stream of the forward; recording runs inside
+them and reads its indices from a fixed address. **Untested on a GPU**, like all of this library.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from kara_kernels.engine import PackedCache, QueryRing, Span, execute
+from kara_kernels.paged import PagedCache
+
+from .layout import paged_view
+from .scheduler import KaraSpec, Step
+from .settings import check_block_size, settings_of
+
+logger = init_logger("vllm.kara")
+
+_Mixin: Any = Any if TYPE_CHECKING else object  # what stands behind a mixin is one of several classes of vLLM
+
+
+class KaraRunner(_Mixin):
+    """What every model runner of vLLM does differently; mixed in before its class."""
+
+    def kara_init(self) -> None:
+        """After the runner's own construction."""
+        self.kara = settings_of(self.vllm_config)
+        self.kara_step = Step()
+        self.kara_seconds = 0.0
+        self.kara_ring: QueryRing | None = None
+        self.kara_cache: PagedCache | PackedCache | None = None
+
+    # ------------------------------------------------------------------------------------------- start
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_model(*args, **kwargs)
+        self.kara_layers = self._attention_layers()
+        first = next(iter(self.kara_layers.values()))
+        # Allocated before vLLM measures what memory is left for blocks.
+        self.kara_ring = QueryRing(
+            self.kara.policy,
+            layers=len(self.kara_layers),
+            query_heads=first.num_heads,
+            kv_heads=first.num_kv_heads,
+            head_dim=first.head_size,
+            max_sequences=self.max_num_reqs,
+            max_tokens=self.max_num_tokens,
+            dtype=self.vllm_config.model_config.dtype,
+            device=self.device,
+        )
+        logger.info(
+            "Kara's query ring takes %.2f GiB for %d sequences", self.kara_ring.nbytes / 2**30, self.max_num_reqs
+        )
+        for index, layer in enumerate(self.kara_layers.values()):
+            layer.impl.forward = self._recording(index, layer.impl.forward)
+        return loaded
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        specs = super().get_kv_cache_spec()
+        refused = sorted({type(spec).__name__ for spec in specs.values() if type(spec) is not FullAttentionSpec})
+        if refused:
+            raise ValueError(f"kara: expected full attention in every layer, got {', '.join(refused)}")
+        return {
+            name: KaraSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+            for name, spec in specs.items()
+        }
+
+    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if is_profiling:
+            return
+        groups = self.kv_cache_config.kv_cache_groups
+        sizes = self._kara_kernel_blocks()
+        if len(groups) != 1 or sizes != [groups[0].kv_cache_spec.block_size]:
+            raise ValueError(
+                f"kara: expected one KV cache group whose blocks are those of its kernels, got {len(groups)} groups "
+                f"with kernel blocks of {sizes}"
+            )
+        block_size = groups[0].kv_cache_spec.block_size
+        check_block_size(self.kara.policy, block_size)
+        self.kara_cache = paged_view(list(self.kara_layers.values()), self.kv_cache_config.num_blocks, block_size)
+        logger.info("Kara moves rows in %s blocks", "packed" if isinstance(self.kara_cache, PackedCache) else "plain")
+
+    def _attention_layers(self) -> dict[str, Any]:
+        """The attention layers in the order of the model, all plain, or one error that names what is not."""
+        layers = {name: x for name, x in self.compilation_config.static_forward_context.items() if hasattr(x, "impl")}
+        for name, layer in layers.items():
+            impl = layer.impl
+            odd = {
+                "sliding windows": getattr(layer, "sliding_window", None) is not None,
+                "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+                "attention sinks": getattr(impl, "sinks", None) is not None,
+                "cross-layer KV sharing": getattr(layer, "kv_sharing_target_layer_name", None) is not None,
+                "soft-capped logits": bool(getattr(impl, "logits_soft_cap", 0)),
+                f"attention of type {layer.attn_type}": layer.attn_type != "decoder",
+                f"keys of {layer.head_size} and values of {getattr(layer, 'head_size_v', layer.head_size)}": getattr(
+                    layer, "head_size_v", layer.head_size
+                )
+                != layer.head_size,
+            }
+            if refused := [what for what, used in odd.items() if used]:
+                raise ValueError(f"kara: not supported: {', '.join(refused)} (layer {name})")
+        shapes = {(x.num_heads, x.num_kv_heads, x.head_size) for x in layers.values()}
+        if len(shapes) != 1:
+            raise ValueError(f"kara: expected the same heads in every layer, got {sorted(shapes) or 'no layer'}")
+        total = self.vllm_config.model_config.get_total_num_kv_heads()
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        if ranks > total:
+            raise ValueError(f"kara: expected at most {total} tensor-parallel ranks, one per KV head, got {ranks}")
+        return layers
+
+    def _recording(self, index: int, forward: Any) -> Any:
+        """A layer's attention that first records its queries."""
+        ring = self.kara_ring
+        assert ring is not None
+
+        def record_and_forward(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.kara_records:
+                ring.record(index, query)
+            return forward(layer, query, *args, **kwargs)
+
+        return record_and_forward
+
+    # -------------------------------------------------------------------------------------------- step
+
+    @property
+    def kara_records(self) -> bool:
+        """A captured graph always records, to nowhere where there is nothing; else only steps with a query to keep."""
+        return self._kara_records or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+    _kara_records = False
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.kara_step = step = getattr(scheduler_output, "kara", Step())
+        if step.plans:
+            self._compress(step)
+        assert self.kara_ring is not None
+        for request_id in (*scheduler_output.finished_req_ids, *step.preempted):
+            self.kara_ring.release(request_id)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        if output is not None and self.kara_seconds:
+            # An output still on its way to the host wraps what the scheduler will get.
+            getattr(output, "model_runner_output", output).kara_seconds = self.kara_seconds
+            self.kara_seconds = 0.0
+        return output
+
+    # --------------------------------------------------------------------------------------- compression
+
+    def _compress(self, step: Step) -> None:
+        assert self.kara_cache is not None
+        assert self.kara_ring is not None
+        began = time.perf_counter()
+        first = next(iter(self.kara_layers.values()))
+        keep = execute(
+            step.plans,
+            self.kara_cache,
+            self.kara_ring,
+            self.kara.policy,
+            scale=first.impl.scale,
+            reduce_scores=self._mean_over_ranks if self.kara.policy.pool != "head" else None,
+        )
+        for plan in step.plans:
+            self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
+        self.kara_seconds += time.perf_counter() - began
+        if self.kara.trace is not None:
+            self._trace(self.kara.trace, step, keep)
+
+    def _mean_over_ranks(self, scores: Tensor) -> Tensor:
+        group = get_tp_group()
+        return scores if group.world_size == 1 else group.all_reduce(scores) / group.world_size
+
+    def _trace(self, path: str, step: Step, keep: list[Tensor]) -> None:
+        group = get_tp_group()
+        for plan, (name, recomputed), kept in zip(step.plans, step.clients, keep, strict=True):
+            kept = kept.cpu().contiguous()
+            if group.world_size > 1:
+                of_ranks = [torch.empty_like(kept) for _ in range(group.world_size)]
+                torch.distributed.all_gather(of_ranks, kept, group=group.cpu_group)
+                kept = torch.cat(of_ranks, 1)
+            if group.rank_in_group:
+                continue
+            line = {
+                "request_id": name,
+                "logical_len": plan.logical_len,
+                "physical_len_before": plan.physical_len,
+                "physical_len_after": plan.new_len,
+                "window_start": plan.window_start,
+                "window": self.kara.policy.window,
+                "keep": self.kara.policy.keep,
+                "keep_indices": kept.tolist(),
+                "freed_blocks": len(plan.freed),
+                "recomputed_len": recomputed,
+            }
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+class KaraRunnerV1(KaraRunner):
+    """On top of vLLM's V1 model runner: the one for CPUs, and for GPUs with VLLM_USE_V2_MODEL_RUNNER=0."""
+
+    def kara_init(self) -> None:
+        super().kara_init()
+        self.kara_dropped = self._make_buffer(self.max_num_reqs, dtype=torch.int32)
+
+    def _kara_kernel_blocks(self) -> list[int]:
+        return self._kernel_block_sizes
+
+    def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
+        """The worker's own copies of a block table end where the scheduler's does."""
+        del self.requests[request_id].block_ids[0][kept:]
+        row = self.input_batch.req_id_to_index.get(request_id)
+        if row is not None:
+            table = self.input_batch.block_table[0]
+            table.block_table.np[row, kept : table.num_blocks_per_row[row]] = 0
+            table.num_blocks_per_row[row] = kept
+
+    def _prepare_inputs(
+        self, scheduler_output: Any, num_scheduled_tokens: np.ndarray, *args: Any, **kwargs: Any
+    ) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
+        batch = self.input_batch
+        spans = [
+            Span(name, int(prompt), int(first), int(count))
+            for name, prompt, first, count in zip(
+                batch.req_ids,
+                batch.num_prompt_tokens,
+                batch.num_computed_tokens_cpu,
+                num_scheduled_tokens,
+                strict=False,
+            )
+        ]
+        assert self.kara_ring is not None
+        self._kara_records = self.kara_ring.prepare(spans)
+        if self.kara_step.dropped:
+            self._kara_shift(len(spans), int(num_scheduled_tokens.sum()))
+        return prepared
+
+    def _kara_shift(self, num_reqs: int, num_tokens: int) -> None:
+        """Lengths and slots from logical to physical; positions stay logical."""
+        dropped = self.kara_dropped
+        dropped.np[:num_reqs] = [self.kara_step.dropped.get(name, 0) for name in self.input_batch.req_ids[:num_reqs]]
+        dropped.copy_to_gpu(num_reqs)
+        self.optimistic_seq_lens_cpu[:num_reqs] -= dropped.cpu[:num_reqs]
+        # On a CPU these two may be one tensor.
+        if self.seq_lens.data_ptr() != self.optimistic_seq_lens_cpu.data_ptr():
+            self.seq_lens[:num_reqs] -= dropped.gpu[:num_reqs]
+        rows = self.req_indices.gpu[:num_tokens]
+        self.input_batch.block_table.compute_slot_mapping(
+            num_reqs,
+            self.query_start_loc.gpu[: num_reqs + 1],
+            self.positions[:num_tokens] - dropped.gpu[rows],
+        )
+
+
+class KaraRunnerV2(KaraRunner):
+    """On top of vLLM's V2 model runner, the default on GPUs. Written by reading it: **it has never run**."""
+
+    def _kara_kernel_blocks(self) -> list[int]:
+        return self.kernel_block_sizes
+
+    def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
+        row = self.req_states.req_id_to_index.get(request_id)
+        if row is not None:
+            # What is appended next goes there; the count reaches the device with vLLM's own staged writes.
+            self.block_tables.num_blocks.np[0, row] = kept
+
+    def prepare_attn(self, input_batch: Any) -> Any:
+        counts = input_batch.num_scheduled_tokens
+        prompts = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
+        rows = zip(input_batch.req_ids, prompts, input_batch.num_computed_tokens_np, counts, strict=True)
+        assert self.kara_ring is not None
+        self._kara_records = self.kara_ring.prepare(
+            Span(name, int(prompt), int(first), int(count)) for name, prompt, first, count in rows
+        )
+        if not self.kara_step.dropped:
+            return super().prepare_attn(input_batch)
+        dropped = np.array([self.kara_step.dropped.get(name, 0) for name in input_batch.req_ids], dtype=np.int32)
+        n = len(dropped)
+        input_batch.seq_lens[:n] -= async_tensor_h2d(dropped, device=self.device)
+        input_batch.seq_lens_cpu_upper_bound[:n] -= torch.from_numpy(dropped)
+        logical = input_batch.positions
+        # vLLM computes slots from positions; the model must see the logical ones again.
+        input_batch.positions = logical.clone()
+        of_tokens = np.repeat(dropped, counts)
+        input_batch.positions[: len(of_tokens)] -= async_tensor_h2d(of_tokens, device=self.device)
+        try:
+            return super().prepare_attn(input_batch)
+        finally:
+            input_batch.positions = logical
