@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from dense import dense_logits, replay
+from dense import _seen, dense_logits, replay
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
@@ -178,13 +178,7 @@ class Dense:
         for event in events:
             if event["physical_len_before"] == event["logical_len"]:
                 runs[event["recomputed_len"]] = []
-            runs[event["recomputed_len"]].append(
-                SimpleNamespace(
-                    logical_len=event["logical_len"],
-                    window_start=[event["window_start"]],
-                    keep_indices=torch.tensor(event["keep_indices"])[:, None],
-                )
-            )
+            runs[event["recomputed_len"]].append(self._event(event))
         starts = sorted(runs)
         parts = []
         for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
@@ -193,6 +187,36 @@ class Dense:
             logits = dense_logits(self.model, ids, real, ledger.visible)[0]
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
+
+    def scores(self, served, events, stride):
+        """Per event ``[L, H, W]``: mean attention that each key of its window gets from the recorded queries, those of
+        the newest window + tail decoded tokens, every ``stride``-th."""
+        self.logits(served, events)
+        heads = self.model.config.num_key_value_heads
+        found = []
+        for i, event in enumerate(events):
+            earlier = [self._event(e) for e in events[:i]]
+            text = torch.ones(1, event["logical_len"], dtype=torch.bool)
+            held = replay(self.model, text, earlier, event["window"]).held
+            window = slice(event["window_start"], event["window_start"] + event["window"])
+            newest = range(event["logical_len"] - event["window"] - KARA["tail"], event["logical_len"])
+            judges = [t for t in newest if t >= len(served.prompt) and t % stride == 0]
+            layers = []
+            for layer, (query, key) in sorted(_seen.items()):
+                query, key = query[0].double(), key[0].double()
+                judge = query[:, judges].reshape(heads, -1, query.shape[-1])
+                keys = torch.stack([key[h, held[layer][0][h][window]] for h in range(heads)])
+                layers.append((judge @ keys.mT * key.shape[-1] ** -0.5).softmax(-1).mean(1))
+            found.append(torch.stack(layers))
+        return found
+
+    @staticmethod
+    def _event(event):
+        return SimpleNamespace(
+            logical_len=event["logical_len"],
+            window_start=[event["window_start"]],
+            keep_indices=torch.tensor(event["keep_indices"])[:, None],
+        )
 
     def mismatches(self, served, events):
         best = self.logits(served, events).argmax(-1).tolist()[len(served.prompt) - 1 :]

@@ -149,3 +149,20 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
         served = kara.generate(prompts(30), greedy(200))
         dense.assert_equal(kara, served, compressions=2)
         assert kara.runner.kara_ring.sequences <= 1
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride):
+    """Scores by the dense model's own queries and keys: what is kept has at least the attention of what is dropped."""
+    policy = {**KARA, "query_stride": stride, "chunk_fraction": 0.0, "redundancy": 0.0}
+    with engine(model, policy, trace=trace) as kara:
+        for served in kara.generate(prompts(5, 77), greedy(260)):
+            events = kara.events_of(served.request_id)
+            assert len(events) >= 3
+            for event, scores in zip(events, dense.scores(served, events, stride), strict=True):
+                kept = torch.tensor(event["keep_indices"])  # [L, H, K]
+                is_kept = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, kept, True)
+                worst = scores.masked_fill(~is_kept, torch.inf).min(-1).values
+                best = scores.masked_fill(is_kept, -torch.inf).max(-1).values
+                # Float32 attention of an engine that batches differently; scores are around 1 / 64.
+                assert (worst > best - 1e-5).all()
