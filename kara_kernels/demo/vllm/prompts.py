@@ -1,0 +1,20 @@
+"""What the clients ask: short and varied, so that nearly all of the cache is generated text."""
+
+PROMPTS = (
+    "Describe a day in the life of a baker, hour by hour.",
+    "Explain how a sailing boat can move against the wind.",
+    "Write the diary of a lighthouse keeper during a stormy week.",
+    "How does bread dough rise? Explain every step for a curious child.",
+    "Plan a small vegetable garden for a family of four, month by month.",
+    "Tell the story of a clockmaker who loses track of time.",
+    "Compare trains, ships and aeroplanes for carrying goods across a continent.",
+    "Give detailed advice to someone who wants to learn the violin at forty.",
+    "Explain what a cache is in a computer, with examples from everyday life.",
+    "Write a conversation between two old friends who meet at a railway station.",
+    "Describe the journey of a drop of water from a mountain spring to the sea.",
+    "List the tools of a carpenter and say what each is used for.",
+    "Explain how a public library decides which books to buy.",
+    "Write a fairy tale about a fox who wants to become a judge.",
+    "How is paper made from wood? Go through the whole process.",
+    "Describe a market in a harbour town from sunrise to sunset.",
+)

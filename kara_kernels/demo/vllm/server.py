@@ -1,0 +1,214 @@
+"""One vLLM server: its environment, its start, its metrics, and its certain end."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import DemoError
+
+MODEL = "demo"  # the name under which the server offers the model
+START_SECONDS = 900  # the first start compiles the model
+STOP_SECONDS = 20
+
+# name{label="value",...} number; counters are exposed with "_total" behind their name.
+_SAMPLE = re.compile(r"^((?:vllm|kara):\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the two servers of a comparison share, but for `kara`."""
+
+    model: str
+    blocks: int
+    block_size: int
+    max_model_len: int
+    max_requests: int
+    dtype: str
+    eager: bool
+    cpu: bool
+    threads: int | None = None
+    kara: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers."""
+
+    url: str
+    session: int
+    start_seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Its Prometheus samples of vLLM and Kara, summed over engines and labels; {} where it does not answer."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
+                return samples(answer.read().decode())
+        except (OSError, ValueError):
+            return {}
+
+    def cpu_seconds(self) -> tuple[float, float, float]:
+        """CPU time spent so far: by this server and us, by everything on the machine, and what there was of it."""
+        ours = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                fields = stat.read_text().rpartition(")")[2].split()  # the name before may hold anything
+                if int(fields[3]) == self.session or stat.parent.name == str(os.getpid()):
+                    ours += int(fields[11]) + int(fields[12])
+        ticks = [int(count) for count in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        idle = ticks[3] + ticks[4]
+        each = os.sysconf("SC_CLK_TCK")
+        return ours / each, (sum(ticks) - idle) / each, sum(ticks) / each
+
+
+def samples(text: str) -> dict[str, float]:
+    """Samples of a Prometheus page by name; those that differ in labels only are added up.
+
+    Where the label `reason` tells them apart, every reason is there as well, as ``name{reason}``.
+    """
+    found: dict[str, float] = {}
+    for name, labels, value in _SAMPLE.findall(text):
+        reason = re.search(r'reason="([^"]*)"', labels)
+        for key in [name] + ([f"{name}{{{reason[1]}}}"] if reason else []):
+            found[key] = found.get(key, 0.0) + float(value)
+    return found
+
+
+def cpu_environment(threads: int | None = None) -> dict[str, str]:
+    """Variables that vLLM on a CPU must find in place before its processes start.
+
+    vLLM by default pins its threads and keeps a core for itself, which on two cores halves the speed.
+    """
+    found = {
+        "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0))),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if library := _intel_openmp():
+        found["LD_PRELOAD"] = ":".join(filter(None, (library, os.environ.get("LD_PRELOAD"))))
+    return found
+
+
+def _intel_openmp() -> str | None:
+    """The OpenMP that vLLM's CPU wheel depends on but does not load by itself; without it, a third of the speed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("intel-openmp") or ():
+            if file.name == "libiomp5.so":
+                return str(Path(str(file.locate())).resolve())
+    return None
+
+
+def command(settings: Settings, port: int) -> list[str]:
+    # Not "vllm serve": in the CPU wheel of 0.32 that command looks for a distribution named vllm and ends.
+    arguments = {
+        "model": settings.model,
+        "served-model-name": MODEL,
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": settings.dtype,
+        "block-size": settings.block_size,
+        "num-gpu-blocks-override": settings.blocks,  # of any device, in spite of its name
+        "max-model-len": settings.max_model_len,
+        "max-num-seqs": settings.max_requests,
+        "disable-uvicorn-access-log": None,
+    }
+    if settings.eager:
+        arguments["enforce-eager"] = None
+    if settings.cpu:
+        arguments["kv-cache-memory-bytes"] = 1 << 30  # else it measures free memory; blocks above decide
+    if settings.kara is not None:
+        arguments["additional-config"] = json.dumps({"kara": settings.kara})
+    flags = [part for key, value in arguments.items() for part in (f"--{key}", value) if part is not None]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, flags)]
+
+
+@contextmanager
+def serving(settings: Settings, log: Path) -> Iterator[Server]:
+    """A running server; when the block is left, for whatever reason, it and its processes are gone."""
+    port = _free_port()
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    if os.path.isdir(settings.model):
+        quiet["HF_HUB_OFFLINE"] = "1"
+    environment = os.environ | quiet | (cpu_environment(settings.threads) if settings.cpu else {})
+    started = time.perf_counter()
+    with open(log, "wb") as output:
+        # A session of its own: Ctrl-C reaches only us, and one signal reaches all of its processes.
+        process = subprocess.Popen(
+            command(settings, port),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, process, log)
+        try:
+            yield Server(url, process.pid, time.perf_counter() - started)
+        except DemoError as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)  # a dead engine takes its server along, a moment after the requests fail
+            if process.poll() is not None:
+                raise DemoError(f"the server ended: {reason(log)}") from error
+            raise
+    finally:
+        _stop(process)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise DemoError(f"the server did not start: {reason(log)}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise DemoError(f"the server did not answer in {START_SECONDS} s: {reason(log)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask, wait, then kill the whole session: workers must not outlive their server."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            process.terminate()
+            process.wait(STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def reason(log: Path) -> str:
+    """The line of a server's log that says best what went wrong, and where the rest is."""
+    try:
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:
+        lines = []
+    # "(EngineCore pid=7) ERROR 11-22 06:13:00 [core.py:1] ValueError: ..."; the last is often only a pointer.
+    prefix = r"(\(\w+ pid=\d+\) )?(ERROR .*?\] )?"
+    told = [line for line in lines if re.match(prefix + r"[\w.]*(Error|Exception|Interrupt): ", line)]
+    causes = [line for line in told if "root cause" not in line] or [line for line in lines if line] or ["no output"]
+    return f"{re.sub('^' + prefix, '', causes[-1])[:300]} (log: {log})"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
