@@ -118,6 +118,26 @@ class Engine:
             )
         return served
 
+    def drive(self, events):
+        """Steps the engine until nothing runs; ``events[step]`` is called before that step with this engine."""
+        core, said, prompts_of, step = self.llm.llm_engine, defaultdict(list), {}, 0
+
+        def add(name, prompt, tokens):
+            prompts_of[name] = prompt
+            core.add_request(name, {"prompt_token_ids": prompt}, greedy(tokens))
+
+        self.add, self.said = add, said
+        while step <= max(events) or core.has_unfinished_requests():
+            if step in events:
+                events[step](self)
+            for output in core.step():
+                said[output.request_id] = list(output.outputs[0].token_ids)
+            step += 1
+        return {
+            name: Served(name, prompt, said[name], recomputed=self.recomputed[name])
+            for name, prompt in prompts_of.items()
+        }
+
     def events(self):
         if self.trace is None or not self.trace.exists():
             return []

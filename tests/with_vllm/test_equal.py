@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import KARA, engine, greedy, prompts
 from vllm import SamplingParams
+from vllm.v1.core.sched.interface import PauseState
 
 import kara_kernels.integrations.vllm.layout as layout
 from kara_kernels.engine import PackedCache
@@ -90,6 +91,36 @@ def test_only_what_was_never_compressed_is_offered_to_others(model, dense, trace
         assert turn.cached == 128
         dense.assert_equal(kara, [short], compressions=0)
         dense.assert_equal(kara, [long, turn], compressions=1)
+
+
+def test_blocks_that_another_request_reads_are_not_rewritten(model, dense, trace):
+    """B's prompt is A's and what A has said so far: it takes A's blocks, decoded tokens in them, before A is due."""
+    (prompt,) = prompts(70)
+    with engine(model, trace=trace) as kara:
+        served = kara.drive(
+            {
+                0: lambda kara: kara.add("A", prompt, 250),
+                62: lambda kara: kara.add("B", prompt + kara.said["A"][:58], 250),
+            }
+        )
+        first = kara.events_of("A")[0]
+        assert first["window_start"] == 96  # the first token behind the blocks that B holds
+        dense.assert_equal(kara, served.values(), compressions=2)
+        kara.assert_nothing_leaks()
+
+
+def test_a_request_that_skips_a_step_comes_back_with_its_blocks(model, dense, trace):
+    """A paused scheduler takes all requests out of the workers' batch; they are put back from the workers' notes."""
+    with engine(model, trace=trace) as kara:
+        (p, q) = prompts(20, 70)
+        pause = {
+            0: lambda kara: (kara.add("A", p, 250), kara.add("B", q, 250)),
+            130: lambda kara: kara.scheduler.set_pause_state(PauseState.PAUSED_ALL),
+            133: lambda kara: kara.scheduler.set_pause_state(PauseState.UNPAUSED),
+        }
+        served = kara.drive(pause)
+        dense.assert_equal(kara, served.values(), compressions=3)
+        kara.assert_nothing_leaks()
 
 
 def test_sampled_tokens_have_the_dense_models_probabilities(model, dense, trace):

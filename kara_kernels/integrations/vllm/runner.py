@@ -257,10 +257,8 @@ class KaraRunnerV1(KaraRunner):
         dropped = self.kara_dropped
         dropped.np[:num_reqs] = [self.kara_step.dropped.get(name, 0) for name in self.input_batch.req_ids[:num_reqs]]
         dropped.copy_to_gpu(num_reqs)
-        self.optimistic_seq_lens_cpu[:num_reqs] -= dropped.cpu[:num_reqs]
-        # On a CPU these two may be one tensor.
-        if self.seq_lens.data_ptr() != self.optimistic_seq_lens_cpu.data_ptr():
-            self.seq_lens[:num_reqs] -= dropped.gpu[:num_reqs]
+        self.optimistic_seq_lens_cpu[:num_reqs] -= dropped.cpu[:num_reqs]  # an upper bound, for kernels' grids
+        self.seq_lens[:num_reqs] -= dropped.gpu[:num_reqs]
         rows = self.req_indices.gpu[:num_tokens]
         self.input_batch.block_table.compute_slot_mapping(
             num_reqs,
