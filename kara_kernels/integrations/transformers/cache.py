@@ -1,4 +1,4 @@
-"""Kara in Hugging Face transformers: a paged KV cache that compresses itself while ``generate()`` decodes.
+"""A paged KV cache for transformers that compresses itself while ``generate()`` decodes.
 
     from kara_kernels.integrations.transformers import KaraCache   # also registers the attention "kara"
 
@@ -35,8 +35,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache, compress_window
 from kara_kernels.paged import check_choice, check_count, check_window
-
-__all__ = ["Compression", "KaraCache", "kara_attention", "kara_mask"]
 
 _SELECTION = ("attention", "chunk_fraction", "max_chunk", "pool", "redundancy")
 _NOT_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")  # arguments of other kinds of attention
@@ -549,7 +547,7 @@ def kara_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     cache, layer = tag
     causal = kwargs.get("is_causal")
-    odd = [name for name in _NOT_PLAIN if kwargs.get(name) is not None]
+    odd = not_plain(kwargs)
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         odd.append("is_causal=False")
     if attention_mask is not None and not getattr(attention_mask, "_kara_plain", False):
@@ -572,23 +570,35 @@ def _take(rows: Tensor, which: Tensor | None, dim: int = 0) -> Tensor:
     return rows if which is None else rows.index_select(dim, which)
 
 
+def not_plain(kwargs: dict[str, Any]) -> list[str]:
+    """Arguments of an attention call that ask for more than causal softmax attention."""
+    return [name for name in _NOT_PLAIN if kwargs.get(name) is not None]
+
+
 def _check_model(model_or_config: Any) -> int:
     """Refuses, before a request runs, what cannot work; returns the number of layers."""
     config = getattr(model_or_config, "config", model_or_config)
     used = getattr(config, "_attn_implementation", None)
     if config is not model_or_config and used != "kara":
         raise ValueError(f'model: expected attention implementation "kara", got {used!r}: {_HOW_TO_LOAD}')
+    return check_config(config, "KaraCache")
+
+
+def check_config(config: Any, who: str) -> int:
+    """Refuses, in the name of ``who``, models whose layers are not plain causal softmax attention; returns ``L``."""
     if getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError("KaraCache does not support encoder-decoder models")
+        raise NotImplementedError(f"{who} does not support encoder-decoder models")
     config = config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
     others = sorted(set(kinds) - {"full_attention"})
     if others:
-        raise NotImplementedError(f"KaraCache needs full attention in every layer, got {', '.join(others)}")
+        raise NotImplementedError(f"{who} needs full attention in every layer, got {', '.join(others)}")
     if not getattr(config, "is_causal", True):
-        raise NotImplementedError("KaraCache does not support attention that is not causal")
+        raise NotImplementedError(f"{who} does not support attention that is not causal")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise NotImplementedError(f"{who} does not support soft-capped attention (attn_logit_softcapping)")
     return config.num_hidden_layers
 
 
