@@ -41,11 +41,37 @@ def test_mixed_lengths_and_several_compressions(model, dense, trace, changes, op
                 assert 0 <= row[0] <= row[-1] < event["window"]
 
 
-def test_preemption_in_a_tiny_pool(model, dense, trace):
-    with engine(model, trace=trace, max_model_len=416, num_gpu_blocks_override=15) as kara:
+@pytest.mark.parametrize("chunk", [2048, 16])
+def test_preemption_in_a_tiny_pool(model, dense, trace, chunk):
+    tiny = {"max_model_len": 416, "num_gpu_blocks_override": 15, "max_num_batched_tokens": chunk}
+    with engine(model, trace=trace, **tiny) as kara:
         served = kara.generate(prompts(5, 40, 77, 30, 51), greedy(300))
         assert sum(len(request.recomputed) for request in served) >= 3
         dense.assert_equal(kara, served, compressions=3)
+        kara.assert_nothing_leaks()
+        # Nothing is compressed while a text is computed, or computed again, in chunks.
+        assert all(event["logical_len"] >= event["recomputed_len"] for event in kara.events())
+
+
+def test_preemption_in_the_very_step_of_a_plan(model, dense, trace):
+    def no_block_once(kara):
+        manager = kara.scheduler.kv_cache_manager
+        allocate = manager.allocate_slots
+
+        def refuse(*args, **kwargs):
+            manager.allocate_slots = allocate
+
+        manager.allocate_slots = refuse
+
+    (prompt,) = prompts(20)
+    with engine(model, trace=trace) as kara:
+        # Before step 81 it has 20 + 80 tokens, a window and a tail behind its prompt.
+        served = kara.drive({0: lambda kara: kara.add("A", prompt, 250), 81: no_block_once})
+        assert served["A"].recomputed == [101]
+        assert {event["recomputed_len"] for event in kara.events()} == {101}  # that plan left no trace
+        # The prefix cache served 96 tokens, whose queries nobody saw: it waits for a quarter of a ring, 10 of every 2nd.
+        assert kara.events()[0]["logical_len"] == 115
+        dense.assert_equal(kara, served.values(), compressions=2)
         kara.assert_nothing_leaks()
 
 
