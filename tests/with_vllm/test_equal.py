@@ -53,26 +53,37 @@ def test_preemption_in_a_tiny_pool(model, dense, trace, chunk):
         assert all(event["logical_len"] >= event["recomputed_len"] for event in kara.events())
 
 
+def no_block_once(kara):
+    """The next request that asks for a block gets none, and is preempted if it is the newest."""
+    manager = kara.scheduler.kv_cache_manager
+    allocate = manager.allocate_slots
+
+    def refuse(*args, **kwargs):
+        manager.allocate_slots = allocate
+
+    manager.allocate_slots = refuse
+
+
 def test_preemption_in_the_very_step_of_a_plan(model, dense, trace):
-    def no_block_once(kara):
-        manager = kara.scheduler.kv_cache_manager
-        allocate = manager.allocate_slots
-
-        def refuse(*args, **kwargs):
-            manager.allocate_slots = allocate
-
-        manager.allocate_slots = refuse
-
     (prompt,) = prompts(20)
     with engine(model, trace=trace) as kara:
         # Before step 81 it has 20 + 80 tokens, a window and a tail behind its prompt.
         served = kara.drive({0: lambda kara: kara.add("A", prompt, 250), 81: no_block_once})
         assert served["A"].recomputed == [101]
         assert {event["recomputed_len"] for event in kara.events()} == {101}  # that plan left no trace
-        # The prefix cache served 96 tokens, whose queries nobody saw: it waits for a quarter of a ring, 10 of every 2nd.
-        assert kara.events()[0]["logical_len"] == 115
         dense.assert_equal(kara, served.values(), compressions=2)
         kara.assert_nothing_leaks()
+
+
+def test_decoded_tokens_from_the_prefix_cache_are_watched_before_they_are_judged(model, dense, trace):
+    """Preempted just before it is due, a request finds 96 of its tokens in the prefix cache; their queries were seen in
+    its former life only. It waits for a quarter of a ring, 10 queries of every 2nd token."""
+    (prompt,) = prompts(20)
+    with engine(model, trace=trace) as kara:
+        served = kara.drive({0: lambda kara: kara.add("A", prompt, 250), 79: no_block_once})
+        assert served["A"].recomputed == [99]
+        assert kara.events()[0]["logical_len"] == 115
+        dense.assert_equal(kara, served.values(), compressions=2)
 
 
 def test_memory_is_saved_and_counted(model, trace):
