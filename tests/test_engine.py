@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kara_kernels import CompressedWindow, PagedCache, compress_window, paged
-from kara_kernels.engine import Held, Ledger, PackedCache, Plan, Policy, QueryRing, Span, execute
+from kara_kernels.engine import Held, Ledger, PackedCache, Plan, Policy, QueryRing, Span, execute, warm_up
 
 aten = torch.ops.aten
 
@@ -955,6 +955,27 @@ def test_the_ranks_agree_through_the_hook() -> None:
     kept = execute(worker.plans, worker.cache, worker.ring, worker.policy, reduce_scores=last_four)
     assert shapes == [(LAYERS, 2, 1, 8)]
     assert all(keep.tolist() == [[[4, 5, 6, 7]] * HEADS] * LAYERS for keep in kept)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_warming_up_calls_everything_and_changes_nothing(backend: str, packed: bool) -> None:
+    policy, pools = small(pool="layer"), torch.randn(2, 2, 5, 4, 2, 16)  # two layers, K and V, 5 blocks of 4 rows
+    before, called = pools.clone(), []
+    if packed:
+        offsets = torch.randperm(4 * 2 * 16).view(4, 2, 16)
+        both = [torch.cat([k.flatten(1), v.flatten(1)], 1) for k, v in pools]
+        cache: Any = PackedCache(both, offsets, offsets + 4 * 2 * 16)
+    else:
+        cache = PagedCache(list(pools[:, 0]), list(pools[:, 1]))
+    ring = QueryRing(
+        policy, layers=2, query_heads=4, kv_heads=2, head_dim=16, max_sequences=3, max_tokens=8,
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    warm_up(cache, ring, policy, reduce_scores=lambda scores: called.append(scores.shape), backend=backend)
+    assert called == [(2, 1, 1, 8)]
+    assert torch.equal(pools, before)
+    if packed:
+        assert torch.equal(torch.stack(both), torch.cat([before[:, 0].flatten(2), before[:, 1].flatten(2)], 2))
 
 
 def test_a_step_without_plans_does_nothing() -> None:

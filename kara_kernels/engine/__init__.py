@@ -3,7 +3,8 @@
 - :class:`Policy`: settings, checked.
 - :class:`Ledger`: who is compressed when, and what happens to blocks and lengths (plan, commit).
 - :class:`QueryRing`: the queries that score, in bounded memory.
-- :func:`execute`: moves the rows, on any paged view; :class:`PackedCache` for layouts that no strides describe.
+- :func:`execute`: moves the rows, on any paged view; :class:`PackedCache` for layouts that no strides describe;
+  :func:`warm_up`: compiles it before.
 
 An engine calls ``ledger.start`` when a sequence is scheduled first and ``ledger.forget`` when it finishes, is aborted
 or preempted; before every step ``ledger.plan``, takes ``plan.touched`` out of its prefix cache, ``ledger.commit``,
@@ -12,9 +13,9 @@ lengths and slots of a sequence are its logical ones minus ``ledger.dropped``; p
 it in twenty lines.
 """
 
-from .execute import PackedCache, execute
+from .execute import PackedCache, execute, warm_up
 from .plan import Held, Ledger, Plan
 from .policy import Policy
 from .queries import QueryRing, Span
 
-__all__ = ["Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "execute"]
+__all__ = ["Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "execute", "warm_up"]

@@ -137,6 +137,40 @@ def execute(
     return [kept[plan.request_id] for plan in plans]
 
 
+def warm_up(
+    cache: PagedCache | PackedCache,
+    ring: QueryRing,
+    policy: Policy,
+    *,
+    scale: float | None = None,
+    k_scale: float | Tensor | None = None,
+    reduce_scores: Callable[[Tensor], Tensor] | None = None,
+    backend: str = "auto",
+) -> None:
+    """Compiles what :func:`execute` with the same options launches, before the first request pays for it.
+
+    One sequence without rows, which is skipped: nothing is read or written. ``reduce_scores`` is called.
+    """
+    if isinstance(cache, PackedCache):
+        cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
+    nothing = torch.zeros(1, dtype=torch.int32, device=cache.k[0].device)
+    compress_window(
+        ring.idle,
+        cache.k,
+        cache.v,
+        nothing[:, None],
+        nothing,
+        window=policy.window,
+        keep=policy.keep,
+        window_starts=nothing,
+        scale=scale,
+        k_scale=k_scale,
+        reduce_scores=reduce_scores,
+        backend=backend,
+        **policy.selection,
+    )
+
+
 def _compress(plans: Sequence[Plan], query: Tensor, cache: PagedCache, options: dict) -> Tensor:
     width = max(len(plan.blocks) for plan in plans)
     rows = [

@@ -89,6 +89,11 @@ class QueryRing:
         """Sequences that have a ring."""
         return len(self._slots)
 
+    @property
+    def idle(self) -> Tensor:
+        """``[L, 1, N, H*G, D]`` of no sequence in particular, to compile kernels with."""
+        return self._ring[:, None, : self.rows]
+
     def release(self, request_id: str) -> None:
         """The sequence finished, was aborted or preempted; unknown names are fine."""
         slot = self._slots.pop(request_id, None)

@@ -120,13 +120,8 @@ class Engine:
 
     def drive(self, events):
         """Steps the engine until nothing runs; ``events[step]`` is called before that step with this engine."""
-        core, said, prompts_of, step = self.llm.llm_engine, defaultdict(list), {}, 0
-
-        def add(name, prompt, tokens):
-            prompts_of[name] = prompt
-            core.add_request(name, {"prompt_token_ids": prompt}, greedy(tokens))
-
-        self.add, self.said = add, said
+        core, said, step = self.llm.llm_engine, {}, 0
+        self.said, self.prompts = said, {}
         while step <= max(events) or core.has_unfinished_requests():
             if step in events:
                 events[step](self)
@@ -135,8 +130,16 @@ class Engine:
             step += 1
         return {
             name: Served(name, prompt, said[name], recomputed=self.recomputed[name])
-            for name, prompt in prompts_of.items()
+            for name, prompt in self.prompts.items()
+            if name in said
         }
+
+    def add(self, name, prompt, tokens):
+        self.prompts[name] = prompt
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, greedy(tokens))
+
+    def abort(self, name):
+        self.llm.llm_engine.abort_request([name])
 
     def events(self):
         if self.trace is None or not self.trace.exists():

@@ -36,6 +36,7 @@ def configure(model, kara, **options):
         ({"tail": 1.5}, ["tail", "expected an int", "float"]),
         ({"chunk_fraction": 2}, ["chunk_fraction", "expected 0.0..1.0", "2"]),
         ({"trace": 7}, ["trace", "expected a file name", "int"]),
+        ({"trace": "/nowhere/trace"}, ["trace", "can be written", "/nowhere/trace: No such file"]),
         ("on", ["expected an object of settings", "str"]),
     ],
 )
@@ -92,7 +93,7 @@ def test_models_with_sliding_windows_are_refused(tmp_path):
 
 
 def layer(**changes):
-    impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0}
+    impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0, "scale": 0.125}
     own = {
         "num_heads": 4, "num_kv_heads": 2, "head_size": 32, "attn_type": "decoder", "sliding_window": None,
         "kv_sharing_target_layer_name": None,
@@ -112,8 +113,9 @@ def layer(**changes):
         ([layer(kv_sharing_target_layer_name="0")], "cross-layer KV sharing"),
         ([layer(attn_type="encoder_only")], "attention of type encoder_only"),
         ([layer(head_size_v=16)], "keys of 32 and values of 16"),
-        ([layer(), layer(num_kv_heads=4)], "the same heads in every layer"),
-        ([], "the same heads in every layer, got no layer"),
+        ([layer(), layer(num_kv_heads=4)], "the same heads and scale in every layer"),
+        ([layer(), layer(scale=1.0)], "the same heads and scale in every layer"),
+        ([], "the same heads and scale in every layer, got no layer"),
         ([layer(num_kv_heads=1)], "at most 2 tensor-parallel ranks"),
     ],
 )

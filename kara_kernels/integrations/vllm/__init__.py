@@ -31,7 +31,8 @@ def register() -> None:
 
     @functools.wraps(finish)
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "kara" not in (self.additional_config or {}):
+        given = self.additional_config
+        if not isinstance(given, dict) or "kara" not in given:
             finish(self, *args, **kwargs)
             return
         from .settings import apply, prepare

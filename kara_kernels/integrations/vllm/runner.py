@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kara_kernels.engine import PackedCache, QueryRing, Span, execute
+from kara_kernels.engine import PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
 from .layout import paged_view
@@ -93,6 +93,8 @@ class KaraRunner(_Mixin):
         check_block_size(self.kara.policy, block_size)
         self.kara_cache = paged_view(list(self.kara_layers.values()), self.kv_cache_config.num_blocks, block_size)
         logger.info("Kara moves rows in %s blocks", "packed" if isinstance(self.kara_cache, PackedCache) else "plain")
+        assert self.kara_ring is not None
+        warm_up(self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options())
 
     def _attention_layers(self) -> dict[str, Any]:
         """The attention layers in the order of the model, all plain, or one error that names what is not."""
@@ -113,9 +115,11 @@ class KaraRunner(_Mixin):
             }
             if refused := [what for what, used in odd.items() if used]:
                 raise ValueError(f"kara: not supported: {', '.join(refused)} (layer {name})")
-        shapes = {(x.num_heads, x.num_kv_heads, x.head_size) for x in layers.values()}
+        shapes = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.scale) for x in layers.values()}
         if len(shapes) != 1:
-            raise ValueError(f"kara: expected the same heads in every layer, got {sorted(shapes) or 'no layer'}")
+            raise ValueError(
+                f"kara: expected the same heads and scale in every layer, got {sorted(shapes) or 'no layer'}"
+            )
         total = self.vllm_config.model_config.get_total_num_kv_heads()
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         if ranks > total:
@@ -167,20 +171,17 @@ class KaraRunner(_Mixin):
         assert self.kara_cache is not None
         assert self.kara_ring is not None
         began = time.perf_counter()
-        first = next(iter(self.kara_layers.values()))
-        keep = execute(
-            step.plans,
-            self.kara_cache,
-            self.kara_ring,
-            self.kara.policy,
-            scale=first.impl.scale,
-            reduce_scores=self._mean_over_ranks if self.kara.policy.pool != "head" else None,
-        )
+        keep = execute(step.plans, self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options())
         for plan in step.plans:
             self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
         self.kara_seconds += time.perf_counter() - began
         if self.kara.trace is not None:
             self._trace(self.kara.trace, step, keep)
+
+    def _kara_options(self) -> dict[str, Any]:
+        pooled = self.kara.policy.pool != "head"
+        scale = next(iter(self.kara_layers.values())).impl.scale
+        return {"scale": scale, "reduce_scores": self._mean_over_ranks if pooled else None}
 
     def _mean_over_ranks(self, scores: Tensor) -> Tensor:
         group = get_tp_group()

@@ -60,10 +60,17 @@ def prepare(config: Any) -> None:
     version = vllm.__version__
     if not version.startswith(tuple(f"{minor}." for minor in SUPPORTED)):
         raise ValueError(f"kara: expected vLLM {' or '.join(f'{minor}.*' for minor in SUPPORTED)}, got {version}")
-    settings_of(config)
+    trace = settings_of(config).trace
     refused = [what for what, used in _unsupported(config).items() if used]
     if refused:
         raise ValueError(f"kara: not supported together with {'; '.join(refused)}")
+    if trace is not None:
+        try:
+            open(trace, "a", encoding="utf-8").close()  # now, not at the first compression
+        except OSError as error:
+            raise ValueError(
+                f"kara: trace: expected a file that can be written, got {trace}: {error.strerror}"
+            ) from None
     # The scheduler plans on tokens that are computed; those in flight of an asynchronous step are not.
     config.scheduler_config.async_scheduling = False
     config.scheduler_config.scheduler_cls = _SCHEDULER

@@ -1,0 +1,68 @@
+"""Days of an engine drawn at random: pools, policies, prompts that share prefixes, aborts; the dense model judges."""
+
+import random
+
+import pytest
+from harness import engine, prompts
+
+
+def drawn(seed):
+    draw = random.Random(seed)
+    window = draw.choice([33, 48, 64, 96])
+    policy = {
+        "window": window,
+        "keep": draw.randrange(1, window),
+        "tail": draw.choice([0, 1, 16, 50]),
+        "period": draw.choice([1, 1, 3]),
+        "max_sequences": draw.choice([1, 4]),
+        "pool": draw.choice(["head", "head", "layer", "model"]),
+        "query_stride": draw.choice([1, 2, 8]),
+        "redundancy": draw.choice([0.0, 9.0]),
+        "chunk_fraction": draw.choice([0.0, 0.3]),
+        "protected": draw.choice([0, 0, 60]),
+    }
+    length = draw.choice([288, 320, 416])
+    options = {
+        "max_model_len": length,
+        "num_gpu_blocks_override": length // 32 + 2 + draw.randrange(12),
+        "max_num_batched_tokens": draw.choice([16, 100, 2048]),
+        "max_num_seqs": draw.choice([3, 6]),
+        "enable_prefix_caching": draw.random() < 0.8,
+    }
+    if options["max_num_batched_tokens"] < length and draw.random() < 0.5:
+        options["scheduler_reserve_full_isl"] = False
+    return draw, policy, options
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_day(model, dense, trace, seed):
+    draw, policy, options = drawn(seed)
+    common = prompts(60, seed=seed)[0]
+    arrivals = {}
+
+    def arrive(name):
+        def event(kara):
+            prompt = common[: draw.randrange(61)] + prompts(draw.randrange(1, 40), seed=name)[0]
+            if kara.said and draw.random() < 0.3:  # goes on from what somebody has said so far
+                prompt = (kara.prompts[other := draw.choice(sorted(kara.said))] + kara.said[other])[:150]
+            kara.add(str(name), prompt, min(draw.randrange(20, 300), options["max_model_len"] - len(prompt)))
+
+        return event
+
+    def abort(kara):
+        running = [request.request_id for request in kara.scheduler.running]
+        if running:
+            kara.abort(draw.choice(running).rsplit("-", 1)[0])
+
+    step = 0
+    for name in range(12):
+        step += draw.randrange(40)
+        arrivals[step] = arrive(name)
+        if draw.random() < 0.25:
+            arrivals[step + draw.randrange(1, 120)] = abort
+    with engine(model, policy, trace=trace, **options) as kara:
+        served = kara.drive(arrivals)
+        kara.assert_nothing_leaks()
+        assert len(served) >= 6
+        dense.assert_equal(kara, served.values(), compressions=0)
+        assert kara.events()
