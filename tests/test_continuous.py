@@ -38,7 +38,7 @@ from kara_kernels.ops._triton import INTERPRETED  # noqa: E402
 VOCABULARY, LAYERS, HEADS, PAGE = 61, 3, 2, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": HEADS}
 # Every decoded token's query judges, and the best of the window stay: what an oracle can say without the library.
-PLAIN = {"query_stride": 1, "chunk_fraction": 0.0, "redundancy": 0.0}
+PLAIN = {"query_stride": 1, "query_heads": "all", "chunk_fraction": 0.0, "redundancy": 0.0}
 POLICY = {"window": 32, "keep": 10, "tail": 8, **PLAIN}
 WINDOWS = (120 - 1 - 8) // 32  # compressions of a request of 120 tokens, of which the last is never computed on
 
@@ -242,7 +242,7 @@ PROMPTS = [prompt(n) for n in (5, 20, 37, 90)]  # 90 come in two chunks, beside 
     ("attention", "policy", "page"),
     [
         ("sdpa", {}, 16),
-        ("eager", {"keep": 24, "tail": 5, "query_stride": 3}, 16),
+        ("eager", {"keep": 24, "tail": 5, "query_stride": 3, "query_heads": "all"}, 16),
         ("sdpa", {"window": 48, "keep": 1, "tail": 0, "max_sequences": 1}, 32),
         ("sdpa", {"window": 21, "keep": 9, "tail": 20, "period": 3}, 7),
     ],

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 def small(**settings: Any) -> Policy:
     """Eight tokens become four, four more wait behind them; every query is recorded."""
-    return Policy(**{"window": 8, "keep": 4, "tail": 4, "query_stride": 1} | settings)
+    return Policy(**{"window": 8, "keep": 4, "tail": 4, "query_stride": 1, "query_heads": "all"} | settings)
 
 
 # ---- Policy ----------------------------------------------------------------------------------------------

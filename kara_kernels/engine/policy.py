@@ -45,9 +45,9 @@ class Policy:
     """Keep lists per ``"head"``, ``"layer"`` or ``"model"``."""
     redundancy: float = 9.0
     """Weight of similarity to other keys; 9 was measured best with the demo's model."""
-    query_stride: int = 8
+    query_stride: int = 2
     """Queries of every n-th decoded token are recorded to score with; 1: of all."""
-    query_heads: str = "all"
+    query_heads: str = "mean"
     """``"all"`` query heads are recorded, or the ``"mean"`` of each GQA group: ``G`` times less memory."""
     max_query_gib: float = 4.0
     """Upper bound of the query ring's memory per worker, in GiB; a ring that would be larger is refused."""

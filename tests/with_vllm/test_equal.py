@@ -16,7 +16,7 @@ from kara_kernels.engine import PackedCache
         pytest.param({}, {}, 3, id="defaults"),
         pytest.param({"pool": "layer"}, {}, 3, id="one list per layer"),
         pytest.param({"pool": "model", "tail": 0}, {}, 3, id="one list, no tail"),
-        pytest.param({"query_heads": "mean", "query_stride": 1}, {}, 3, id="group means of all queries"),
+        pytest.param({"query_heads": "all", "query_stride": 8}, {}, 3, id="all heads of few queries"),
         pytest.param(
             {"window": 40, "keep": 9, "tail": 3, "period": 5, "max_sequences": 1}, {}, 3, id="odd lengths, period, cap"
         ),
@@ -238,7 +238,7 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
 @pytest.mark.parametrize("stride", [1, 4])
 def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride):
     """Scores by the dense model's own queries and keys: what is kept has at least the attention of what is dropped."""
-    policy = {**KARA, "query_stride": stride, "chunk_fraction": 0.0, "redundancy": 0.0}
+    policy = {**KARA, "query_stride": stride, "query_heads": "all", "chunk_fraction": 0.0, "redundancy": 0.0}
     with engine(model, policy, trace=trace) as kara:
         for served in kara.generate(prompts(5, 77), greedy(260)):
             events = kara.events_of(served.request_id)
