@@ -16,6 +16,6 @@ it in twenty lines.
 from .execute import PackedCache, execute, warm_up
 from .plan import Held, Ledger, Plan
 from .policy import Policy
-from .queries import QueryRing, Span
+from .queries import QueryRing, Span, ring_bytes
 
-__all__ = ["Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "execute", "warm_up"]
+__all__ = ["Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "execute", "ring_bytes", "warm_up"]

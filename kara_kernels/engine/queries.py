@@ -69,7 +69,7 @@ class QueryRing:
         # The last row takes what is not recorded.
         self._trash = max_sequences * self.rows
         shape = layers, self._trash + 1, heads, head_dim
-        self.nbytes = layers * (self._trash + 1) * heads * head_dim * dtype.itemsize
+        self.nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype)
         """Bytes of all rings together."""
         if self.nbytes > policy.max_query_gib * 2**30:
             raise ValueError(
@@ -156,6 +156,11 @@ class QueryRing:
                 raise RuntimeError(f"the query ring has no room for {request_id}: {len(self._slots)} sequences hold it")
             slot = self._slots[request_id] = self._free.pop()
         return slot
+
+
+def ring_bytes(policy: Policy, layers: int, heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype) -> int:
+    """What a :class:`QueryRing` takes that records ``heads`` heads: query heads, or KV heads with means of groups."""
+    return layers * (max_sequences * policy.query_rows + 1) * heads * head_dim * dtype.itemsize
 
 
 def staged(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:

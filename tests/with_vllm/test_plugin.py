@@ -136,6 +136,16 @@ def test_a_ring_beyond_its_bound_is_refused(model):
         pass
 
 
+def test_the_query_stride_follows_the_memory_unless_it_is_set(model):
+    """3 layers, means of 2 heads of 32 in float32: 768 bytes a query; 384 tokens of each of 100 sequences."""
+    every_second, every_eighth = 768 * 192 * 100 / 2**30, 768 * 48 * 100 / 2**30
+    for gib, stride in ((4.0, 2), (every_second * 1.01, 2), (every_second * 0.99, 4), (every_eighth * 1.01, 8)):
+        config = configure(model, {"max_query_gib": gib}, dtype="float32", max_num_seqs=100)
+        assert settings.settings_of(config).policy.query_stride == stride
+    config = configure(model, {"max_query_gib": every_eighth, "query_stride": 1}, dtype="float32", max_num_seqs=100)
+    assert settings.settings_of(config).policy.query_stride == 1  # and the worker will say what is wrong with it
+
+
 def test_configuring_twice_is_configuring_once(model):
     register()
     register()

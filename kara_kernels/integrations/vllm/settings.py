@@ -9,7 +9,7 @@ from typing import Any
 import vllm
 from vllm.logger import init_logger
 
-from kara_kernels.engine import Policy
+from kara_kernels.engine import Policy, ring_bytes
 
 logger = init_logger("vllm.kara")  # below vLLM's own logger, so that its handlers and levels hold
 
@@ -78,6 +78,7 @@ def prepare(config: Any) -> None:
 
 def apply(config: Any) -> None:
     """After vLLM has completed its configuration: names the worker, says what is set."""
+    _resolve_query_stride(config)
     settings = settings_of(config)
     parallel = config.parallel_config
     if parallel.worker_cls not in _WORKERS.values():
@@ -91,6 +92,27 @@ def apply(config: Any) -> None:
     observe_with_vllm(config)
     said = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(settings.policy).items())
     logger.info_once(f"Kara compresses the KV cache while decoding: {said}, trace={settings.trace!r}")
+
+
+def _resolve_query_stride(config: Any) -> None:
+    """Where the operator has not set it: the first of 2, 4, 8, ... whose query ring fits ``max_query_gib``.
+
+    vLLM lets up to 1,024 requests run at once, and their queries by the default stride may be more memory than anybody
+    wants to give. The stride is part of the plan, so it is settled here, once for all processes.
+    """
+    kara, model = config.additional_config["kara"], config.model_config
+    if "query_stride" in kara:
+        return
+    policy, parallel = settings_of(config).policy, config.parallel_config
+    heads = model.get_num_kv_heads(parallel)
+    if policy.query_heads == "all":
+        heads = model.get_num_attention_heads(parallel)
+    shape = model.get_num_layers(parallel), heads, model.get_head_size(), config.scheduler_config.max_num_seqs
+    while policy.query_stride * 2 <= policy.window and (
+        ring_bytes(policy, *shape, model.dtype) > policy.max_query_gib * 2**30
+    ):
+        policy = dataclasses.replace(policy, query_stride=policy.query_stride * 2)
+    config.additional_config = {**config.additional_config, "kara": {**kara, "query_stride": policy.query_stride}}
 
 
 def check_block_size(policy: Policy, block_size: int) -> None:
