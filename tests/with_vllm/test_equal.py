@@ -24,6 +24,7 @@ from kara_kernels.engine import PackedCache
         pytest.param({}, {"max_num_batched_tokens": 16, "max_num_seqs": 8}, 3, id="chunked prefill"),
         pytest.param({}, {"enable_prefix_caching": False}, 3, id="no prefix cache"),
         pytest.param({}, {"block_size": 64}, 3, id="larger blocks"),
+        pytest.param({}, {"enforce_eager": False}, 3, id="compiled"),
     ],
 )  # fmt: skip
 def test_mixed_lengths_and_several_compressions(model, dense, trace, changes, options, compressions):
