@@ -9,6 +9,7 @@ import pytest
 import torch
 import vllm
 from harness import KARA, engine, greedy, make_model, prompts
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from kara_kernels.integrations.vllm import register, settings
@@ -154,6 +155,12 @@ def test_configuring_twice_is_configuring_once(model):
     settings.apply(config)
     assert config.scheduler_config.scheduler_cls == settings._SCHEDULER
     assert config.parallel_config.worker_cls in settings._WORKERS.values()
+
+
+def test_a_vllm_that_cannot_be_hooked_starts_without_us(monkeypatch, caplog):
+    monkeypatch.delattr(VllmConfig, "__post_init__")
+    register()
+    assert "Kara stays off" in caplog.text
 
 
 UNCONFIGURED = """

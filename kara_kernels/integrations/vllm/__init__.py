@@ -16,6 +16,7 @@ No file of vLLM is changed. Supported versions: see :data:`.settings.SUPPORTED`.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 __all__ = ["register"]
@@ -25,7 +26,10 @@ def register() -> None:
     """Entry point of vLLM's plugin system; may be called any number of times."""
     from vllm.config import VllmConfig
 
-    finish = VllmConfig.__post_init__
+    finish = getattr(VllmConfig, "__post_init__", None)
+    if finish is None:  # vLLM must start all the same
+        logging.getLogger(__name__).warning("Kara stays off: this vLLM's configuration cannot be hooked")
+        return
     if hasattr(finish, "kara"):
         return
 

@@ -209,8 +209,9 @@ class KaraRunner(_Mixin):
                 "freed_blocks": len(plan.freed),
                 "recomputed_len": recomputed,
             }
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            # One unbuffered write: lines of data-parallel engines do not mix.
+            with open(path, "ab", buffering=0) as file:
+                file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
 
 
 class KaraRunnerV1(KaraRunner):
