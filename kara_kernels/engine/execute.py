@@ -7,6 +7,7 @@ to another sequence of that step, and on one stream whoever writes to them comes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,16 +110,8 @@ def execute(
     Not checked on a GPU: that the planned blocks belong to their sequences.
     """
     kept: dict[str, Tensor] = {}
+    options = _options(policy, scale, k_scale, reduce_scores, backend)
     for group in _by_num_queries(plans):
-        options = {
-            "window": policy.window,
-            "keep": policy.keep,
-            "scale": scale,
-            "k_scale": k_scale,
-            "reduce_scores": reduce_scores,
-            "backend": backend,
-            **policy.selection,
-        }
         if isinstance(cache, PagedCache):
             keep = _compress(group, ring.select(group), cache, options)
             kept.update((plan.request_id, keep[:, s]) for s, plan in enumerate(group))
@@ -153,25 +146,24 @@ def warm_up(
     """
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
-    nothing = torch.zeros(1, dtype=torch.int32, device=cache.k[0].device)
-    compress_window(
-        ring.idle,
-        cache.k,
-        cache.v,
-        nothing[:, None],
-        nothing,
-        window=policy.window,
-        keep=policy.keep,
-        window_starts=nothing,
-        scale=scale,
-        k_scale=k_scale,
-        reduce_scores=reduce_scores,
-        backend=backend,
+    nobody = Plan("", 0, 0, 0, window_start=0, blocks=(0,), first_written=0, kept_blocks=0, last_query=0, num_queries=0)
+    _compress([nobody], ring.idle, cache, _options(policy, scale, k_scale, reduce_scores, backend))
+
+
+def _options(policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, backend: str) -> dict[str, Any]:
+    """What :func:`compress_window` is told, whatever the plans."""
+    return {
+        "window": policy.window,
+        "keep": policy.keep,
+        "scale": scale,
+        "k_scale": k_scale,
+        "reduce_scores": reduce_scores,
+        "backend": backend,
         **policy.selection,
-    )
+    }
 
 
-def _compress(plans: Sequence[Plan], query: Tensor, cache: PagedCache, options: dict) -> Tensor:
+def _compress(plans: Sequence[Plan], query: Tensor, cache: PagedCache, options: dict[str, Any]) -> Tensor:
     width = max(len(plan.blocks) for plan in plans)
     rows = [
         [plan.physical_len, plan.window_start, *plan.blocks, *[plan.blocks[0]] * (width - len(plan.blocks))]

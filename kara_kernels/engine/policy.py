@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,14 @@ class Policy:
         check_number("max_query_gib", self.max_query_gib, 0.0, 1e6)
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Policy:
-        """The policy of a mapping such as parsed JSON. Unknown keys are a ValueError that lists the known ones."""
+    def from_settings(cls, settings: Mapping[str, Any], *, beside: Sequence[str] = ()) -> Policy:
+        """The policy of a mapping such as parsed JSON. Unknown keys are a ValueError that lists the known ones, and
+        those that an engine's adapter has ``beside`` them and has taken out before."""
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(map(str, set(settings) - set(known))):
-            raise ValueError(f"{', '.join(unknown)}: expected one of {', '.join(known)}")
+            raise ValueError(f"{', '.join(unknown)}: expected one of {', '.join([*known, *beside])}")
         return cls(**settings)
 
     def check_page_size(self, page_size: int) -> None:

@@ -70,11 +70,7 @@ def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> tu
         found += block.to(torch.int64) * place
         place *= _BASE
     block.zero_()
-    where = torch.zeros(block.shape, dtype=torch.int64, device=cache.device)
-    for axis, (extent, stride) in enumerate(zip(block.shape, block.stride(), strict=True)):
-        shape = [1] * block.dim()
-        shape[axis] = extent
-        where += (torch.arange(extent, device=cache.device) * stride).view(shape)
+    where = _places(block.shape, block.stride(), cache.device)
     held, order = found.flatten().sort()
     order = order[held > 0]
     if not torch.equal(held[held > 0], numbers.flatten()):
@@ -91,9 +87,15 @@ def _strides(where: Tensor) -> tuple[int, ...] | None:
         int(where.select(axis, 1).flatten()[0] - where.flatten()[0]) if where.shape[axis] > 1 else 1
         for axis in range(where.dim())
     )
-    ideal = where.flatten()[0].clone()
-    for axis, stride in enumerate(strides):
-        shape = [1] * where.dim()
-        shape[axis] = where.shape[axis]
-        ideal = ideal + (torch.arange(where.shape[axis], device=where.device) * stride).view(shape)
+    ideal = where.flatten()[0] + _places(where.shape, strides, where.device)
     return strides if torch.equal(ideal, where) else None
+
+
+def _places(shape: Sequence[int], strides: Sequence[int], device: torch.device) -> Tensor:
+    """int64 of this shape: how far each element of a strided tensor lies behind its first."""
+    where = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
+    for axis, (extent, stride) in enumerate(zip(shape, strides, strict=True)):
+        along = [1] * len(shape)
+        along[axis] = extent
+        where += (torch.arange(extent, device=device) * stride).view(along)
+    return where

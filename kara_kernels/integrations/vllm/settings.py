@@ -47,10 +47,7 @@ def settings_of(config: Any) -> Settings:
         trace = rest.pop("trace", None)
         if trace is not None and not isinstance(trace, str):
             raise TypeError(f"trace: expected a file name, got {type(trace).__name__}")
-        known = [field.name for field in dataclasses.fields(Policy)]
-        if unknown := sorted(set(rest) - set(known)):
-            raise ValueError(f"{', '.join(unknown)}: expected one of {', '.join([*known, 'trace'])}")
-        return Settings(Policy.from_settings(rest), trace)
+        return Settings(Policy.from_settings(rest, beside=("trace",)), trace)
     except (TypeError, ValueError) as error:
         raise ValueError(f"kara: {error}") from None
 
