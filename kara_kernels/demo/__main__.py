@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import DemoError
 
@@ -23,14 +23,14 @@ PROMPT = "Describe a day in the life of a baker, hour by hour, from two in the m
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line like every other error, without argparse's usage block in front of it."""
         raise DemoError(f"{message} (--help lists the options)", 2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROG,
         usage="%(prog)s [options]",
         allow_abbrev=False,
@@ -153,16 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: what PyTorch picks)")
 
-    group = parser.add_argument_group("what comes out")
-    group.add_argument(
-        "--picture",
-        metavar="FILE",
-        type=Path,
-        default=Path("demo-out/kara.png"),
-        help="where the picture goes, PNG, SVG or PDF (default: %(default)s)",
-    )
-    group.add_argument("--no-picture", action="store_true", help="draw no picture")
-    group.add_argument("--json", metavar="FILE", type=Path, help="write every figure to this file as JSON")
+    group = add_outputs(parser, Path("demo-out/kara.png"))
     group.add_argument("--no-baseline", action="store_true", help="leave out the comparison with randomly kept tokens")
     return parser
 
@@ -195,17 +186,37 @@ def _check(options: argparse.Namespace) -> None:
     if options.threads is not None and options.threads < 1:
         raise DemoError(f"--threads must be at least 1, got {options.threads}", 2)
     if options.model is not None:
-        _check_model(options.model)
+        check_model(options.model)
     options.prompt = _prompt(options)
+    check_outputs(options)
+
+
+def add_outputs(parser: argparse.ArgumentParser, picture: Path) -> Any:
+    """The options of picture and figures, the same for every demo; returns their group."""
+    group = parser.add_argument_group("what comes out")
+    group.add_argument(
+        "--picture",
+        metavar="FILE",
+        type=Path,
+        default=picture,
+        help="where the picture goes, PNG, SVG or PDF (default: %(default)s)",
+    )
+    group.add_argument("--no-picture", action="store_true", help="draw no picture")
+    group.add_argument("--json", metavar="FILE", type=Path, help="write every figure to this file as JSON")
+    return group
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise DemoError (code 2) where :func:`add_outputs`' options cannot be followed. Resolves --no-picture."""
     if options.no_picture:
         options.picture = None
     elif options.picture.suffix.lower() not in PICTURE_TYPES:
         raise DemoError(f"--picture must end in {', '.join(PICTURE_TYPES)}, got {options.picture}", 2)
-    _check_output("--picture", options.picture)
-    _check_output("--json", options.json)
+    check_output("--picture", options.picture)
+    check_output("--json", options.json)
 
 
-def _check_model(name: str) -> None:
+def check_model(name: str) -> None:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -228,7 +239,7 @@ def _prompt(options: argparse.Namespace) -> str:
     return text.strip()
 
 
-def _check_output(option: str, path: Path | None) -> None:
+def check_output(option: str, path: Path | None) -> None:
     """Fail now rather than after minutes of decoding. Makes the parent directories."""
     if path is None:
         return

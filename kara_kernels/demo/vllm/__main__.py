@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import DemoError
-from ..__main__ import PICTURE_TYPES, _check_model, _check_output, _Parser
+from ..__main__ import Parser, add_outputs, check_model, check_output, check_outputs
 
 PROG = "python -m kara_kernels.demo.vllm"
 POLICY = ("window", "keep", "tail")
@@ -19,7 +19,7 @@ OTHERS = ("trace",)  # settings of the plugin that are not of the policy
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROG,
         usage="%(prog)s [options]",
         allow_abbrev=False,
@@ -92,16 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="more settings of the plugin, as in vLLM's --additional-config '{\"kara\": ...}'",
     )
 
-    group = parser.add_argument_group("what comes out")
-    group.add_argument(
-        "--picture",
-        metavar="FILE",
-        type=Path,
-        default=Path("demo-out/vllm.png"),
-        help="where the picture goes, PNG, SVG or PDF (default: %(default)s)",
-    )
-    group.add_argument("--no-picture", action="store_true", help="draw no picture")
-    group.add_argument("--json", metavar="FILE", type=Path, help="write every figure to this file as JSON")
+    group = add_outputs(parser, Path("demo-out/vllm.png"))
     group.add_argument(
         "--logs",
         metavar="DIR",
@@ -125,14 +116,9 @@ def _check(options: argparse.Namespace) -> None:
         raise DemoError(f"--threads must be at least 1, got {options.threads}", 2)
     options.policy = _policy(options)
     if options.model is not None:
-        _check_model(options.model)
-    if options.no_picture:
-        options.picture = None
-    elif options.picture.suffix.lower() not in PICTURE_TYPES:
-        raise DemoError(f"--picture must end in {', '.join(PICTURE_TYPES)}, got {options.picture}", 2)
-    _check_output("--picture", options.picture)
-    _check_output("--json", options.json)
-    _check_output("--logs", options.logs / "limited-vllm.log")
+        check_model(options.model)
+    check_outputs(options)
+    check_output("--logs", options.logs / "limited-vllm.log")
 
 
 def _policy(options: argparse.Namespace) -> dict[str, Any]:
