@@ -9,7 +9,7 @@ VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm test test-vllm lint clean
+.PHONY: help demo demo-vllm quality test test-vllm lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -19,6 +19,9 @@ demo: $(VENV)/.demo ## watch a language model decode while its KV cache shrinks 
 
 demo-vllm: $(VLLM_PYTHON) ## serve with vLLM, without and with Kara, and compare (ARGS="--help" for options)
 	$(VLLM_PYTHON) -m kara_kernels.demo.vllm $(ARGS)
+
+quality: $(VENV)/.demo ## compare what methods keep of the meaning, an hour on 2 cores (ARGS="--quick": 5 minutes)
+	$(BIN)/python -m bench.quality $(ARGS)
 
 test: $(VENV)/.dev ## run all tests: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests

@@ -12,7 +12,7 @@ from torch import Tensor
 from .ops._triton import resolve_backend
 from .ops.chunks import launch_keep
 from .ops.compact import launch_compact
-from .ops.score import launch_pool, launch_score, plan_score
+from .ops.score import PartialRows, launch_pool, launch_score, plan_score
 from .paged import (
     Layers,
     PagedCache,
@@ -26,6 +26,7 @@ from .paged import (
     check_scoring,
     check_tensor,
     check_unit_stride,
+    check_values,
     check_window,
     contents_are_checked,
     key_scales,
@@ -66,6 +67,8 @@ class _Request:
     chunk_budget: int
     max_chunk: int
     attention: str
+    reduction: str
+    value_norm: bool
     pool: str
     redundancy: float
     scale: float
@@ -95,6 +98,8 @@ def compress_window(
     chunk_fraction: float = 0.3,
     max_chunk: int = 8,
     attention: str = "bidirectional",
+    reduction: str = "mean",
+    value_norm: bool = False,
     pool: str = "head",
     redundancy: float = 0.0,
     scale: float | None = None,
@@ -131,6 +136,9 @@ def compress_window(
             top-k.
         max_chunk: longest span that counts as a chunk, in tokens, ends included.
         attention: ``"bidirectional"``, or ``"causal"`` as an ablation; see :func:`kara_kernels.ops.score_window`.
+        reduction: how the queries' attention is put together: their ``"mean"``, or ``"rms"``; see
+            :func:`kara_kernels.ops.score_window`.
+        value_norm: weigh each key by the Euclidean length of its value. Needs ``v_cache``.
         pool: how many keep lists there are: ``"head"`` (one per layer and KV head), ``"layer"`` (mean over heads) or
             ``"model"`` (mean over heads and layers: one per sequence).
         redundancy: weight of similarity to other keys, subtracted from the score; see
@@ -161,11 +169,12 @@ def compress_window(
     :class:`PagedCache` and one stacked ``query``: lists of tensors cost an upload of their addresses per call.
 
     Method: Kara, sliding-window KV cache compression (arXiv 2607.01237); what the paper leaves open is marked where
-    it is computed. Defaults are provisional until a quality bench supports them.
+    it is computed. The defaults are the method as published; what kept most of the meaning in this library's quality
+    bench is ``**Policy().selection`` of :mod:`kara_kernels.engine`, which every integration uses.
     """
     request = _checked(
         query, k_cache, v_cache, block_tables, seq_lens, window, keep, scores, window_starts, protected_lens,
-        chunk_fraction, max_chunk, attention, pool, redundancy, scale, k_scale, reduce_scores,
+        chunk_fraction, max_chunk, attention, reduction, value_norm, pool, redundancy, scale, k_scale, reduce_scores,
     )  # fmt: skip
     compress = _compress_torch
     if resolve_backend(backend, request.seq_lens.device) == "triton" and len(request.seq_lens):
@@ -185,7 +194,7 @@ def compress_window(
 
 def _checked(
     query, k_cache, v_cache, block_tables, seq_lens, window, keep, scores, window_starts, protected_lens,
-    chunk_fraction, max_chunk, attention, pool, redundancy, scale, k_scale, reduce_scores,
+    chunk_fraction, max_chunk, attention, reduction, value_norm, pool, redundancy, scale, k_scale, reduce_scores,
 ) -> _Request:  # fmt: skip
     """Every argument checked, before anything is written."""
     queries, cache, many = per_layer(query, k_cache, v_cache)
@@ -210,14 +219,21 @@ def _checked(
         shape = (layers, sequences, heads, window) if many else (sequences, heads, window)
         check_tensor("scores", scores, shape, (torch.float32,), device)
         scores = scores if many else scores[None]
-    check_scoring(queries[0].shape[1] if queries else 0, window, scale, attention, redundancy)
+    check_scoring(queries[0].shape[1] if queries else 0, window, scale, attention, reduction, redundancy)
+    if not isinstance(value_norm, bool):
+        raise TypeError(f"value_norm: expected a bool, got {type(value_norm).__name__}")
+    if value_norm and queries:
+        if cache.v is None:
+            raise ValueError("value_norm: expected False without a v_cache, got True")
+        check_values(cache)
     if reduce_scores is not None and not callable(reduce_scores):
         raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
     scales = key_scales(k_scale, layers, heads, device)
     budget = min(round(chunk_fraction * keep), keep - 1)
     request = _Request(
         queries, cache, table, seq_lens, window, keep, scores, window_starts, protected_lens, budget, max_chunk,
-        attention, pool, redundancy, dim**-0.5 if scale is None else scale, scales, reduce_scores, many,
+        attention, reduction, value_norm, pool, redundancy, dim**-0.5 if scale is None else scale, scales,
+        reduce_scores, many,
     )  # fmt: skip
     if contents_are_checked(device):
         starts, fits = _windows(request)
@@ -251,8 +267,9 @@ def _compress_torch(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
         elif r.query is not None:
             for s, start in alive:
                 of_sequence = score_sequence(
-                    r.query, r.cache.k, r.block_tables, s, start, r.window,
-                    scale=r.scale, k_scale=r.k_scale, attention=r.attention, redundancy=r.redundancy,
+                    r.query, r.cache.k, r.cache.v if r.value_norm else None, r.block_tables, s, start, r.window,
+                    scale=r.scale, k_scale=r.k_scale, attention=r.attention, reduction=r.reduction,
+                    redundancy=r.redundancy,
                 )  # fmt: skip
                 scores[:, s] = _pooled(r, of_sequence)
     scores = _reduced(r, scores)
@@ -274,26 +291,23 @@ def _compress_triton(r: _Request) -> tuple[Tensor, Tensor, Tensor]:
     """The same in three launches, four where scores are pooled or handed out, whatever ``L`` and ``S``."""
     layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
     fit = r.window_starts, r.seq_lens, r.protected_lens
-    scores, computed, inverse = r.scores, r.scores is None, 1.0
+    scores, computed, summed = r.scores, r.scores is None, PartialRows()
     if scores is None or r.pool != "head":
         scores = r.seq_lens.new_empty(*r.lists, r.window, dtype=torch.float32)
     if r.query is not None:
-        config, tiles = plan_score(r.query, r.cache.k, r.window, r.redundancy)
-        inverse = heads / (r.query[0].shape[1] * r.query[0].shape[2])
-        partials = scores.new_empty(layers, sequences, heads, tiles, r.window)
-        launch_score(
-            partials, r.query, r.cache.k, r.block_tables, *fit, r.scale, r.k_scale, r.attention, r.redundancy, config
-        )
+        config, summed = plan_score(r.query, r.cache.k, r.window, r.reduction, r.value_norm, r.redundancy)
+        partials = scores.new_empty(layers, sequences, heads, summed.tiles, r.window)
+        launch_score(partials, r.query, r.cache, r.block_tables, *fit, r.scale, r.k_scale, r.attention, summed, config)
     elif r.scores is not None:
         partials = r.scores[:, :, :, None]
     if r.pool != "head" or (computed and r.reduce_scores is not None):
-        launch_pool(scores, partials, *fit, inverse, r.redundancy, computed)
-        computed = False
+        launch_pool(scores, partials, *fit, summed, computed)
+        computed, summed = False, PartialRows()
     scores = _reduced(r, scores)
     if not computed:
         partials = scores[:, :, :, None]
     keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
-    launch_keep(keep_indices, scores, partials, *fit, inverse, r.redundancy, r.chunk_budget, r.max_chunk, computed)
+    launch_keep(keep_indices, scores, partials, *fit, summed, r.chunk_budget, r.max_chunk, computed)
     new_lens = torch.empty_like(r.seq_lens)
     rows = keep_indices.expand(layers, sequences, heads, r.keep)
     launch_compact(new_lens, r.cache, r.block_tables, r.window_starts, r.seq_lens, rows, r.window)

@@ -20,6 +20,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+REDUCTIONS = ("mean", "rms")
 MAX_WINDOW = 4096  # the selection kernel holds a whole row in registers; 4096 is what fits without spills
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SCORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -374,8 +375,9 @@ def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, 
     return keep
 
 
-def check_scoring(queries: int, window: int, scale: object, attention: str, redundancy: object) -> None:
+def check_scoring(queries: int, window: int, scale: object, attention: str, reduction: str, redundancy: object) -> None:
     check_choice("attention", attention, ("bidirectional", "causal"))
+    check_choice("reduction", reduction, REDUCTIONS)
     check_number("redundancy", redundancy, 0.0, 3.4e38)
     if scale is not None:
         check_number("scale", scale, -3.4e38, 3.4e38)
@@ -432,9 +434,17 @@ def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: 
 # ------------------------------------------------------------- all arguments of an operation, for either backend
 
 
+def check_values(cache: PagedCache) -> None:
+    """Values whose length can be taken, if there are any."""
+    if cache.v is not None and cache.v[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
+        raise TypeError(
+            f"v_cache: expected float16, bfloat16, float32 or float8 to take lengths of, got {cache.v[0].dtype}"
+        )
+
+
 def check_score_window(
     query: Layers | None, cache: PagedCache, block_tables: object, window_starts: object, window: int,
-    scale: float | None, k_scale: float | Tensor | None, attention: str, redundancy: float,
+    scale: float | None, k_scale: float | Tensor | None, attention: str, reduction: str, redundancy: float,
 ) -> tuple[Layers, Tensor, Tensor, float | Tensor]:  # fmt: skip
     """Arguments of ``score_window`` as (queries, block tables, starts, key scales)."""
     check_window(window)
@@ -442,7 +452,8 @@ def check_score_window(
     table = check_block_tables(block_tables, device)
     starts = check_lengths("window_starts", window_starts, table.shape[0], device)
     queries = check_query(query, cache, table.shape[0])
-    check_scoring(queries[0].shape[1], window, scale, attention, redundancy)
+    check_scoring(queries[0].shape[1], window, scale, attention, reduction, redundancy)
+    check_values(cache)
     scales = key_scales(k_scale, len(cache.k), heads, device)
     if contents_are_checked(device):
         everywhere = torch.ones_like(starts, dtype=torch.bool)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_seen: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> post-RoPE queries and keys of the last forward
+_seen: dict[int, tuple[Tensor, ...]] = {}  # layer -> post-RoPE queries, keys, and values of the last forward
 
 
 def _dense_attention(module, query, key, value, attention_mask, scaling, visible=None, **kwargs):
     """Softmax attention in float64; ``visible[layer] [S, H, T, T]`` says which key each query sees."""
     layer, groups = module.layer_idx, query.shape[1] // key.shape[1]
-    _seen[layer] = query, key
+    _seen[layer] = query, key, value
     key, value, seen = (x.double().repeat_interleave(groups, 1) for x in (key, value, visible[layer]))
     weights = (query.double() @ key.mT * scaling).masked_fill(seen == 0, -torch.inf)
     output = weights.softmax(-1).nan_to_num() @ value  # a padding token sees nothing: 0 / 0
@@ -78,8 +78,23 @@ def dense_logits(model, ids: Tensor, real: Tensor, visible: Tensor) -> Tensor:
 
 def best_of_window(layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float) -> Tensor:
     """The ``keep`` of ``tokens`` that ``judges`` look at most in the last dense forward: ``[H, K]``."""
-    query, key = (x[s].double() for x in _seen[layer])
+    query, key, _ = (x[s].double() for x in _seen[layer])
     heads, dim = key.shape[0], key.shape[2]
     query = query[:, judges].reshape(heads, -1, dim)  # the G query heads of a KV head stand together
     score = (query @ key[:, tokens].mT * scale).softmax(-1).mean(1)
+    return score.topk(keep).indices.sort(-1).values
+
+
+def best_for_later(
+    layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float, ahead: int, theta: float
+) -> Tensor:
+    """The same by the root mean square over judges and group, times the values' lengths, with the judges ``ahead``
+    positions further on: as complex numbers of the halves of a query, turned."""
+    query, key, value = (x[s].double() for x in _seen[layer])
+    heads, dim = key.shape[0], key.shape[2]
+    turns = torch.polar(torch.ones(dim // 2).double(), ahead * theta ** (-torch.arange(0, dim, 2) / dim).double())
+    turned = torch.complex(query[..., : dim // 2], query[..., dim // 2 :]) * turns
+    query = torch.cat((turned.real, turned.imag), -1)[:, judges].unflatten(0, (heads, -1))  # [H, G, n, D]
+    mass = (query @ key[:, None, tokens].mT * scale).softmax(-1)
+    score = mass.square().mean((1, 2)).sqrt() * value[:, tokens].norm(dim=-1)
     return score.topk(keep).indices.sort(-1).values

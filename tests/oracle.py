@@ -37,12 +37,15 @@ def score_window(
     scale: float | None = None,
     k_scale: float = 1.0,
     causal: bool = False,
+    reduction: str = "mean",
+    values: Sequence[Vector] | None = None,
     redundancy: float = 0.0,
 ) -> list[float]:
-    """Scores of the window's keys for one KV head: `query[N][G][D]`, `keys[W][D]` -> `[W]`.
+    """Scores of the window's keys for one KV head: `query[N][G][D]`, `keys[W][D]`, `values[W][Dv]` -> `[W]`.
 
-    The mean, over all queries and all query heads of the group, of the attention each key receives. Causal:
-    query `i` is window token `W - N + i` and sees the keys up to itself.
+    The mean, over all queries and all query heads of the group, of the attention each key receives; or, "rms", its
+    root mean square. With values: times their lengths. Causal: query `i` is window token `W - N + i` and sees the
+    keys up to itself.
     """
     window, count = len(keys), len(query)
     scale = 1 / math.sqrt(len(keys[0])) if scale is None else scale
@@ -54,7 +57,12 @@ def score_window(
             attention = softmax([scale * dot(vector, key) for key in keys[:visible]])
             for j in range(window):
                 received[j].append(attention[j] if j < visible else 0.0)
-    scores = [math.fsum(column) / len(column) for column in received]
+    if reduction == "rms":
+        scores = [math.sqrt(dot(column, column) / len(column)) for column in received]
+    else:
+        scores = [math.fsum(column) / len(column) for column in received]
+    if values is not None:
+        scores = [score * math.hypot(*value) for score, value in zip(scores, values, strict=True)]
     if redundancy:
         alike = softmax(mean_cosines(keys))
         scores = [score - redundancy * a for score, a in zip(scores, alike, strict=True)]

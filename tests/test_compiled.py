@@ -26,6 +26,9 @@ from kara_kernels.ops import compact_blocks, expand_chunks, score_window, select
 # name: (window, D, Dv, G, page, cache dtype, options)
 SHAPES: dict[str, tuple[int, int, int, int, int, torch.dtype, dict[str, Any]]] = {
     "small heads": (256, 64, 64, 3, 16, torch.bfloat16, {}),
+    "llama, rms and lengths": (256, 128, 128, 4, 16, torch.bfloat16, {"reduction": "rms", "value_norm": True}),
+    "small heads, rms and lengths": (256, 64, 64, 3, 16, torch.bfloat16, {"reduction": "rms", "value_norm": True}),
+    "wide window, rms and lengths": (2048, 128, 128, 8, 32, torch.float16, {"reduction": "rms", "value_norm": True}),
     "llama, redundancy": (256, 128, 128, 4, 16, torch.bfloat16, {"redundancy": 1.0}),
     "wide window, pooled": (1024, 128, 128, 8, 32, torch.float16, {"pool": "layer"}),
     "widest window": (4096, 64, 64, 1, 256, torch.bfloat16, {}),
@@ -156,7 +159,8 @@ def test_launches_do_not_grow_with_layers_or_sequences(
     for name in ("query", "k_cache", "v_cache"):
         given[name] = [given[name][0].clone() for _ in range(layers)]
     with compiling_for("sm_80"):
-        for pool, count in (("head", 3), ("layer", 4), ("model", 4)):
-            launched.clear()
-            compress_window(**given, keep=32, pool=pool, backend="triton")
-            assert len(launched) == count
+        for options in ({}, {"reduction": "rms", "value_norm": True, "redundancy": 1.0}):
+            for pool, count in (("head", 3), ("layer", 4), ("model", 4)):
+                launched.clear()
+                compress_window(**given, keep=32, pool=pool, backend="triton", **options)
+                assert len(launched) == count

@@ -100,21 +100,27 @@ def check(
     assert result.seq_lens.tolist() == world.assert_compacted(before, expected)
 
 
-def check_scores(world: World, result: CompressedWindow, *, pool: str = "head", **options: Any) -> None:
+def check_scores(
+    world: World, result: CompressedWindow, *, pool: str = "head", value_norm: bool = False, **options: Any
+) -> None:
     """The returned scores are the oracle's, pooled; zeros where the sequence was skipped."""
     scores = layered(world, result.scores).double()
     for s, skipped in enumerate(world.skipped):
         if skipped:
             assert (scores[:, s] == 0).all()
             continue
-        exact = [world.oracle_scores(layer, s, **options) for layer in range(world.plan.layers)]
+        exact = [world.oracle_scores(layer, s, value_norm=value_norm, **options) for layer in range(world.plan.layers)]
         limit = max(
-            worlds.allowed_error(query[s], world.read_keys(layer, s), torch.tensor(rows).double(), **options)
+            worlds.allowed_error(
+                query[s], world.read_keys(layer, s), torch.tensor(rows).double(),
+                values=world.read_values(layer, s) if value_norm else None, **options,
+            )
             for layer, (query, rows) in enumerate(zip(world.query, exact, strict=True))
-        )
+        )  # fmt: skip
         # A mean of rounded scores is no worse than the worst of them, but for its own additions and division.
-        limit += 8 * torch.finfo(torch.float32).eps * (1 + options.get("redundancy", 0.0)) * (pool != "head")
         pooled = torch.tensor(oracle.pool_scores(exact, pool)).double()
+        largest = max(1.0, float(torch.tensor(exact).abs().max())) + options.get("redundancy", 0.0)
+        limit += 8 * torch.finfo(torch.float32).eps * largest * (pool != "head")
         assert ((scores[:, s] - pooled).abs() <= limit).all()
 
 
@@ -154,6 +160,8 @@ def test_one_layer(backend: str, plan: Plan, data: st.DataObject) -> None:
 @given(
     plan=plans(max_layers=3, skips=True, max_window=12),
     pool=st.sampled_from(POOLS),
+    reduction=st.sampled_from(["mean", "rms"]),
+    value_norm=st.booleans(),
     redundancy=st.sampled_from([0.0, 0.5]),
     fraction=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     max_chunk=st.integers(2, 9),
@@ -163,19 +171,20 @@ def test_many_layers(
     backend: str,
     plan: Plan,
     pool: str,
+    reduction: str,
+    value_norm: bool,
     redundancy: float,
     fraction: float,
     max_chunk: int,
     data: st.DataObject,
 ) -> None:
     keep = data.draw(st.integers(1, plan.window))
-    world, original = World(plan), World(plan)
+    world, original = World(plan).give_values(), World(plan).give_values()
     before = world.snapshot()
-    result = compress(
-        world, keep, backend, pool=pool, redundancy=redundancy, chunk_fraction=fraction, max_chunk=max_chunk
-    )
+    options = {"pool": pool, "reduction": reduction, "value_norm": value_norm, "redundancy": redundancy}
+    result = compress(world, keep, backend, chunk_fraction=fraction, max_chunk=max_chunk, **options)
     check(world, before, result, keep, chunk_fraction=fraction, max_chunk=max_chunk)
-    check_scores(original, result, pool=pool, redundancy=redundancy)
+    check_scores(original, result, **options)
 
 
 @many
@@ -667,6 +676,18 @@ ONE_LAYER_ERRORS: dict[str, tuple[Change, type[Exception], list[str]]] = {
     "chunk_fraction NaN": (lambda b: {"chunk_fraction": float("nan")}, ValueError, ["chunk_fraction", "nan"]),
     "max_chunk 0": (lambda b: {"max_chunk": 0}, ValueError, ["max_chunk", "0"]),
     "max_chunk a float": (lambda b: {"max_chunk": 2.5}, TypeError, ["max_chunk"]),
+    "reduction unknown": (lambda b: {"reduction": "max"}, ValueError, ["reduction", "mean", "rms", "max"]),
+    "value_norm no bool": (lambda b: {"value_norm": 1}, TypeError, ["value_norm", "int"]),
+    "value_norm without values": (
+        lambda b: {"value_norm": True, "v_cache": None},
+        ValueError,
+        ["value_norm", "v_cache", "True"],
+    ),
+    "value_norm of bytes": (
+        lambda b: {"value_norm": True, "v_cache": b["v_cache"].to(torch.int16)},
+        TypeError,
+        ["v_cache", "torch.int16"],
+    ),
     "redundancy negative": (lambda b: {"redundancy": -1.0}, ValueError, ["redundancy", "-1.0"]),
     "redundancy NaN": (lambda b: {"redundancy": float("nan")}, ValueError, ["redundancy", "nan"]),
     "scale a string": (lambda b: {"scale": "1"}, TypeError, ["scale"]),

@@ -38,7 +38,7 @@ from kara_kernels.ops._triton import INTERPRETED  # noqa: E402
 VOCABULARY, LAYERS, HEADS, PAGE = 61, 3, 2, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": HEADS}
 # Every decoded token's query judges, and the best of the window stay: what an oracle can say without the library.
-PLAIN = {"query_stride": 1, "query_heads": "all", "chunk_fraction": 0.0, "redundancy": 0.0}
+PLAIN = {"query_stride": 1, "query_heads": "all", "chunk_fraction": 0.0, "reduction": "mean", "value_norm": False}
 POLICY = {"window": 32, "keep": 10, "tail": 8, **PLAIN}
 WINDOWS = (120 - 1 - 8) // 32  # compressions of a request of 120 tokens, of which the last is never computed on
 

@@ -43,6 +43,8 @@ OUT_OF_RANGE = {
     "chunk_fraction": (-0.1, 1.1, math.nan),
     "max_chunk": (0, 2**31),
     "pool": ("token", 3),
+    "reduction": ("max", None),
+    "value_norm": (),  # a bool or a TypeError
     "redundancy": (-1.0, math.inf),
     "query_stride": (0, 257),
     "query_heads": ("max", None),
@@ -56,13 +58,19 @@ NUMBERS = ("chunk_fraction", "redundancy", "max_query_gib")
 
 def test_every_field_is_checked() -> None:
     assert set(OUT_OF_RANGE) == {field.name for field in dataclasses.fields(Policy)}
-    assert {*COUNTS, *NUMBERS, "pool", "query_heads"} == set(OUT_OF_RANGE)
+    assert {*COUNTS, *NUMBERS, "pool", "reduction", "value_norm", "query_heads"} == set(OUT_OF_RANGE)
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, x) for name, values in OUT_OF_RANGE.items() for x in values])
 def test_a_field_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, got {re.escape(repr(value))}$"):
         Policy(**{name: value})
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_a_switch_is_a_bool(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^value_norm: expected a bool, got {type(value).__name__}$"):
+        Policy(value_norm=value)
 
 
 @pytest.mark.parametrize("value", [1.0, "8", True, None])
@@ -118,7 +126,9 @@ def test_more_freed_blocks_than_there_can_be_are_refused(page: int, most: int) -
 def test_what_follows_from_a_policy() -> None:
     policy = Policy(window=20, keep=6, tail=5, query_stride=8, pool="layer", max_chunk=3)
     assert (policy.dropped, policy.query_rows) == (14, 4)
-    assert policy.selection == {"chunk_fraction": 0.3, "max_chunk": 3, "pool": "layer", "redundancy": 9.0}
+    names = "chunk_fraction", "max_chunk", "pool", "reduction", "value_norm", "redundancy"
+    assert policy.selection == {name: getattr(policy, name) for name in names}
+    assert (policy.selection["pool"], policy.selection["max_chunk"]) == ("layer", 3)
 
 
 # ---- plan and commit -------------------------------------------------------------------------------------

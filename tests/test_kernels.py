@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 
 few = settings(max_examples=12)
 many = settings(max_examples=40)
+REDUCTIONS = st.sampled_from(["mean", "rms"])
 MOVED_DTYPES = (*worlds.FLOATS, *FP8, torch.uint8, torch.int8)
 
 
@@ -32,17 +33,19 @@ def score(world: World, module: object, layer: int | None = None, **options: obj
     )
 
 
-def assert_scores_agree(world: World, **options: object) -> None:
+def assert_scores_agree(world: World, value_norm: bool = False, **options: object) -> None:
     """Kernel and reference each within the bound of float64, every layer; nothing written."""
+    given = {**options, "v_cache": world.give_values().v_caches} if value_norm else options
     before = world.snapshot()
-    kernel = score(world, ops, backend="triton", **options)
+    kernel = score(world, ops, backend="triton", **given)
     world.assert_untouched(before)
-    twin = score(world, reference, **options)
+    twin = score(world, reference, **given)
     assert kernel.shape == twin.shape
     causal = options.pop("attention", "bidirectional") == "causal"
     for layer in range(world.plan.layers):
         for s in range(len(world.starts)):
             query, keys = world.query[layer][s], world.read_keys(layer, s)
+            options["values"] = world.read_values(layer, s) if value_norm else None
             exact = worlds.dense_scores(query, keys, dtype=torch.float64, causal=causal, **options)
             bound = worlds.allowed_error(query, keys, exact, causal=causal, **options)
             assert (kernel[layer, s].double() - exact).abs().max() <= bound
@@ -50,21 +53,21 @@ def assert_scores_agree(world: World, **options: object) -> None:
 
 
 @few
-@given(plan=plans(max_layers=2), redundancy=st.sampled_from([0.0, 0.5]))
-def test_scores_agree(plan: Plan, redundancy: float) -> None:
-    assert_scores_agree(World(plan), redundancy=redundancy)
+@given(plan=plans(max_layers=2), reduction=REDUCTIONS, value_norm=st.booleans(), redundancy=st.sampled_from([0.0, 0.5]))
+def test_scores_agree(plan: Plan, reduction: str, value_norm: bool, redundancy: float) -> None:
+    assert_scores_agree(World(plan), reduction=reduction, value_norm=value_norm, redundancy=redundancy)
 
 
 @few
-@given(plan=plans(more_queries=False))
-def test_causal_scores_agree(plan: Plan) -> None:
-    assert_scores_agree(World(plan), attention="causal")
+@given(plan=plans(more_queries=False), reduction=REDUCTIONS)
+def test_causal_scores_agree(plan: Plan, reduction: str) -> None:
+    assert_scores_agree(World(plan), attention="causal", reduction=reduction)
 
 
 @few
-@given(plan=plans(dtypes=FP8), k_scale=st.sampled_from([1.0, 0.3]))
-def test_fp8_scores_agree(plan: Plan, k_scale: float) -> None:
-    assert_scores_agree(World(plan), k_scale=k_scale)
+@given(plan=plans(dtypes=FP8), k_scale=st.sampled_from([1.0, 0.3]), value_norm=st.booleans())
+def test_fp8_scores_agree(plan: Plan, k_scale: float, value_norm: bool) -> None:
+    assert_scores_agree(World(plan), k_scale=k_scale, value_norm=value_norm)
 
 
 # Each row takes another way through the kernel: (window, queries, group, dim, dtype, one pass).
@@ -78,9 +81,10 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("reduction", ["mean", "rms"])
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_through_the_score_kernel(way: str, attention: str) -> None:
+def test_every_way_through_the_score_kernel(way: str, attention: str, reduction: str) -> None:
     window, queries, group, dim, dtype, whole = WAYS[way]
     queries = min(queries, window) if attention == "causal" else queries
     assert score_config(window, dim, dtype, 166912, False).whole == whole
@@ -90,7 +94,44 @@ def test_every_way_through_the_score_kernel(way: str, attention: str) -> None:
             page=16, dtype=dtype, query_dtype=dtype,
         )
     )  # fmt: skip
-    assert_scores_agree(world, attention=attention, redundancy=0.5 if attention == "bidirectional" else 0.0)
+    extra = {"redundancy": 0.5, "value_norm": True} if attention == "bidirectional" else {}
+    assert_scores_agree(world, attention=attention, reduction=reduction, **extra)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "rms"])
+def test_more_queries_than_a_program_takes(reduction: str) -> None:
+    """Several partial rows of sums before those of lengths and redundancy."""
+    plan = Plan(sequences=(Sequenced(start=1, tail=0),), heads=2, group=2, window=20, queries=1100, dim=16, v_dim=16)
+    assert_scores_agree(World(plan), reduction=reduction, value_norm=True, redundancy=0.5)
+
+
+def test_what_few_queries_need_much_counts_more_in_squares() -> None:
+    """Head 0 looks at key 0 always, head 1 at key 1 in one query of four and at key 2 in the others."""
+    keys = torch.zeros(1, 4, 1, 4)
+    keys[0, :, 0] = torch.eye(4) * 100
+    query = torch.zeros(1, 4, 2, 4)
+    query[0, :, 0, 0] = 1
+    query[0, 0, 1, 1], query[0, 1:, 1, 2] = 1, 1
+    table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for module, options in ((ops, {"backend": "triton"}), (reference, {})):
+        mean, rms = (
+            module.score_window(query, keys, table, start, 4, scale=1.0, reduction=reduction, **options)[0, 0]  # type: ignore[attr-defined]
+            for reduction in ("mean", "rms")
+        )
+        assert mean.tolist() == pytest.approx([0.5, 0.125, 0.375, 0], abs=1e-6)
+        assert rms.tolist() == pytest.approx([0.5**0.5, 0.125**0.5, 0.375**0.5, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e25])
+def test_lengths_at_the_edges_of_float32(magnitude: float) -> None:
+    values = torch.randn(1, 16, 1, 8, generator=torch.Generator().manual_seed(0)) * magnitude
+    values[0, 3] = 0
+    table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    keys, query = torch.zeros(1, 16, 1, 8), torch.zeros(1, 1, 1, 8)  # attends evenly
+    exact = values[0, :, 0].double().norm(dim=-1) / 16
+    for module, options in ((ops, {"backend": "triton"}), (reference, {})):
+        scores = module.score_window(query, keys, table, start, 16, v_cache=values, **options)  # type: ignore[attr-defined]
+        assert torch.allclose(scores[0, 0].double(), exact, rtol=1e-5 if magnitude > 1e-38 else 0.1, atol=2e-45)
 
 
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e25])

@@ -55,6 +55,13 @@ def test_a_zero_key_has_cosine_zero_even_with_itself() -> None:
     assert oracle.mean_cosines([[0.0, 0.0], [1.0, 1.0]]) == pytest.approx([0.0, 0.5])
 
 
+def test_root_mean_square_times_the_length() -> None:
+    """Head 0 attends evenly (0.5 of two keys), head 1 to key 1 alone, with `exp(-40)` left over."""
+    query = [[[0.0], [40.0]]] * 3
+    scores = oracle.score_window(query, [[0.0], [1.0]], scale=1.0, reduction="rms", values=[[3.0, 4.0], [0.0, -2.0]])
+    assert scores == pytest.approx([math.sqrt(0.25 / 2) * 5, math.sqrt(1.25 / 2) * 2])
+
+
 def test_pooling_averages_over_heads_then_layers() -> None:
     scores = [[[1.0, 2.0], [3.0, 6.0]], [[5.0, 0.0], [7.0, 4.0]]]  # [L=2][H=2][W=2]
     assert oracle.pool_scores(scores, "head") == scores

@@ -27,7 +27,9 @@ SCORED_DTYPES = (*worlds.FLOATS, *FP8)
 MOVED_DTYPES = (*SCORED_DTYPES, torch.uint8, torch.int8)
 
 
-def score(world: World, layer: int = 0, **options: object) -> torch.Tensor:
+def score(world: World, layer: int = 0, value_norm: bool = False, **options: object) -> torch.Tensor:
+    if value_norm:
+        options["v_cache"] = world.v_caches[layer]
     return reference.score_window(
         world.query[layer],
         world.k_caches[layer],
@@ -51,12 +53,15 @@ def score_alone(world: World, s: int, **options: object) -> torch.Tensor:
     )
 
 
-def bounds(world: World, exact: torch.Tensor, **options: object) -> torch.Tensor:
+def bounds(world: World, exact: torch.Tensor, value_norm: bool = False, **options: object) -> torch.Tensor:
     """The allowed error of each sequence's scores, shaped to compare with `[S, H, W]`."""
     limits = [
-        worlds.allowed_error(world.query[0][s], world.read_keys(0, s), exact[s], **options)
+        worlds.allowed_error(
+            world.query[0][s], world.read_keys(0, s), exact[s], values=world.read_values(0, s) if value_norm else None,
+            **options,
+        )
         for s in range(len(world.starts))
-    ]
+    ]  # fmt: skip
     return torch.tensor(limits, dtype=torch.float64).view(-1, 1, 1)
 
 
@@ -76,28 +81,38 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @given(
     plan=plans(layouts=ALL_LAYOUTS),
     scale=st.sampled_from([None, 0.3, 2.0]),
+    reduction=st.sampled_from(["mean", "rms"]),
+    value_norm=st.booleans(),
     redundancy=st.sampled_from([0.0, 0.5, 2.0]),
 )
-def test_scores_match_the_oracle(plan: Plan, scale: float | None, redundancy: float) -> None:
-    world = World(plan)
+def test_scores_match_the_oracle(
+    plan: Plan, scale: float | None, reduction: str, value_norm: bool, redundancy: float
+) -> None:
+    world = World(plan).give_values()
     before = world.snapshot()
-    scores = score(world, scale=scale, redundancy=redundancy)
+    options = {"scale": scale, "reduction": reduction, "value_norm": value_norm, "redundancy": redundancy}
+    scores = score(world, **options)
     world.assert_untouched(before)
     assert scores.dtype == torch.float32
     assert scores.shape == (len(plan.sequences), plan.heads, plan.window)
-    exact = exact_scores(world, scale=scale, redundancy=redundancy)
+    exact = exact_scores(world, **options)
     error = (scores.double() - exact).abs()
-    assert (error <= bounds(world, exact, scale=scale, redundancy=redundancy)).all()
+    assert (error <= bounds(world, exact, **options)).all()
 
 
 @many
-@given(plan=plans(more_queries=False, layouts=ALL_LAYOUTS), redundancy=st.sampled_from([0.0, 1.0]))
-def test_causal_scores_match_the_oracle(plan: Plan, redundancy: float) -> None:
+@given(
+    plan=plans(more_queries=False, layouts=ALL_LAYOUTS),
+    reduction=st.sampled_from(["mean", "rms"]),
+    redundancy=st.sampled_from([0.0, 1.0]),
+)
+def test_causal_scores_match_the_oracle(plan: Plan, reduction: str, redundancy: float) -> None:
     world = World(plan)
-    scores = score(world, attention="causal", redundancy=redundancy)
-    exact = exact_scores(world, causal=True, redundancy=redundancy)
+    options = {"reduction": reduction, "redundancy": redundancy}
+    scores = score(world, attention="causal", **options)
+    exact = exact_scores(world, causal=True, **options)
     error = (scores.double() - exact).abs()
-    assert (error <= bounds(world, exact, causal=True, redundancy=redundancy)).all()
+    assert (error <= bounds(world, exact, causal=True, **options)).all()
 
 
 @few

@@ -1,5 +1,6 @@
 """KaraCache against a dense model without a cache, and against transformers' own cache."""
 
+import functools
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from dense import best_of_window, dense_logits, replay  # noqa: E402
+from dense import best_for_later, best_of_window, dense_logits, replay  # noqa: E402
 from transformers import (  # noqa: E402
     DynamicCache,
     LlamaConfig,
@@ -19,8 +20,10 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
     T5Config,
 )
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
 from kara_kernels.integrations.transformers import KaraCache, kara_attention  # noqa: E402
+from kara_kernels.integrations.transformers.rotary import find_rotation  # noqa: E402
 
 VOCABULARY, LAYERS, HEADS = 61, 3, 2
 FAMILIES = {
@@ -123,7 +126,7 @@ def assert_generated(model, cache, text, real, logits):
     assert torch.equal(text[:, real.shape[1] :], expected.argmax(-1))
 
 
-def assert_best_kept(model, cache, ids, real, prompt):
+def assert_best_kept(model, cache, ids, real, prompt, best=best_of_window):
     """Windows follow each other without gap or overlap, and what stays of each is what its queries and those
     of the tail look at most: in every layer, sequence and head, by the dense model. For plain top-k."""
     dense_logits(model, ids, real, replay(model, real, cache.events, cache.window).visible)
@@ -138,8 +141,8 @@ def assert_best_kept(model, cache, ids, real, prompt):
             assert judges[-1] < event.logical_len
             waiting[s] = waiting[s][cache.window :]
             for layer, attention in enumerate(module.self_attn for module in model.model.layers):
-                best = best_of_window(layer, s, window, judges, cache.keep, attention.scaling)
-                assert torch.equal(event.keep_indices[layer, s].long(), best), (event.logical_len, layer, s)
+                kept = best(layer, s, window, judges, cache.keep, attention.scaling)
+                assert torch.equal(event.keep_indices[layer, s].long(), kept), (event.logical_len, layer, s)
 
 
 def assert_blocks(cache):
@@ -238,7 +241,7 @@ def test_any_window_tail_and_block_size(llama, window, keep, tail, block_size):
     assert_blocks(cache)
 
 
-PLAIN = {"chunk_fraction": 0.0, "pool": "head", "redundancy": 0.0}
+PLAIN = {"chunk_fraction": 0.0, "pool": "head", "reduction": "mean", "value_norm": False, "look_ahead": 0}
 
 
 @pytest.mark.parametrize("tail", [0, 7])
@@ -248,6 +251,48 @@ def test_keep_lists_are_what_the_dense_model_would_choose(model, tail):
     text, _ = generate(model, ids, real, cache, 80)
     assert [event.logical_len for event in cache.events] == [9 + tail + 16 * n for n in range(1, 5)]
     assert_best_kept(model, cache, text, with_text(real, text), 9)
+
+
+@pytest.mark.parametrize("look_ahead", [None, 0, 5])
+def test_what_is_kept_by_default_is_for_later_queries(model, look_ahead):
+    """Root mean squares, lengths of values, and queries moved on by a window, against the dense model."""
+    ids, real = prompts(9, 4)
+    cache = KaraCache(model, window=16, keep=6, tail=7, chunk_fraction=0.0, look_ahead=look_ahead)
+    assert cache.look_ahead == (16 if look_ahead is None else look_ahead)
+    text, _ = generate(model, ids, real, cache, 50)
+    best = functools.partial(best_for_later, ahead=cache.look_ahead, theta=model.config.rope_parameters["rope_theta"])
+    assert_best_kept(model, cache, text, with_text(real, text), 9, best)
+
+
+def test_looking_ahead_needs_rotary_embeddings(llama):
+    assert KaraCache(llama.config).look_ahead == 0
+    assert KaraCache(llama, attention="causal").look_ahead == 0
+    with pytest.raises(ValueError, match=r"look_ahead: expected 0 for LlamaConfig, .*, got 8"):
+        KaraCache(llama.config, look_ahead=8)
+    with pytest.raises(ValueError, match="look_ahead"):
+        KaraCache(llama, look_ahead=-1)
+
+
+@pytest.mark.parametrize("kind", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}])
+def test_looking_ahead_turns_queries_as_the_model_does(kind):
+    """A query turned to position 3 and then 20 further is the query turned to position 23."""
+    rope = {"rope_theta": 100.0, "original_max_position_embeddings": 64, **kind}
+    model = make_model(rope_parameters=rope)
+    ahead, rotary = find_rotation(model), model.model.rotary_emb
+    query = torch.randn(2, 1, 4, 2, rotary.inv_freq.numel() * 2)  # [L, S, N, heads, D]
+
+    def at(position):
+        cos, sin = rotary(query, torch.full((1, 1), position))
+        return apply_rotary_pos_emb(query[:, 0], query[:, 0], cos, sin, unsqueeze_dim=2)[0][:, None]
+
+    torch.testing.assert_close(ahead(at(3), 20), at(23), rtol=1e-4, atol=1e-5)
+
+
+def test_no_rotation_is_taken_from_other_models(llama):
+    dynamic = {"rope_theta": 100.0, "rope_type": "dynamic", "factor": 2.0}
+    assert find_rotation(llama) is not None
+    assert find_rotation(make_model(rope_parameters=dynamic)) is None
+    assert find_rotation(torch.nn.Linear(1, 1)) is None
 
 
 def test_forwards_of_many_tokens_equal_forwards_of_one(llama):

@@ -233,6 +233,20 @@ class World:
         cache = self.k_caches[layer]
         return bits(cache)[self.window_cells(s)].view(cache.dtype)
 
+    def read_values(self, layer: int, s: int) -> torch.Tensor:
+        """The window's values, `[W, H, Dv]`."""
+        cache = self.v_caches[layer]
+        return bits(cache)[self.window_cells(s)].view(cache.dtype)
+
+    def give_values(self) -> World:
+        """Numbers in place of the random bits that are the windows' values: some scores take their lengths."""
+        for cache in self.v_caches or ():
+            for s in range(len(self.starts)):
+                if not self.skipped[s]:
+                    values = self._values([self.plan.window, *cache.shape[2:]], torch.float32).to(cache.dtype)
+                    bits(cache)[self.window_cells(s)] = bits(values)
+        return self
+
     def write_keys(self, layer: int, s: int, keys: torch.Tensor) -> None:
         bits(self.k_caches[layer])[self.window_cells(s)] = bits(keys.contiguous())
 
@@ -244,10 +258,13 @@ class World:
         scale: float | None = None,
         k_scale: float = 1.0,
         causal: bool = False,
+        reduction: str = "mean",
+        value_norm: bool = False,
         redundancy: float = 0.0,
     ) -> list[list[float]]:
         """The scores of one sequence of one layer, `[H][W]`, in float64."""
         plan = self.plan
+        values = self.read_values(layer, s).double() if value_norm else None
         query = self.query[layer][s].double().view(plan.queries, plan.heads, plan.group, plan.dim)
         keys = self.read_keys(layer, s).double()
         return [
@@ -257,6 +274,8 @@ class World:
                 scale=scale,
                 k_scale=k_scale,
                 causal=causal,
+                reduction=reduction,
+                values=None if values is None else values[:, h].tolist(),
                 redundancy=redundancy,
             )
             for h in range(plan.heads)
@@ -461,9 +480,11 @@ def dense_scores(
     scale: float | None = None,
     k_scale: float = 1.0,
     causal: bool = False,
+    reduction: str = "mean",
+    values: torch.Tensor | None = None,
     redundancy: float = 0.0,
 ) -> torch.Tensor:
-    """The obvious torch expression in `dtype`: `query [N, H*G, D]`, `keys [W, H, D]` -> `[H, W]`."""
+    """The obvious torch expression in `dtype`: `query [N, H*G, D]`, `keys`, `values [W, H, D or Dv]` -> `[H, W]`."""
     queries, window, heads, dim = len(query), len(keys), keys.shape[1], keys.shape[2]
     grouped = query.to(dtype).view(queries, heads, -1, dim)
     keys = keys.to(dtype) * k_scale
@@ -471,7 +492,10 @@ def dense_scores(
     if causal:
         visible = torch.ones(queries, window, dtype=torch.bool).tril(window - queries)
         logits = logits.masked_fill(~visible, -torch.inf)
-    scores = logits.softmax(-1).mean((1, 2))
+    mass = logits.softmax(-1)
+    scores = mass.square().mean((1, 2)).sqrt() if reduction == "rms" else mass.mean((1, 2))
+    if values is not None:
+        scores = scores * values.to(dtype).norm(dim=-1).t()
     if redundancy:
         unit = torch.nn.functional.normalize(keys, dim=-1, eps=torch.finfo(dtype).tiny)
         cosines = torch.einsum("ihd,jhd->hij", unit, unit)
@@ -487,6 +511,8 @@ def allowed_error(
     scale: float | None = None,
     k_scale: float = 1.0,
     causal: bool = False,
+    reduction: str = "mean",
+    values: torch.Tensor | None = None,
     redundancy: float = 0.0,
 ) -> float:
     """How far float32 scores may be from `exact`: twice the worst error of the obvious float32 expression.
@@ -494,7 +520,7 @@ def allowed_error(
     That error can be zero by luck on small inputs, so the bound never falls below what a single rounding of a
     logit does to a score, the relative error `eps * sum_d |q_d k_d|`, plus a few roundings of the score.
     """
-    options = {"scale": scale, "k_scale": k_scale, "redundancy": redundancy}
+    options = {"scale": scale, "k_scale": k_scale, "reduction": reduction, "values": values, "redundancy": redundancy}
     plain = dense_scores(query, keys, dtype=torch.float32, causal=causal, **options).double()
     heads, dim = keys.shape[1], keys.shape[2]
     grouped = query.double().view(len(query), heads, -1, dim).abs()
@@ -502,5 +528,8 @@ def allowed_error(
     largest_logit = float(terms.max()) * abs(k_scale) * (dim**-0.5 if scale is None else abs(scale))
     # Subtracting the redundancy may cancel; what is rounded before that is no larger than this.
     magnitude = float(exact.abs().max()) + redundancy
-    floor = torch.finfo(torch.float32).eps * (8 + largest_logit) * magnitude
+    # The length of a value is the root of a sum of squares.
+    floor = (
+        torch.finfo(torch.float32).eps * (8 + largest_logit + (0 if values is None else values.shape[-1])) * magnitude
+    )
     return 2 * float((plain - exact).abs().max()) + floor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compress import POOLS
-from ..paged import MAX_WINDOW, check_choice, check_count, check_number
+from ..paged import MAX_WINDOW, REDUCTIONS, check_choice, check_count, check_number
 
 QUERY_HEADS = ("all", "mean")
 
@@ -37,14 +37,18 @@ class Policy:
     """Sequences compressed in one step at most; the others wait, those with most to compress go first."""
     min_freed_blocks: int = 1
     """A compression waits until it frees that many blocks, but never for more than one block of tokens."""
-    chunk_fraction: float = 0.3
+    chunk_fraction: float = 0.1
     """Share of ``keep`` that Token2Chunk may spend; see :func:`kara_kernels.compress_window`."""
     max_chunk: int = 8
     """Longest chunk, in tokens."""
     pool: str = "head"
     """Keep lists per ``"head"``, ``"layer"`` or ``"model"``."""
-    redundancy: float = 9.0
-    """Weight of similarity to other keys; 9 was measured best with the demo's model."""
+    reduction: str = "rms"
+    """How the queries' attention is put together, ``"mean"`` or ``"rms"``."""
+    value_norm: bool = True
+    """Keys are weighed by the length of their values."""
+    redundancy: float = 0.0
+    """Weight of similarity to other keys."""
     query_stride: int = 2
     """Queries of every n-th decoded token are recorded to score with; 1: of all."""
     query_heads: str = "mean"
@@ -60,6 +64,9 @@ class Policy:
         check_number("chunk_fraction", self.chunk_fraction, 0.0, 1.0)
         check_count("max_chunk", self.max_chunk, 1, 2**31 - 1)
         check_choice("pool", self.pool, POOLS)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        if not isinstance(self.value_norm, bool):
+            raise TypeError(f"value_norm: expected a bool, got {type(self.value_norm).__name__}")
         check_number("redundancy", self.redundancy, 0.0, 3.4e38)
         check_count("query_stride", self.query_stride, 1, self.window)
         check_choice("query_heads", self.query_heads, QUERY_HEADS)
@@ -101,5 +108,5 @@ class Policy:
     @property
     def selection(self) -> dict[str, Any]:
         """The options of :func:`kara_kernels.compress_window` that decide which tokens stay."""
-        names = "chunk_fraction", "max_chunk", "pool", "redundancy"
+        names = "chunk_fraction", "max_chunk", "pool", "reduction", "value_norm", "redundancy"
         return {name: getattr(self, name) for name in names}

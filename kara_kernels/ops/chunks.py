@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import reference
 from ..paged import check_chunks, check_scores, require_rows
 from ._triton import resolve_backend, tl, triton, window_of
-from .score import row_scores
+from .score import PartialRows, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -74,7 +74,8 @@ def expand_kernel(
 def keep_kernel(
     indices_ptr, scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
-    SUM: tl.constexpr, REDUNDANCY: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+    SUM: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
+    CHUNKS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not
     fit.
@@ -92,7 +93,9 @@ def keep_kernel(
     if fits:
         partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
         if SUM:
-            scores = row_scores(partials, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W)
+            scores = row_scores(
+                partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
+            )
             tl.store(scores_ptr + row * W + offs_w, scores, mask=inside)
         else:
             scores = tl.load(partials + offs_w, mask=inside, other=0.0)
@@ -122,15 +125,17 @@ def launch_expand(indices: Tensor, scores: Tensor, chunk_budget: int, max_chunk:
 
 def launch_keep(
     indices: Tensor, scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor,
-    protected: Tensor | None, inverse: float, redundancy: float, chunk_budget: int, max_chunk: int, computed: bool,
+    protected: Tensor | None, partial_rows: PartialRows, chunk_budget: int, max_chunk: int, computed: bool,
 ) -> None:  # fmt: skip
     """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and, if ``computed``, ``scores [l, S, h,
     W]``."""
     layers, sequences, lists, tiles, window = partials.shape
     keep_kernel[(lists, sequences, layers)](
-        indices, scores, partials, starts, seq_lens, protected, tiles, inverse, redundancy, indices.shape[-1],
+        indices, scores, partials, starts, seq_lens, protected, tiles, partial_rows.inverse, partial_rows.redundancy,
+        indices.shape[-1],
         chunk_budget, max_chunk, partials.stride(0), partials.stride(1), partials.stride(2),
-        SUM=computed, REDUNDANCY=computed and redundancy > 0, CHUNKS=chunk_budget > 0, W=window,
+        SUM=computed, SQUARES=partial_rows.squares, VALUE_NORM=int(partial_rows.value_norm),
+        REDUNDANCY=int(partial_rows.redundancy > 0), CHUNKS=chunk_budget > 0, W=window,
         BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 

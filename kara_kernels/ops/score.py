@@ -1,16 +1,17 @@
 """Attention mass that every key of a window receives from all window queries, in one pass where the window fits.
 
     a[s,h,g,i,j] = scale * <query[s,i,h*G+g], key[s,h,j]>
-    scores[s,h,j] = mean over g and i of softmax_j(a[s,h,g,i,:])
+    p[s,h,g,i,:] = softmax_j(a[s,h,g,i,:])
+    scores[s,h,j] = mean over g and i of p[s,h,g,i,j], or the root of the mean of its square
 
 One program owns ``rows_per_program`` of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W``
 keys at hand a softmax row is local to a tile, so the program keeps the keys on chip, walks its query tiles and adds
 up columns; the ``N x W`` logits never leave registers. Programs leave one partial row each and whoever needs the
-scores adds the partial
-rows in fixed order: no atomics, same bits every time. Wider windows stream key tiles twice: once for the row's
-log-sum-exp, once for the columns.
+scores adds the partial rows in fixed order: no atomics, same bits every time. Wider windows stream key tiles twice:
+once for the row's log-sum-exp, once for the columns.
 
-Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133).
+Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133); weights by
+the length of values as in Compactor (arXiv 2507.08143); root mean squares are this library's choice.
 """
 
 import functools
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..paged import FP8_DTYPES, Layers, check_score_window, per_layer
+from ..paged import FP8_DTYPES, Layers, PagedCache, check_score_window, per_layer
 from ._triton import INTERPRETED, is_amd, layer_pointer, resolve_backend, shared_memory, tl, triton, window_of
 
 FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
@@ -55,7 +56,7 @@ def _fp8_to_float(bits, FP8: tl.constexpr, DTYPE: tl.constexpr):
 def _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h,
                W: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
                FP8: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Keys of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside the window and outside ``DIM``."""
+    """Keys or values of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside of window and ``DIM``."""
     token = start + offs_w
     block = tl.load(table + token // P, mask=offs_w < W, other=0).to(tl.int64)
     row = base + block * stride_b + (token % P).to(tl.int64) * stride_p + head * stride_h
@@ -127,10 +128,26 @@ def _unit(keys):
 
 
 @triton.jit
+def _value_norms(out, base, table, start, head, stride_b, stride_p, stride_h,
+                 W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    """Write the Euclidean length of every value of the window."""
+    offs_d = tl.arange(0, BLOCK_D)
+    for first in range(0, W, BLOCK_R):
+        offs_w = first + tl.arange(0, BLOCK_R)
+        values = _load_keys(
+            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
+        )
+        largest = tl.max(tl.abs(values), 0)
+        unit = values / tl.where(largest > 0, largest, 1.0)[None, :]
+        tl.store(out + offs_w, largest * tl.sqrt_rn(tl.sum(unit * unit, 0)), mask=offs_w < W)
+
+
+@triton.jit
 def _columns_whole(out, q_base, k_base, table, start, head, scale, num_queries, row_first, row_last,
                    stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                    W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
-                   FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                   SQUARES: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
     """All keys stay on chip, so a softmax row is whole in one tile: one pass."""
     offs_w = tl.arange(0, BLOCK_W)
@@ -150,8 +167,8 @@ def _columns_whole(out, q_base, k_base, table, start, head, scale, num_queries, 
             logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
         logits = _masked(logits, offs_m, offs_w, scale, num_queries, W, G, CAUSAL)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        weight = tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)
-        columns += tl.sum(p * weight[:, None], 0)
+        p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
+        columns += tl.sum(p * p if SQUARES else p, 0)
     tl.store(out + offs_w, columns, mask=offs_w < W)
 
 
@@ -177,7 +194,7 @@ def _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m,
 def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_queries, row_first, row_last,
                       stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                       W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
-                      FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                      SQUARES: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Key tiles pass twice per query tile: for each row's log-sum-exp, then for the columns."""
     for first in range(row_first, row_last, BLOCK_M):
@@ -199,7 +216,8 @@ def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_querie
             logits = _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
                                   stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                                   W, P, D, G, CAUSAL, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, BLOCK_D)  # fmt: skip
-            columns = tl.sum(tl.exp2(logits - peak[:, None]) * weight[:, None], 0)
+            p = tl.exp2(logits - peak[:, None]) * weight[:, None]
+            columns = tl.sum(p * p if SQUARES else p, 0)
             if first > row_first:
                 # The program's own partial row is its accumulator. Another thread of it stored what this one loads.
                 tl.debug_barrier()
@@ -210,19 +228,22 @@ def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_querie
 
 @triton.jit(do_not_specialize=["num_queries", "num_tiles", "stride_t_s"])
 def score_kernel(
-    partials_ptr, query_ptr, query_table, k_ptr, k_table, block_tables_ptr, starts_ptr, seq_lens_ptr, protected_ptr,
-    k_scale_ptr, scale, num_queries, num_tiles,
+    partials_ptr, query_ptr, query_table, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr,
+    protected_ptr, k_scale_ptr, scale, num_queries, num_tiles,
     stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64,
     stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
+    stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
     stride_t_s: tl.int64,
     stride_ks_l: tl.int64, stride_ks_h: tl.int64,
-    H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
-    REDUNDANCY: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, ALIGN_Q: tl.constexpr, ALIGN_K: tl.constexpr,
-    PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, D0: tl.constexpr,
-    D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
+    FP8: tl.constexpr, FP8_V: tl.constexpr, DTYPE: tl.constexpr, ALIGN_Q: tl.constexpr, ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, tiles, L)``: partial column sums ``[L, S, H, tiles, W]``; with redundancy its softmax is the last
-    tile.
+    """Grid ``(S*H, tiles, L)``: partial rows ``[L, S, H, tiles, W]``: column sums, of squares with ``SQUARES``; then a
+    row of value norms with ``VALUE_NORM``; last one of redundancy's softmax with ``REDUNDANCY``.
 
     A sequence whose window does not fit is left out; nobody reads its partial rows.
     """
@@ -239,6 +260,11 @@ def score_kernel(
             _mean_cosines(
                 out, k_base, table, start, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, BLOCK_D, BLOCK_R
             )
+        elif VALUE_NORM and tile == num_tiles - 1 - REDUNDANCY:
+            v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer, ALIGN_V)
+            _value_norms(
+                out, v_base, table, start, head, stride_v_b, stride_v_p, stride_v_h, W, P, DV, FP8_V, BLOCK_DV, BLOCK_R
+            )
         else:
             q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q)
             q_base += seq * stride_q_s + head * G * stride_q_h
@@ -250,25 +276,30 @@ def score_kernel(
             if WHOLE:
                 _columns_whole(out, q_base, k_base, table, start, head, factor, num_queries, row_first, row_last,
                                stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G, CAUSAL,
-                               FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0, D1)  # fmt: skip
+                               SQUARES, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0, D1)  # fmt: skip
             else:
                 _columns_streamed(out, q_base, k_base, table, start, head, factor, num_queries, row_first, row_last,
-                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G, CAUSAL,
-                                  FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0)  # fmt: skip
+                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G,
+                                  CAUSAL, SQUARES, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0)  # fmt: skip
 
 
 @triton.jit
-def row_scores(
-    partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr
-):
-    """Scores of one head from its partial rows, added in ascending order."""
+def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr, SQUARES: tl.constexpr,
+               VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+    """Scores of one KV head from its partial rows, added in ascending order."""
+    inside = offs_w < W
+    sums = num_tiles - VALUE_NORM - REDUNDANCY
     total = tl.zeros([BLOCK_W], tl.float32)
-    sums = num_tiles - 1 if REDUNDANCY else num_tiles
     for tile in range(0, sums):
-        total += tl.load(partials + tile * W + offs_w, mask=offs_w < W, other=0.0)
+        total += tl.load(partials + tile * W + offs_w, mask=inside, other=0.0)
     total = total * tl.cast(inverse, tl.float32)
+    if SQUARES:
+        total = tl.sqrt_rn(total)
+    if VALUE_NORM:
+        total *= tl.load(partials + sums * W + offs_w, mask=inside, other=0.0)
     if REDUNDANCY:
-        total -= tl.cast(redundancy, tl.float32) * tl.load(partials + sums * W + offs_w, mask=offs_w < W, other=0.0)
+        alike = tl.load(partials + (num_tiles - 1) * W + offs_w, mask=inside, other=0.0)
+        total -= tl.cast(redundancy, tl.float32) * alike
     return total
 
 
@@ -277,7 +308,7 @@ def pool_kernel(
     scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr, W: tl.constexpr,
-    REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
+    SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(lists of a layer, S, pooled layers)``: scores ``[pooled L, S, pooled H, W]``, means over ``HEADS`` and
     ``LAYERS``.
@@ -297,12 +328,16 @@ def pool_kernel(
     if fits:
         partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
         if LAYERS * HEADS == 1:
-            pooled = row_scores(partials, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W)
+            pooled = row_scores(
+                partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
+            )
         else:
             total = tl.zeros([BLOCK_W], tl.float64)
             for row in range(0, LAYERS * HEADS):
                 source = partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h
-                scores = row_scores(source, offs_w, num_tiles, inverse, redundancy, W, REDUNDANCY, BLOCK_W)
+                scores = row_scores(
+                    source, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
+                )
                 total += scores.to(tl.float64)
             pooled = (total / (LAYERS * HEADS)).to(tl.float32)
         tl.store(out, pooled, mask=offs_w < W)
@@ -349,11 +384,26 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
     return ScoreConfig(False, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)
 
 
-def plan_score(query: Layers, k_cache: Layers, window: int, redundancy: float) -> tuple[ScoreConfig, int]:
-    """The launch configuration and how many partial rows it leaves per KV head, redundancy's among them."""
+@dataclass(frozen=True)
+class PartialRows:
+    """What lies in the partial rows of a KV head and how they become its scores; see ``row_scores``."""
+
+    tiles: int = 1
+    inverse: float = 1.0  # of how many rows a column sum is the mean
+    squares: bool = False
+    value_norm: bool = False
+    redundancy: float = 0.0
+
+
+def plan_score(
+    query: Layers, k_cache: Layers, window: int, reduction: str, value_norm: bool, redundancy: float
+) -> tuple[ScoreConfig, PartialRows]:
+    """The launch configuration and the partial rows that it leaves per KV head."""
     q, k = query[0], k_cache[0]
     config = score_config(window, k.shape[3], _matrix_dtype(q, k), shared_memory(k.device), is_amd(k.device))
-    return config, triton.cdiv(q.shape[1] * (q.shape[2] // k.shape[2]), config.rows) + (redundancy > 0)
+    rows = q.shape[1] * (q.shape[2] // k.shape[2])
+    tiles = triton.cdiv(rows, config.rows) + value_norm + (redundancy > 0)
+    return config, PartialRows(tiles, 1 / rows, reduction == "rms", value_norm, redundancy)
 
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
@@ -363,15 +413,15 @@ def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
 
 
 def launch_score(
-    partials: Tensor, query: Layers, k_cache: Layers, block_tables: Tensor, starts: Tensor | None,
+    partials: Tensor, query: Layers, cache: PagedCache, block_tables: Tensor, starts: Tensor | None,
     seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
-    redundancy: float, config: ScoreConfig,
+    rows: PartialRows, config: ScoreConfig,
 ) -> None:  # fmt: skip
-    """Partial column sums of all layers and sequences into ``partials [L, S, H, tiles, W]``. Checks nothing."""
+    """Partial rows of all layers and sequences into ``partials [L, S, H, tiles, W]``. Checks nothing."""
     layers, sequences, heads, tiles, window = partials.shape
-    q, k = query[0], k_cache[0]
-    fp8 = FP8_NAMES.get(k.dtype)
-    keys = k.view(torch.uint8) if fp8 else k
+    values = cache.v if rows.value_norm and cache.v is not None else cache.k  # keys stand in where none are read
+    q, k, v = query[0], cache.k[0], values[0]
+    fp8, fp8_v = FP8_NAMES.get(k.dtype), FP8_NAMES.get(v.dtype)
     # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
     dtype = tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)]
     by_head = k_scale if isinstance(k_scale, Tensor) else None
@@ -379,32 +429,37 @@ def launch_score(
     # three TF32 products err by about 2^-22.
     precision = "ieee" if INTERPRETED or is_amd(k.device) else "tf32x3"
     score_kernel[(sequences * heads, tiles, layers)](
-        partials, q, query.table, keys, k_cache.table, block_tables, starts, seq_lens, protected,
-        by_head, scale * k_scale if isinstance(k_scale, float) else scale, q.shape[1], tiles,
+        partials, q, query.table, k.view(torch.uint8) if fp8 else k, cache.k.table,
+        v.view(torch.uint8) if fp8_v else v, values.table, block_tables, starts, seq_lens, protected, by_head,
+        scale * k_scale if isinstance(k_scale, float) else scale, q.shape[1], tiles,
         query.stride_layer, q.stride(0), q.stride(1), q.stride(2),
-        k_cache.stride_layer, k.stride(0), k.stride(1), k.stride(2), block_tables.stride(0),
+        cache.k.stride_layer, k.stride(0), k.stride(1), k.stride(2),
+        values.stride_layer, v.stride(0), v.stride(1), v.stride(2), block_tables.stride(0),
         *((0, 0) if by_head is None else by_head.stride()),
-        H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], CAUSAL=attention == "causal",
-        REDUNDANCY=redundancy > 0, FP8=fp8, DTYPE=dtype, ALIGN_Q=query.alignment, ALIGN_K=k_cache.alignment,
-        PRECISION=precision, WHOLE=config.whole, BLOCK_M=config.block_m, BLOCK_W=config.block_w,
-        D0=config.d0, D1=config.d1, ROWS=config.rows, BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_R=16,
+        H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3],
+        CAUSAL=attention == "causal", SQUARES=rows.squares, VALUE_NORM=int(rows.value_norm),
+        REDUNDANCY=int(rows.redundancy > 0), FP8=fp8, FP8_V=fp8_v, DTYPE=dtype, ALIGN_Q=query.alignment,
+        ALIGN_K=cache.k.alignment, ALIGN_V=values.alignment, PRECISION=precision, WHOLE=config.whole,
+        BLOCK_M=config.block_m, BLOCK_W=config.block_w, D0=config.d0, D1=config.d1, ROWS=config.rows,
+        BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_DV=triton.next_power_of_2(v.shape[3]), BLOCK_R=16,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def launch_pool(
     scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor | None, protected: Tensor | None,
-    inverse: float, redundancy: float, computed: bool,
+    rows: PartialRows, computed: bool,
 ) -> None:  # fmt: skip
     """``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged where the extent is 1."""
     layers, sequences, heads, tiles, window = partials.shape
     pooled_layers, _, lists, _ = scores.shape
     block = min(256, triton.next_power_of_2(window))
     pool_kernel[(lists * triton.cdiv(window, block), sequences, pooled_layers)](
-        scores, partials, starts, seq_lens, protected, tiles, inverse, redundancy,
+        scores, partials, starts, seq_lens, protected, tiles, rows.inverse, rows.redundancy,
         partials.stride(0), partials.stride(1), partials.stride(2),
-        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window,
-        REDUNDANCY=computed and redundancy > 0, BLOCK_W=block, num_warps=2, enable_fp_fusion=True,
+        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window, SQUARES=rows.squares,
+        VALUE_NORM=int(rows.value_norm), REDUNDANCY=int(rows.redundancy > 0), BLOCK_W=block, num_warps=2,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -421,10 +476,12 @@ def score_window(
     scale: float | None = None,
     k_scale: float | Tensor | None = None,
     attention: str = "bidirectional",
+    reduction: str = "mean",
+    v_cache: Tensor | Sequence[Tensor] | None = None,
     redundancy: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean attention mass that every key of each window receives from all queries, without the causal mask.
+    """Attention mass that every key of each window receives from all queries, without the causal mask.
 
     Args:
         query: ``[S, N, H*G, D]`` float16, bfloat16 or float32, post-RoPE, in any order (a ring buffer needs no
@@ -440,11 +497,15 @@ def score_window(
             layers), or ``[L, H]``. On the Triton path it is read on the device.
         attention: ``"bidirectional"``; ``"causal"`` restricts query ``i``, then window token ``W - N + i``, to what
             is not after it (an ablation; needs ``N <= W``).
-        redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``.
+        reduction: over queries and group: their ``"mean"``; or ``"rms"``, the root of their mean square: a key that few
+            queries need much counts more than one that all need little.
+        v_cache: ``[B, P, H, Dv]``, or ``L`` of them: weighs each key by the Euclidean length of its value. Of an fp8
+            cache the stored value counts, without its scale.
+        redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``, after all of the above.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
-        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Without redundancy rows sum to 1. A row does not
+        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Of plain means rows sum to 1. A row does not
         depend on the rest of the batch, to the bit. Products are taken in the query's dtype and summed in float32;
         float32 on NVIDIA GPUs as three TF32 products.
 
@@ -452,28 +513,27 @@ def score_window(
         TypeError, ValueError: before anything is launched. Block ids and starts are checked on the CPU and with
             ``KARA_KERNELS_DEBUG=1`` only. A window that runs past its sequence cannot be noticed here.
     """
-    queries, cache, many = per_layer(query, k_cache, None)
+    queries, cache, many = per_layer(query, k_cache, v_cache)
     device = cache.k[0].device
     if resolve_backend(backend, device) == "torch":
         return reference.score_window(
             query, k_cache, block_tables, window_starts, window,
-            scale=scale, k_scale=k_scale, attention=attention, redundancy=redundancy,
+            scale=scale, k_scale=k_scale, attention=attention, reduction=reduction, v_cache=v_cache,
+            redundancy=redundancy,
         )  # fmt: skip
     queries, table, starts, scales = check_score_window(
-        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, redundancy
+        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy
     )
     queries.require_kernel_layout("query")
     cache.require_kernel_layout()
     layers, (_, _, heads, dim) = len(cache.k), cache.shape
-    config, tiles = plan_score(queries, cache.k, window, redundancy)
+    config, rows = plan_score(queries, cache.k, window, reduction, v_cache is not None, redundancy)
     scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
-    partials = scores.new_empty(layers, len(starts), heads, tiles, window)
+    partials = scores.new_empty(layers, len(starts), heads, rows.tiles, window)
     if len(starts):
         launch_score(
-            partials, queries, cache.k, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
-            attention, redundancy, config,
+            partials, queries, cache, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
+            attention, rows, config,
         )  # fmt: skip
-        launch_pool(
-            scores, partials, starts, None, None, heads / (queries[0].shape[1] * queries[0].shape[2]), redundancy, True
-        )
+        launch_pool(scores, partials, starts, None, None, rows, True)
     return scores if many else scores[0]

@@ -27,6 +27,8 @@ def score_window(
     scale: float | None = None,
     k_scale: float | Tensor | None = None,
     attention: str = "bidirectional",
+    reduction: str = "mean",
+    v_cache: Tensor | Sequence[Tensor] | None = None,
     redundancy: float = 0.0,
 ) -> Tensor:
     """Scores of the ``W = window`` tokens from ``window_starts`` on; see :func:`kara_kernels.ops.score_window`.
@@ -34,37 +36,40 @@ def score_window(
     ``query`` ``[S, N, H*G, D]``, ``k_cache`` ``[B, P, H, D]`` -> float32 ``[S, H, W]``; sequences of ``L`` of both,
     or tensors with a leading ``L``, -> ``[L, S, H, W]``. Computed in float32.
     """
-    queries, cache, many = per_layer(query, k_cache, None)
+    queries, cache, many = per_layer(query, k_cache, v_cache)
     queries, table, starts, scales = check_score_window(
-        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, redundancy
+        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy
     )
     scores = torch.empty(len(cache.k), table.shape[0], cache.shape[2], window, dtype=torch.float32, device=table.device)
     for s, start in enumerate(starts.tolist()):
         scores[:, s] = score_sequence(
-            queries, cache.k, table, s, start, window,
-            scale=scale, k_scale=scales, attention=attention, redundancy=redundancy,
+            queries, cache.k, cache.v, table, s, start, window,
+            scale=scale, k_scale=scales, attention=attention, reduction=reduction, redundancy=redundancy,
         )  # fmt: skip
     return scores if many else scores[0]
 
 
 def score_sequence(
-    queries: Layers, k_caches: Layers, block_tables: Tensor, s: int, start: int, window: int,
-    *, scale: float | None, k_scale: float | Tensor, attention: str, redundancy: float,
+    queries: Layers, k_caches: Layers, v_caches: Layers | None, block_tables: Tensor, s: int, start: int, window: int,
+    *, scale: float | None, k_scale: float | Tensor, attention: str, reduction: str, redundancy: float,
 ) -> Tensor:  # fmt: skip
-    """All layers of sequence ``s``, unchecked: ``k_scale`` a float or ``[L, H]`` -> float32 ``[L, H, W]``."""
+    """All layers of sequence ``s``, unchecked: ``k_scale`` a float or ``[L, H]`` -> float32 ``[L, H, W]``.
+
+    ``v_caches`` only where scores are to be weighed by the length of values.
+    """
     return torch.stack([
         _score_layer(
-            queries[layer][s], keys, block_tables[s], start, window, scale=scale,
-            k_scale=k_scale if isinstance(k_scale, float) else k_scale[layer],
-            attention=attention, redundancy=redundancy,
+            queries[layer][s], keys, None if v_caches is None else v_caches[layer], block_tables[s], start, window,
+            scale=scale, k_scale=k_scale if isinstance(k_scale, float) else k_scale[layer],
+            attention=attention, reduction=reduction, redundancy=redundancy,
         )
         for layer, keys in enumerate(k_caches)
     ])  # fmt: skip
 
 
 def _score_layer(
-    query: Tensor, k_cache: Tensor, blocks: Tensor, start: int, window: int,
-    *, scale: float | None, k_scale: float | Tensor, attention: str, redundancy: float,
+    query: Tensor, k_cache: Tensor, v_cache: Tensor | None, blocks: Tensor, start: int, window: int,
+    *, scale: float | None, k_scale: float | Tensor, attention: str, reduction: str, redundancy: float,
 ) -> Tensor:  # fmt: skip
     """``query [N, H*G, D]``, ``blocks [max_blocks]``, ``k_scale`` a float or ``[H]`` -> float32 ``[H, W]``."""
     heads, dim = k_cache.shape[2:]
@@ -73,23 +78,26 @@ def _score_layer(
     where = blocks[rows // k_cache.shape[1]].long(), rows % k_cache.shape[1]
     scores = torch.empty(heads, window, device=k_cache.device)
     for some in slices(heads, max(1, KEY_BYTES // (4 * window * dim))):
-        keys = _gather_keys(k_cache[:, :, some], *where)  # [h, W, D]
+        keys = _gather(k_cache[:, :, some], *where)  # [h, W, D]
         factor = scale * (k_scale[some, None, None].float() if isinstance(k_scale, Tensor) else k_scale)
-        scores[some] = _column_means(query.unflatten(1, (heads, -1))[:, some], keys, factor, attention)
+        scores[some] = _column_means(query.unflatten(1, (heads, -1))[:, some], keys, factor, attention, reduction)
+        if v_cache is not None:
+            scores[some] *= _norms(_gather(v_cache[:, :, some], *where))
         if redundancy:
             scores[some] -= redundancy * _mean_cosines(keys).softmax(-1)
     return scores
 
 
-def _gather_keys(k_cache: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
+def _gather(cache: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
     """float32 ``[h, W, D]``. fp8 travels as bytes: indexing is not defined for every float8 type."""
-    if k_cache.dtype in FP8_DTYPES:
-        return k_cache.view(torch.uint8)[blocks, rows].view(k_cache.dtype).float().transpose(0, 1)
-    return k_cache[blocks, rows].float().transpose(0, 1)
+    if cache.dtype in FP8_DTYPES:
+        return cache.view(torch.uint8)[blocks, rows].view(cache.dtype).float().transpose(0, 1)
+    return cache[blocks, rows].float().transpose(0, 1)
 
 
-def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention: str) -> Tensor:
-    """``query [N, h, G, D]``, ``keys [h, W, D]`` -> ``[h, W]``: the mean over queries and group of softmax rows."""
+def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention: str, reduction: str) -> Tensor:
+    """``query [N, h, G, D]``, ``keys [h, W, D]`` -> ``[h, W]``: of softmax rows the mean over queries and group, or the
+    root mean square."""
     count, heads, group, dim = query.shape
     window = keys.shape[1]
     keys_t = (keys * factor).transpose(1, 2)
@@ -101,8 +109,17 @@ def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention
             token = torch.arange(some.start, some.stop, device=keys.device) + window - count
             hidden = torch.arange(window, device=keys.device) > token.repeat_interleave(group)[:, None]
             logits.masked_fill_(hidden, -torch.inf)
-        total += logits.softmax(-1).sum(1)
-    return total / (count * group)
+        mass = logits.softmax(-1)
+        total += (mass.square_() if reduction == "rms" else mass).sum(1)
+    mean = total / (count * group)
+    return mean.sqrt_() if reduction == "rms" else mean
+
+
+def _norms(values: Tensor) -> Tensor:
+    """``[h, W, Dv]`` -> ``[h, W]``: Euclidean lengths."""
+    largest = values.abs().amax(-1)
+    unit = values / torch.where(largest > 0, largest, 1.0)[..., None]  # squares of tiny and huge ones leave float32
+    return largest * unit.square().sum(-1).sqrt()
 
 
 def _mean_cosines(keys: Tensor) -> Tensor:

@@ -241,7 +241,14 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
 @pytest.mark.parametrize("stride", [1, 4])
 def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride):
     """Scores by the dense model's own queries and keys: what is kept has at least the attention of what is dropped."""
-    policy = {**KARA, "query_stride": stride, "query_heads": "all", "chunk_fraction": 0.0, "redundancy": 0.0}
+    policy = {
+        **KARA,
+        "query_stride": stride,
+        "query_heads": "all",
+        "chunk_fraction": 0.0,
+        "reduction": "mean",
+        "value_norm": False,
+    }
     with engine(model, policy, trace=trace) as kara:
         for served in kara.generate(prompts(5, 77), greedy(260)):
             events = kara.events_of(served.request_id)

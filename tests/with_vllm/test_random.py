@@ -17,6 +17,8 @@ def drawn(seed):
         "max_sequences": draw.choice([1, 4]),
         "pool": draw.choice(["head", "head", "layer", "model"]),
         "query_stride": draw.choice([1, 2, 8]),
+        "reduction": draw.choice(["mean", "rms"]),
+        "value_norm": draw.choice([False, True]),
         "redundancy": draw.choice([0.0, 9.0]),
         "chunk_fraction": draw.choice([0.0, 0.3]),
         "protected": draw.choice([0, 0, 60]),

@@ -34,9 +34,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache, compress_window
+from kara_kernels.engine import Policy
+from kara_kernels.integrations.transformers.rotary import find_rotation
 from kara_kernels.paged import check_choice, check_count, check_window
 
-_SELECTION = ("attention", "chunk_fraction", "max_chunk", "pool", "redundancy")
+_DEFAULTS = Policy().selection
+_SELECTION = ("attention", *_DEFAULTS)
 _NOT_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")  # arguments of other kinds of attention
 _INT32_MAX = 2**31 - 1
 _HOW_TO_LOAD = (
@@ -137,9 +140,13 @@ class KaraCache(Cache):
             v_cache=, block_tables=, window_starts=, window=)`` with ``query [L, S, N, H*G, D]`` (window, then
             tail), ``L`` tensors ``[B, P, H, D]`` each, ``block_tables [S, max_blocks]`` and ``window_starts
             [S]`` int32. Returns float32 scores ``[L, S, H, W]``; the highest stay.
-        **selection: ``attention``, ``chunk_fraction``, ``max_chunk``, ``pool``, ``redundancy`` of
-            :func:`kara_kernels.compress_window`, with its defaults. With ``attention="causal"`` only the
-            window's queries judge.
+        look_ahead: judge as if the queries stood so many positions further on, which is where those come from that
+            what is kept is for. None: ``window`` of them where the model's rotary position embedding is found
+            (``cache.look_ahead`` tells), 0 for other models, for a config, and with ``attention="causal"``. A
+            scorer gets the queries as they are.
+        **selection: ``attention``, ``chunk_fraction``, ``max_chunk``, ``pool``, ``reduction``, ``value_norm``,
+            ``redundancy`` of :func:`kara_kernels.compress_window`, with the defaults of
+            :class:`kara_kernels.engine.Policy`. With ``attention="causal"`` only the window's queries judge.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or an unknown one; a model that runs
@@ -168,6 +175,7 @@ class KaraCache(Cache):
         num_blocks: int | None = None,
         backend: str = "auto",
         scorer: Callable[..., Tensor] | None = None,
+        look_ahead: int | None = None,
         **selection: Any,
     ) -> None:
         super().__init__(layers=[])
@@ -183,9 +191,19 @@ class KaraCache(Cache):
         check_choice("backend", backend, ("auto", "triton", "torch"))
         if scorer is not None and not callable(scorer):
             raise TypeError(f"scorer: expected a callable or None, got {type(scorer).__name__}")
+        selection = {**_DEFAULTS, **selection}
         # The causal ablation takes query i for window token i: the tail cannot judge there.
         self.num_queries = window if selection.get("attention") == "causal" else window + tail
         _check_selection(window, keep, self.num_queries, selection)
+        self._ahead = find_rotation(model_or_config)
+        if look_ahead is None:
+            look_ahead = 0 if self._ahead is None or selection.get("attention") == "causal" else window
+        self.look_ahead = check_count("look_ahead", look_ahead, 0, _INT32_MAX)
+        if look_ahead and self._ahead is None:
+            raise ValueError(
+                f"look_ahead: expected 0 for {type(model_or_config).__name__}, which has no rotary position embedding "
+                f"of the common kind, got {look_ahead}"
+            )
 
         self.events: list[Compression] = []
         self._protected, self._backend, self._scorer, self._selection = protected, backend, scorer, selection
@@ -480,11 +498,14 @@ class KaraCache(Cache):
             "window_starts": self._int32([self._frontier[s] for s in due]),
             "window": self.window,
         }
+        scores = None if self._scorer is None else self._scorer(**given)
+        if self.look_ahead and self._ahead is not None:
+            given["query"] = self._ahead(given["query"], self.look_ahead)
         keep_indices = compress_window(
             **given,
             seq_lens=self._int32([self._physical[s] for s in due]),
             keep=self.keep,
-            scores=None if self._scorer is None else self._scorer(**given),
+            scores=scores,
             scale=self._scale,
             backend=self._backend,
             **self._selection,

@@ -1,0 +1,148 @@
+"""Every method that is compared, by name: how it scores, how lists are shared, and what is special about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kara_kernels.engine import Policy
+from kara_kernels.ops import score_window
+
+from . import peers
+from .replay import Scorer, Window
+
+PLAIN: dict[str, Any] = {"chunk_fraction": 0.0}
+WINDOW, TAIL = 256, 64
+RETENTIONS = (0.2, 0.3, 0.4, 0.5, 0.6)
+DEFAULT, BASE = "kara", "kara, no chunks"  # BASE is what one setting at a time is changed from
+
+
+@dataclass(frozen=True)
+class Method:
+    """``family``: ``"kara"``, ``"peer"``, ``"null"`` or ``"ablation"``. ``selection`` goes to ``compress_window``."""
+
+    name: str
+    what: str
+    family: str
+    scorer: Scorer
+    selection: dict[str, Any] = field(default_factory=lambda: PLAIN)
+    window: int = WINDOW
+    tail: int = TAIL
+    layer_budgets: Callable[[int, int], list[int]] | None = None
+
+    @property
+    def scored_as(self) -> tuple[Any, ...]:
+        """Methods that agree in this share their scores."""
+        return self.scorer, self.window, self.tail
+
+    def keep(self, retention: float, layers: int) -> int | list[int]:
+        kept = round(retention * self.window)
+        return kept if self.layer_budgets is None else self.layer_budgets(kept, layers)
+
+
+@dataclass(frozen=True)
+class Kara:
+    """The library's scores. ``stride``: of every n-th query; ``mean_heads``: of the means of GQA groups."""
+
+    reduction: str = "rms"
+    value_norm: bool = True
+    redundancy: float = 0.0
+    look_ahead: bool = True
+    tail_queries: bool = True
+    attention: str = "bidirectional"
+    stride: int = 1
+    mean_heads: bool = False
+
+    def __call__(self, window: Window) -> Tensor:
+        query = window.query if self.tail_queries else window.query[:, : window.length]
+        if self.attention == "causal":
+            query = window.query[:, : window.length]
+        query = query[:, self.stride - 1 :: self.stride]
+        query = query.mean(3) if self.mean_heads else query.flatten(2, 3)
+        if self.look_ahead:
+            query = window.ahead(query[:, None], window.length)[:, 0]
+        keys, values = (  # one block as long as the window
+            [layer.transpose(0, 1)[None] for layer in rows] for rows in (window.window_keys, window.window_values)
+        )
+        zero = torch.zeros(1, dtype=torch.int32, device=query.device)
+        return score_window(
+            list(query[:, None]), keys, zero[None], zero, window.length, scale=window.scale, attention=self.attention,
+            reduction=self.reduction, v_cache=values if self.value_norm else None, redundancy=self.redundancy,
+        )[:, 0]  # fmt: skip
+
+
+def pyramid(kept: int, layers: int) -> list[int]:
+    """Budgets that fall linearly from the first layer to the last, whose budget is a twentieth of the mean; their mean
+    is ``kept`` as far as a window has that many tokens (arXiv 2406.02069, beta 20)."""
+    low = max(1, kept // 20)
+    budgets = [round(2 * kept - low - (2 * kept - 2 * low) * layer / max(1, layers - 1)) for layer in range(layers)]
+    most = WINDOW
+    # What does not fit into a window goes to the next layers.
+    spare = 0
+    for layer, budget in enumerate(budgets):
+        budgets[layer] = min(most, budget + spare)
+        spare += budget - budgets[layer]
+    return budgets
+
+
+STRAIGHT = Kara(reduction="mean", value_norm=False, look_ahead=False, tail_queries=False)
+WITH_TAIL = Kara(reduction="mean", value_norm=False, look_ahead=False)
+OURS = Kara()
+SELECTION = {name: getattr(Policy(), name) for name in ("chunk_fraction", "max_chunk", "pool")}
+CHUNKS = {"chunk_fraction": 0.3, "max_chunk": 8}
+
+METHODS = [
+    Method(DEFAULT, "rms, value norms, tail queries, looking ahead, chunks 0.1 / 8, per head", "kara", OURS, SELECTION),
+    Method(BASE, "the default without Token2Chunk", "kara", OURS),
+    Method("kara, chunks", "the default with Token2Chunk 0.3 / 8", "kara", OURS, CHUNKS),
+    Method("kara, not ahead", "no chunks, queries where they stood", "kara", Kara(look_ahead=False)),
+    Method("kara, layer", "no chunks, one list per layer", "kara", OURS, {**PLAIN, "pool": "layer"}),
+    Method("kara, model", "no chunks, one list for the model", "kara", OURS, {**PLAIN, "pool": "model"}),
+    Method("kara, model, chunks", "one list for the model, chunks 0.3 / 8", "kara", OURS, {**CHUNKS, "pool": "model"}),
+    Method("straight", "mean attention of the window's queries, Token2Chunk 0.3 / 8", "kara", STRAIGHT, CHUNKS),
+    Method("straight, causal", "the same with the causal mask", "kara",
+           Kara("mean", False, look_ahead=False, attention="causal"), CHUNKS),
+    Method("straight, no chunks", "the same without Token2Chunk", "kara", STRAIGHT),
+    Method("mean", "mean attention of window and tail queries", "kara", WITH_TAIL),
+    Method("mean, redundancy 9", "the same with redundancy 9", "kara", Kara("mean", False, 9.0, look_ahead=False)),
+    Method("mean, value norms", "the same weighed by value norms", "kara", Kara("mean", True, look_ahead=False)),
+    Method("random", "chance, per head", "null", peers.random_per_head),
+    Method("random, shared", "chance, one list", "null", peers.random_shared),
+    Method("StreamingLLM", "newest first", "null", peers.streaming_llm),
+    Method("SnapKV", "last 32 queries, max-pooled", "peer", peers.snapkv),
+    Method("H2O", "attention received so far", "peer", peers.h2o),
+    Method("TOVA", "newest query, per layer", "peer", peers.tova),
+    Method("R-KV", "last 8 queries, redundancy", "peer", peers.rkv),
+    Method("KeyDiff", "unlike the mean key", "peer", peers.keydiff),
+    Method("Knorm", "small keys", "peer", peers.knorm),
+    Method("ChunkKV", "fixed chunks of 10, per layer", "peer", peers.chunkkv),
+    Method("PyramidKV", "SnapKV with layer budgets", "peer", peers.snapkv, layer_budgets=pyramid),
+    Method("Compactor", "attention without mask x value norm", "peer", peers.compactor),
+]  # fmt: skip
+
+ABLATION_RETENTION = 0.3
+
+
+def ablations() -> list[Method]:
+    def one(name: str, scorer: Scorer = OURS, selection: dict[str, Any] = PLAIN, **where: Any) -> Method:
+        return Method(name, "", "ablation", scorer, selection, **where)
+
+    return [
+        *(one(f"window {n}", window=n) for n in (64, 128, 512, 1024)),
+        *(one(f"tail {n}", tail=n) for n in (0, 16, 128, 256)),
+        one("no tail queries", Kara(tail_queries=False)),
+        one("every 2nd query", Kara(stride=2)),
+        one("every 8th query", Kara(stride=8)),
+        one("group means, every 2nd", Kara(stride=2, mean_heads=True)),
+        one("group means, every 2nd, not ahead", Kara(stride=2, mean_heads=True, look_ahead=False)),
+        one("group means, every 2nd, mean, redundancy 9", Kara("mean", False, 9.0, False, stride=2, mean_heads=True)),
+        *(one(f"chunks {fraction} / {span}", selection={"chunk_fraction": fraction, "max_chunk": span})
+          for fraction in (0.1, 0.3, 0.5) for span in (4, 8, 16) if (fraction, span) != (0.3, 8)),
+        one("no value norms", Kara(value_norm=False)),
+        one("mean of queries", Kara(reduction="mean")),
+        *(one(f"redundancy {rho}", Kara(redundancy=rho)) for rho in (1.0, 9.0)),
+    ]  # fmt: skip

@@ -1,0 +1,191 @@
+"""One text through a model once; then any compression of what it left in the cache, and what the model makes of that.
+
+The text is read by the full cache in one forward, which leaves queries, keys and values of every token. A method then
+scores every window of the decoded text, :func:`kara_kernels.compress_window` keeps what the scores say, and the model
+goes on from the compressed cache. The long part is done once for all methods, so hundreds of settings can be compared
+where decoding anew would take days. What differs from decoding: the queries and keys of a window are those of a model
+that had seen everything before it, not those of one that had already forgotten. ``decode.py`` measures what that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kara_kernels import PagedCache, compress_window
+from kara_kernels.integrations.transformers.rotary import find_rotation
+
+PAGE = 16
+_taken: list[tuple[Tensor, Tensor, Tensor]] | None = None  # where the attention below leaves what it saw
+_segments: Tensor | None = None  # [q] which segment each new token belongs to; None: all to one
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """transformers' sdpa attention with a mask of its own: layers may hold different numbers of tokens, and new tokens
+    of one segment do not see those of another."""
+    if _taken is not None:
+        _taken.append((query, key, value))
+    new, held = query.shape[2], key.shape[2] - query.shape[2]
+    mask = None
+    if held and new > 1:
+        mask = torch.ones(new, held + new, dtype=torch.bool, device=query.device).tril(held)
+        if _segments is not None:
+            mask[:, held:] &= _segments[:, None] == _segments
+        mask = mask[None, None]
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register("replay", _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("replay", lambda **kwargs: None)
+
+
+Ahead = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a scorer may look at: one window of one sequence, all layers.
+
+    ``query [L, N, H, G, D]`` post-RoPE queries of the window and then the tail; ``keys``, ``values`` ``[L, H, T, D]``
+    of everything up to the end of the tail; the window is ``keys[:, :, start : start + length]``. ``ahead(query, n)``
+    moves queries ``[..., N, heads, D]`` on by ``n`` positions.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    start: int
+    length: int
+    scale: float
+    seed: int
+    ahead: Ahead
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
+    @property
+    def window_keys(self) -> Tensor:
+        return self.keys[:, :, self.span]
+
+    @property
+    def window_values(self) -> Tensor:
+        return self.values[:, :, self.span]
+
+
+Scorer = Callable[[Window], Tensor]
+
+
+class Replay:
+    """A text of ``prompt`` protected and otherwise decoded tokens as the full cache holds it."""
+
+    def __init__(self, model: Any, ids: Tensor, prompt: int) -> None:
+        global _taken
+        self.model, self.prompt, self.length = model, prompt, len(ids)
+        self.ahead = find_rotation(model) or _stay
+        model.set_attn_implementation("replay")
+        _taken = []
+        try:
+            with torch.inference_mode():
+                model(input_ids=ids[None], past_key_values=DynamicCache(), logits_to_keep=1)
+            query, key, value = (torch.stack([layer[i][0] for layer in _taken]) for i in range(3))
+        finally:
+            _taken = None
+        _layers, heads = key.shape[:2]
+        # [L, N, H, G, D] and [L, H, T, D]
+        self.query = query.unflatten(1, (heads, -1)).permute(0, 3, 1, 2, 4).contiguous()
+        self.keys, self.values = key, value
+        self.scale = key.shape[-1] ** -0.5
+
+    def windows(self, window: int, tail: int) -> int:
+        """How many windows of the decoded text have a tail behind them."""
+        return max(0, (self.length - self.prompt - tail) // window)
+
+    def first(self, window: int, tail: int) -> int:
+        """Where the first window begins: the last ends where the tail begins, so what is left over is protected too."""
+        return self.length - tail - self.windows(window, tail) * window
+
+    def window(self, index: int, window: int, tail: int, seed: int = 0) -> Window:
+        start = self.first(window, tail) + index * window
+        end = start + window + tail
+        return Window(
+            self.query[:, start:end], self.keys[:, :, :end], self.values[:, :, :end], start, window, self.scale,
+            seed * 1000 + index, self.ahead,
+        )  # fmt: skip
+
+    def full(self) -> DynamicCache:
+        return _cache(self.keys, self.values)
+
+    def compressed(self, scores: list[Tensor], keep: int | list[int], tail: int, **selection: Any) -> DynamicCache:
+        """The cache after every window was cut to ``keep`` tokens by its ``scores [L, H, W]``; a list: per layer.
+
+        The last window goes first, so that no other has moved when its turn comes.
+        """
+        pages = -(-self.length // PAGE)
+        pools = []
+        for rows in (self.keys, self.values):
+            pool = rows.new_zeros(rows.shape[0], pages * PAGE, rows.shape[1], rows.shape[3])
+            pool[:, : self.length] = rows.transpose(1, 2)
+            pools.append(pool.view(rows.shape[0], pages, PAGE, rows.shape[1], rows.shape[3]))
+        table = torch.arange(pages, dtype=torch.int32, device=self.keys.device)[None]
+        cache = DynamicCache()
+        layers = range(len(self.keys))
+        for some, kept in [(layers, keep)] if isinstance(keep, int) else [([i], keep[i]) for i in layers]:
+            paged = PagedCache(*([pool[i] for i in some] for pool in pools))
+            lengths = torch.tensor([self.length], dtype=torch.int32, device=self.keys.device)
+            for index in reversed(range(len(scores))):
+                window = scores[index].shape[-1]
+                starts = torch.full_like(lengths, self.first(window, tail) + index * window)
+                lengths = compress_window(
+                    None, paged.k, paged.v, table, lengths, window=window, keep=kept,
+                    scores=scores[index][list(some), None], window_starts=starts, **selection,
+                ).seq_lens  # fmt: skip
+            for i in some:
+                k, v = (pool[i].flatten(0, 1)[: int(lengths)].transpose(0, 1)[None] for pool in pools)
+                cache.update(k, v, i)
+        return cache
+
+    def go_on(self, cache: DynamicCache, ids: Tensor) -> Tensor:
+        """Log-probabilities ``[n, vocabulary]`` after each of ``ids [n]``, read behind the text with ``cache``."""
+        positions = torch.arange(self.length, self.length + len(ids), device=ids.device)
+        return self._forward(cache, ids, positions, 0)
+
+    def ask(self, cache: DynamicCache, questions: list[Tensor], last: list[int]) -> list[Tensor]:
+        """The same for many texts at once, each as if it alone stood behind the text, of the ``last`` of each only."""
+        global _segments
+        ids = torch.cat(questions)
+        _segments = torch.cat([torch.full_like(q, i) for i, q in enumerate(questions)])
+        positions = torch.cat([torch.arange(len(q), device=q.device) for q in questions]) + self.length
+        ends = torch.tensor([len(q) for q in questions]).cumsum(0).tolist()
+        wanted = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, last, strict=True)])
+        try:
+            return list(self._forward(cache, ids, positions, wanted.to(ids.device)).split(last))
+        finally:
+            _segments = None
+
+    @torch.inference_mode()
+    def _forward(self, cache: DynamicCache, ids: Tensor, positions: Tensor, wanted: int | Tensor) -> Tensor:
+        out = self.model(
+            input_ids=ids[None], position_ids=positions[None], past_key_values=cache, logits_to_keep=wanted
+        )
+        return out.logits[0].float().log_softmax(-1)
+
+
+def _stay(query: Tensor, n: int) -> Tensor:
+    """For models without a rotary embedding: nothing to turn."""
+    return query
+
+
+def _cache(keys: Tensor, values: Tensor) -> DynamicCache:
+    cache = DynamicCache()
+    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+        cache.update(k[None], v[None], layer)
+    return cache

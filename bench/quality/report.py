@@ -1,0 +1,282 @@
+"""The page and the picture of what was measured. Every figure comes from the JSON file; nothing is written by hand."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import picture
+from .measure import DISTANCES
+from .methods import ABLATION_RETENTION, BASE, DEFAULT, METHODS, ablations
+from .statistics import Table, by_text, difference, mean, ratio, recall_by_kind, recall_tables
+
+PEERS = [method.name for method in METHODS if method.family in ("peer", "null")]
+WHAT = {method.name: method.what for method in METHODS}
+
+
+def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """``quality.md`` and ``quality.png`` in ``folder``."""
+    page, drawn = folder / "quality.md", folder / "quality.png"
+    page.write_text("\n".join(_page(result)) + "\n", encoding="utf-8")
+    picture.draw(result, drawn)
+    return [page, drawn]
+
+
+def _page(result: Mapping[str, Any]) -> list[str]:
+    records = result["records"]
+    kl, top1 = by_text(records, "fidelity", "kl"), by_text(records, "fidelity", "top1")
+    above, exact = recall_tables(records)
+    retentions = sorted({retention for method, retention in kl if method == DEFAULT})
+    texts = sorted(kl[DEFAULT, retentions[0]])
+    plan = result["plan"]
+    model = "SmolLM2-135M-Instruct" if plan["model"] == "packaged" else plan["model"]
+    lines = [
+        "# Does it keep the meaning?",
+        "",
+        f"Written by `make quality`{' --quick' if plan['quick'] else ''} with {model} in float32 "
+        f"(kara_kernels {result['kara_kernels']}, torch {result['torch']}, transformers {result['transformers']}; "
+        f"{result['machine']}; seed {plan['seed']}).",
+        f"All methods: window {result['window']}, tail {result['tail']}, the first 64 tokens of every text protected.",
+        "Retention is what is kept of a window. Intervals: 95 % of bootstrap resamples over texts, paired.",
+        "",
+        "![KL divergence and recall by retention](quality.png)",
+        "",
+        "## In short",
+        "",
+        *_short(kl, above, exact, retentions),
+        "",
+        f"## Fidelity: KL to the full cache, nats per token, over {len(texts)} texts",
+        "",
+        "Every window of a text is compressed, then the next 192 tokens are read. In brackets: how often the most",
+        "likely token is the full cache's. *Score* is the time of scoring one window in all layers, medians, of plain",
+        "PyTorch on this CPU; peers were written for clearness, not speed.",
+        "",
+        *_grid(
+            kl,
+            retentions,
+            lambda m, r: f"{mean(kl[m, r]):.4f} ({100 * mean(top1[m, r]):.0f} %)",
+            _milliseconds(records),
+        ),
+        "",
+        *_kinds(kl, retentions),
+        "",
+        *_distances(records, retentions),
+        "",
+        f"## Recall, over {len(above.get((DEFAULT, retentions[0]), {}))} haystacks",
+        "",
+        "Nats per answer token above the full cache's. In brackets: share of the answers said exactly, of those that",
+        "the full cache says exactly.",
+        "",
+        *_grid(above, retentions, lambda m, r: f"{mean(above[m, r]):.2f} ({100 * mean(exact[m, r]):.0f} %)"),
+        "",
+        *_recall_kinds(records, retentions),
+        "",
+        *_decoding(records),
+        "",
+        *_ablations(kl, by_text(records, "fidelity", "held")),
+        "",
+        "## Where Kara loses",
+        "",
+        *_losses(kl, above, exact, retentions),
+        *_losses_decoding(records),
+        "",
+        "## What this does not say",
+        "",
+        "One small model, texts of some 2,400 tokens, one seed. Fidelity and recall compress what a model with its",
+        "full cache left (see `bench/quality/replay.py`); only *Decoding* lets errors build up. Nothing is said about",
+        "answers of reasoning models to hard questions, which this model could not give. PyramidKV has a budget for",
+        "every layer, which a paged cache with one block table for all layers cannot hold. KVzip needs a second pass",
+        "over the text and was left out. What was tried on the way and not kept: [tried.md](tried.md).",
+    ]
+    return lines
+
+
+def _best_peer(table: Table, retention: float) -> str:
+    return min((name for name in PEERS if (name, retention) in table), key=lambda name: mean(table[name, retention]))
+
+
+def _short(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) -> list[str]:
+    rows = [
+        "| retention | KL, default | best peer | default by peer | recall: default - best peer | exact answers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in retentions:
+        peer, ours = _best_peer(kl, r), kl[DEFAULT, r]
+        cells = [f"{r:.0%}", f"{mean(ours):.4f}", f"{peer} {mean(kl[peer, r]):.4f}", _show(ratio(ours, kl[peer, r]))]
+        if (DEFAULT, r) in above:
+            other = _best_peer(above, r)
+            most = max((p for p in PEERS if (p, r) in exact), key=lambda p: mean(exact[p, r]))
+            cells += [
+                f"{_show(difference(above[DEFAULT, r], above[other, r]), sign=True)} ({other})",
+                f"{mean(exact[DEFAULT, r]):.0%}; {most} {mean(exact[most, r]):.0%}",
+            ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _grid(
+    table: Table, retentions: Sequence[float], cell: Callable[[str, float], str], last: Mapping[str, str] | None = None
+) -> list[str]:
+    """One row per method, best first at the middle retention."""
+    middle = retentions[len(retentions) // 2]
+    names = sorted((m for m in WHAT if (m, middle) in table), key=lambda m: mean(table[m, middle]))
+    head = ["method", "", *(f"{r:.0%}" for r in retentions), *(["score"] if last else [])]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in names:
+        shown = f"**{name}**" if name == DEFAULT else name
+        cells = [shown, WHAT[name], *(cell(name, r) for r in retentions), *([last[name]] if last else [])]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _milliseconds(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    seconds: dict[str, list[float]] = {}
+    for record in records:
+        if record["task"] == "fidelity":
+            seconds.setdefault(record["method"], []).append(record["score_seconds"])
+    return {method: f"{1000 * statistics.median(times):.0f} ms" for method, times in seconds.items()}
+
+
+def _kinds(kl: Table, retentions: Sequence[float]) -> list[str]:
+    texts = sorted(kl[DEFAULT, retentions[0]], key=lambda text: text.split("(")[-1])
+    rows = [
+        "The default's KL by that of the best peer over all texts, text by text:",
+        "",
+        "| text | " + " | ".join(f"{r:.0%} ({_best_peer(kl, r)})" for r in retentions) + " |",
+        "|---|" + "---|" * len(retentions),
+    ]
+    for text in texts:
+        cells = (f"{kl[DEFAULT, r][text] / kl[_best_peer(kl, r), r][text]:.2f}" for r in retentions)
+        rows.append(f"| {text} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _distances(records: Sequence[Mapping[str, Any]], retentions: Sequence[float]) -> list[str]:
+    r = retentions[len(retentions) // 2]
+    spans = [f"{a}-{b}" for a, b in itertools.pairwise(DISTANCES)]
+    rows = [
+        f"KL by distance since the compression, in tokens, at {r:.0%}:",
+        "",
+        "| method | " + " | ".join(spans) + " |",
+        "|---|" + "---|" * len(spans),
+    ]
+    for name in WHAT:
+        found = [
+            x["kl_by_distance"] for x in records if (x["task"], x["method"], x["retention"]) == ("fidelity", name, r)
+        ]
+        if found:
+            means = [statistics.fmean(column) for column in zip(*found, strict=True)]
+            rows.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in means) + " |")
+    return rows
+
+
+def _recall_kinds(records: Sequence[Mapping[str, Any]], retentions: Sequence[float]) -> list[str]:
+    r = 0.5 if 0.5 in retentions else retentions[-1]
+    full = recall_by_kind(records, "full", 1.0)
+    kinds = sorted(full)
+    rows = [
+        f"By kind of question at {r:.0%}: nats per answer token (share said exactly, of all cases):",
+        "",
+        "| method | " + " | ".join(kinds) + " |",
+        "|---|" + "---|" * len(kinds),
+        "| full cache | " + " | ".join(f"{full[kind][0]:.2f} ({full[kind][1]:.0%})" for kind in kinds) + " |",
+    ]
+    for name in WHAT:
+        found = recall_by_kind(records, name, r)
+        if found:
+            rows.append(f"| {name} | " + " | ".join(f"{found[k][0]:.2f} ({found[k][1]:.0%})" for k in kinds) + " |")
+    return rows
+
+
+def _decoding(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    kl, until = by_text(records, "decoding", "kl"), by_text(records, "decoding", "until")
+    if not kl:
+        return []
+    retentions = sorted({r for _, r in kl})
+    length = next(x["of"] for x in records if x["task"] == "decoding")
+    rows = [
+        f"## Decoding with KaraCache: {len(next(iter(kl.values())))} greedy generations of {length} tokens",
+        "",
+        "KL behind the first compression, errors building up; in brackets the tokens until greedy decoding would first",
+        "say something else than with the full cache (means; the first compression comes after 320 tokens).",
+        "",
+        "| method | " + " | ".join(f"{r:.0%}" for r in retentions) + " |",
+        "|---|" + "---|" * len(retentions),
+    ]
+    for name in WHAT:
+        if (name, retentions[0]) in kl:
+            cells = (f"{mean(kl[name, r]):.4f} ({mean(until[name, r]):.0f})" for r in retentions)
+            rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _ablations(kl: Table, held: Table) -> list[str]:
+    r = ABLATION_RETENTION
+    names = [method.name for method in ablations() if (method.name, r) in kl and (BASE, r) in kl]
+    if not names:
+        return []
+    rows = [
+        f"## One setting at a time, at {r:.0%}, over {len(kl[names[0], r])} texts",
+        "",
+        f"KL by that of *{BASE}*, same texts. *Held* is the share of the text's tokens that the cache still holds:",
+        "another tail changes that too.",
+        "",
+        "| setting | KL | held |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {_show(ratio(kl[name, r], kl[BASE, r]))} | {mean(held[name, r]):.1%} |"
+            for name in (BASE, *names)
+        ),
+    ]
+    return rows
+
+
+def _losses(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) -> list[str]:
+    """Every peer, and every variant of our own, that is better than the default beyond the interval."""
+    lines = []
+    for r in retentions:
+        for name in WHAT:
+            if name == DEFAULT:
+                continue
+            if (name, r) in kl and ratio(kl[DEFAULT, r], kl[name, r]).low > 1:
+                lines.append(f"- {r:.0%}, KL: *{name}*, by {_show(ratio(kl[DEFAULT, r], kl[name, r]))}")
+            if (name, r) in above and difference(above[DEFAULT, r], above[name, r]).low > 0:
+                shown = _show(difference(above[DEFAULT, r], above[name, r]), sign=True)
+                lines.append(f"- {r:.0%}, recall: *{name}*, by {shown} nats")
+            if (name, r) in exact and difference(exact[DEFAULT, r], exact[name, r]).high < 0:
+                shown = _show(difference(exact[DEFAULT, r], exact[name, r]), sign=True)
+                lines.append(f"- {r:.0%}, exact answers: *{name}*, by {shown}")
+    single = sum(
+        kl[DEFAULT, r][text] > kl[name, r][text]
+        for r in retentions for name in PEERS if (name, r) in kl for text in kl[DEFAULT, r]
+    )  # fmt: skip
+    pairs = sum(len(kl[DEFAULT, r]) for r in retentions for name in PEERS if (name, r) in kl)
+    lines = lines or ["Against no method of the tables beyond the intervals."]
+    for text in sorted(kl[DEFAULT, retentions[0]]):
+        worse = [f"{r:.0%}" for r in retentions if kl[DEFAULT, r][text] > kl[_best_peer(kl, r), r][text]]
+        if worse:
+            lines.append(f"- *{text}*: more KL than the best peer over all texts at {', '.join(worse)}")
+    return [*lines, "", f"Of {pairs} comparisons with a peer on a single text (KL), the default lost {single}."]
+
+
+def _losses_decoding(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Means only: these texts are too few for intervals."""
+    kl, until = by_text(records, "decoding", "kl"), by_text(records, "decoding", "until")
+    lines = []
+    for r in sorted({r for _, r in kl}):
+        closer = [m for m in WHAT if m != DEFAULT and (m, r) in kl and mean(kl[m, r]) < mean(kl[DEFAULT, r])]
+        longer = [m for m in WHAT if m != DEFAULT and (m, r) in until and mean(until[m, r]) > mean(until[DEFAULT, r])]
+        if closer or longer:
+            lines.append(
+                f"- {r:.0%}, decoding, means: lower KL: {', '.join(closer) or 'none'}; "
+                f"longer the same text: {', '.join(longer) or 'none'}"
+            )
+    return ["", *lines] if lines else []
+
+
+def _show(interval: Any, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    return f"{interval.value:{plus}.2f} ({interval.low:{plus}.2f} to {interval.high:{plus}.2f})"

@@ -1,0 +1,86 @@
+"""Means over texts, and how sure they are: a bootstrap over texts, paired wherever two methods are compared."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+DRAWS, LEVEL = 4000, 0.95
+
+Table = dict[tuple[str, float], dict[str, float]]  # (method, retention) -> text -> value
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def by_text(records: Sequence[Mapping[str, Any]], task: str, metric: str) -> Table:
+    """A number of every record of ``task``, by method and retention, then by text."""
+    table: Table = {}
+    for record in records:
+        if record["task"] == task and metric in record:
+            table.setdefault((record["method"], record["retention"]), {})[record["item"]] = record[metric]
+    return table
+
+
+def mean(values: Mapping[str, float]) -> float:
+    return statistics.fmean(values.values())
+
+
+def ratio(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval:
+    """Mean by mean over the texts that both have, and where 95 % of the resampled ratios lie."""
+    return _interval(ours, theirs, lambda a, b: a / b if b else float("nan"))
+
+
+def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval:
+    """The mean of ours - theirs over the texts that both have."""
+    return _interval(ours, theirs, lambda a, b: a - b)
+
+
+def _interval(ours: Mapping[str, float], theirs: Mapping[str, float], compare: Any) -> Interval:
+    texts = sorted(set(ours) & set(theirs))
+    if not texts:
+        raise ValueError("expected a text that both methods have read, got none")
+    a, b = [ours[text] for text in texts], [theirs[text] for text in texts]
+    draw = random.Random(0)
+    picks = [draw.choices(range(len(texts)), k=len(texts)) for _ in range(DRAWS)]
+    seen = sorted(compare(sum(a[i] for i in pick), sum(b[i] for i in pick)) for pick in picks)
+    scale = 1.0 if compare(2.0, 1.0) == compare(4.0, 2.0) else 1 / len(texts)  # sums do for ratios
+    edge = round((1 - LEVEL) / 2 * (DRAWS - 1))
+    return Interval(compare(sum(a), sum(b)) * scale, seen[edge] * scale, seen[-1 - edge] * scale)
+
+
+def recall_tables(records: Sequence[Mapping[str, Any]]) -> tuple[Table, Table]:
+    """Per haystack: nats per answer token above the full cache's, over all cases; and the share said exactly of the
+    answers that the full cache says exactly."""
+    full = {r["item"]: r for r in records if r["task"] == "recall" and r["method"] == "full"}
+    above: Table = {}
+    exact: Table = {}
+    for record in records:
+        if record["task"] != "recall" or record["method"] == "full":
+            continue
+        base, key, item = full[record["item"]], (record["method"], record["retention"]), record["item"]
+        above.setdefault(key, {})[item] = statistics.fmean(
+            nll - least for nll, least in zip(record["nll"], base["nll"], strict=True)
+        )
+        known = [said for said, can in zip(record["exact"], base["exact"], strict=True) if can]
+        exact.setdefault(key, {})[item] = statistics.fmean(known) if known else 0.0
+    return above, exact
+
+
+def recall_by_kind(
+    records: Sequence[Mapping[str, Any]], method: str, retention: float
+) -> dict[str, tuple[float, float]]:
+    """Nats per answer token and share said exactly of all cases, by kind of question."""
+    nll: dict[str, list[float]] = {}
+    exact: dict[str, list[bool]] = {}
+    for record in records:
+        if record["task"] == "recall" and (record["method"], record["retention"]) == (method, retention):
+            for kind, value, said in zip(record["kinds"], record["nll"], record["exact"], strict=True):
+                nll.setdefault(kind, []).append(value)
+                exact.setdefault(kind, []).append(said)
+    return {kind: (statistics.fmean(nll[kind]), statistics.fmean(exact[kind])) for kind in nll}

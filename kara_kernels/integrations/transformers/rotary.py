@@ -1,0 +1,42 @@
+"""Queries as they would be further on: turned by the model's own rotary position embedding.
+
+Cached queries stand where their tokens stood. What is kept of a window is for queries that come after all of it, so the
+queries that judge it are moved on by some positions first. A rotary embedding turns a query by an angle that is linear
+in the position: turning a cached query once more, by the angle of ``n``, puts it ``n`` positions further on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Kinds whose angles do not depend on the length of the text, so that asking for one position changes nothing.
+_STEADY = ("default", "linear", "llama3", "yarn")
+
+Ahead = Callable[[Tensor, int], Tensor]
+
+
+def find_rotation(model: Any) -> Ahead | None:
+    """``ahead(query [..., N, heads, D], n)``: the queries ``n`` positions further on; None for a model whose rotary
+    embedding is not of the common kind: one module ``rotary_emb`` with angles that do not depend on the length of the
+    text, and a function ``apply_rotary_pos_emb`` in the model's module."""
+    found = [module.rotary_emb for module in getattr(model, "modules", list)() if hasattr(module, "rotary_emb")]
+    apply = getattr(sys.modules.get(type(model).__module__), "apply_rotary_pos_emb", None)
+    if apply is None or len({id(rotary) for rotary in found}) != 1:
+        return None
+    rotary = found[0]
+    if getattr(rotary, "rope_type", None) not in _STEADY:
+        return None
+
+    def ahead(query: Tensor, n: int) -> Tensor:
+        rows = query.flatten(0, -4) if query.dim() > 4 else query
+        cos, sin = rotary(rows, torch.full((1, 1), n, device=query.device))
+        scaling = getattr(rotary, "attention_scaling", 1.0)
+        turned, _ = apply(rows, rows[:1, :1], cos / scaling, sin / scaling, unsqueeze_dim=2)
+        return turned.view(query.shape)
+
+    return ahead

@@ -1,0 +1,437 @@
+"""The quality bench: peers on cases computed by hand, replays against a dense model, statistics, store and report."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from dense import Ledger, dense_logits  # noqa: E402
+from test_transformers import make_model  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+import bench.quality.__main__ as command  # noqa: E402
+from bench.quality import decode, measure, peers, report, run, statistics, tasks  # noqa: E402
+from bench.quality.methods import DEFAULT, METHODS, OURS, STRAIGHT, Kara, Method, ablations, pyramid  # noqa: E402
+from bench.quality.replay import Replay, Window  # noqa: E402
+from kara_kernels.integrations.transformers import KaraCache  # noqa: E402
+
+BY_NAME = {method.name: method for method in METHODS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- peers, by hand ----------------------------------------------------------------------------------------
+
+
+def window(query: Any = None, keys: Any = None, values: Any = None, *, length: int, start: int = 0, group: int = 1,
+           dim: int = 2, tail: int = 0, seed: int = 0) -> Window:  # fmt: skip
+    """One layer, one KV head; zeros where nothing is said. ``keys [T][D]``, ``query [N][G][D]``."""
+    total = start + length + tail
+    keys = torch.zeros(total, dim) if keys is None else torch.tensor(keys)
+    query = torch.zeros(length + tail, group, keys.shape[1]) if query is None else torch.tensor(query)
+    values = torch.zeros(total, 2) if values is None else torch.tensor(values)
+    return Window(query[None, :, None], keys[None, None], values[None, None], start, length, 1.0, seed, lambda q, n: q)
+
+
+def scores(scorer: Any, given: Window) -> list[float]:
+    found = scorer(given)
+    assert found.shape == (1, 1, given.length)
+    return found[0, 0].tolist()
+
+
+def approx(*values: float) -> Any:
+    return pytest.approx(list(values), abs=1e-5)
+
+
+def test_h2o_sums_what_queries_gave_that_could_see_a_key() -> None:
+    # Tokens 0 | 1 2: the query of 1 halves between 0 and 1, that of 2 gives a third to each.
+    assert scores(peers.h2o, window(length=2, start=1)) == approx(1 / 2 + 1 / 3, 1 / 3)
+
+
+def test_tova_asks_the_newest_query_of_all_heads() -> None:
+    # Head 0 attends evenly to four tokens, head 1 to token 1 alone; token 0 lies before the window, 3 is the tail.
+    query = [[[0.0, 0.0], [0.0, 0.0]]] * 2 + [[[0.0, 0.0], [90.0, 0.0]]]
+    keys = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert scores(peers.tova, window(query, keys, length=2, start=1, tail=1)) == approx((1 / 4 + 1) / 2, 1 / 8)
+
+
+def test_snapkv_pools_over_seven() -> None:
+    keys = [[0.0, 0.0]] * 10
+    keys[5] = [90.0, 0.0]
+    query = [[[0.0, 0.0]]] * 9 + [[[1.0, 0.0]]]
+    given = window([[[0.0, 0.0]]] * 9 + query[-1:], keys, length=9, tail=1)
+    # Only the last of the ten queries attends to token 5; the others see it evenly, once they can.
+    even = [sum(1 / (i + 1) for i in range(max(j, 0), 9)) / 10 for j in range(9)]
+    received = [even[j] + (0.1 if j == 5 else 0.0) for j in range(9)]
+    # Queries 5 to 8 see a key of 90 with a query of zero: still evenly.
+    assert scores(peers.snapkv, given) == approx(*(max(received[max(0, j - 3) : j + 4]) for j in range(9)))
+
+
+def test_snapkv_asks_the_last_32() -> None:
+    query = [[[90.0, 0.0]]] * 8 + [[[0.0, 0.0]]] * 32
+    keys = [[1.0, 0.0]] + [[0.0, 0.0]] * 39
+    received = sum(1 / (i + 1) for i in range(8, 40)) / 32  # had the first eight been asked: more
+    assert scores(peers.snapkv, window(query, keys, length=40))[0] == pytest.approx(received, abs=1e-5)
+
+
+def test_knorm_and_keydiff() -> None:
+    keys = [[3.0, 4.0], [0.0, 1.0]]
+    assert scores(peers.knorm, window(keys=keys, length=2)) == approx(-5, -1)
+    # Unit keys (1,0), (1,0), (0,1): their mean is (2,1)/3.
+    keys = [[2.0, 0.0], [1.0, 0.0], [0.0, 7.0]]
+    assert scores(peers.keydiff, window(keys=keys, length=3)) == approx(*(-x / math.sqrt(5) for x in (2, 2, 1)))
+
+
+def test_rkv_subtracts_what_is_alike_but_not_against_the_newest() -> None:
+    # Three equal keys. Of each row's similar keys the newest is forgiven: rows (0,1,-), (1,0,-), (1,-,0).
+    alike = [math.exp(x) for x in (2 / 3, 1 / 3, 0)]
+    expected = [0.1 / 3 - 0.9 * a / sum(alike) for a in alike]
+    assert scores(peers.rkv, window(keys=[[1.0, 0.0]] * 3, length=3)) == approx(*expected)
+
+
+def test_rkv_takes_logits_of_the_group_at_their_greatest() -> None:
+    keys = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]] + [[0.0, 0.0, 0.0]] * 12
+    query = [[[math.log(2), 0.0, 0.0], [0.0, 0.0, math.log(4)]]] * 15
+    # exp of the greatest logits: 2, 1, 4 and twelve ones; max-pooled over three neighbours to either side.
+    weights = [2, 1, 4] + [1] * 12
+    pooled = [max(weights[max(0, j - 3) : j + 4]) / sum(weights) for j in range(15)]
+    assert scores(peers.rkv, window(query, keys, length=15)) == approx(*(0.1 * x - 0.9 / 15 for x in pooled))
+
+
+def test_chunkkv_ranks_fixed_chunks_of_ten() -> None:
+    keys = [[90.0, 0.0] if j == 12 else [0.0, 0.0] for j in range(25)]
+    query = [[[1.0, 0.0]]] * 25
+    found = scores(peers.chunkkv, window(query, keys, length=25))
+    assert found[10:20] == [found[10]] * 10
+    assert found[0:10] == [found[0]] * 10
+    # Queries 12 to 24 give all to token 12; those before share evenly.
+    assert found[10] == pytest.approx((13 + 1 / 11 + 2 / 12) / 25 / 10, abs=1e-5)
+    assert found[20:] == approx(*[0.0] * 5)
+
+
+def test_compactor_weighs_by_values_and_averages_neighbours() -> None:
+    values = [[3.0, 0.0], [0.0, 6.0], [9.0, 0.0]]
+    assert scores(peers.compactor, window(values=values, length=3)) == approx(4.5, 6, 7.5)
+
+
+def test_chance_is_repeatable_and_streaming_keeps_the_newest() -> None:
+    given = Window(*(torch.zeros(2, 3, 4, 8),) * 3, 0, 4, 1.0, 5, lambda q, n: q)
+    assert torch.equal(peers.random_per_head(given), peers.random_per_head(given))
+    assert len({tuple(row) for row in peers.random_per_head(given).flatten(0, 1).tolist()}) == 6
+    assert len({tuple(row) for row in peers.random_shared(given).flatten(0, 1).tolist()}) == 1
+    assert peers.streaming_llm(given)[1, 2].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kept", [51, 77, 102, 128, 154])
+def test_pyramid_budgets_fall_and_keep_their_mean(kept: int) -> None:
+    budgets = pyramid(kept, 30)
+    assert budgets == sorted(budgets, reverse=True)
+    assert abs(sum(budgets) - 30 * kept) <= 15
+    assert max(budgets) <= 256
+    assert min(budgets) == max(1, kept // 20)
+
+
+def test_names_differ_and_every_peer_names_its_paper() -> None:
+    names = [method.name for method in METHODS + ablations()]
+    assert len(set(names)) == len(names)
+    assert DEFAULT in names
+    for method in METHODS:
+        if method.family == "peer":
+            assert "arXiv 2" in method.scorer.__doc__, method.name
+
+
+# ---- replays -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return make_model()
+
+
+def text_of(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 61, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_a_compressed_replay_is_the_dense_model_without_the_dropped(llama: Any) -> None:
+    """Three windows of 16 cut to 6 by chance, per layer and head; then ten tokens with what is left."""
+    ids, prompt, size, keep = text_of(9 + 48 + 5 + 10), 9, 16, 6
+    replay = Replay(llama, ids[:-10], prompt)
+    chance = torch.Generator().manual_seed(1)
+    assert replay.windows(size, 5) == 3
+    scores = [torch.rand(3, 2, size, generator=chance) for _ in range(3)]
+    seen = replay.go_on(replay.compressed(scores, keep, 5, chunk_fraction=0.0), ids[-10:])
+
+    ledger = Ledger(3, 2, torch.ones(1, len(ids)))
+    ledger.read(len(ids) - 10)
+    for index in reversed(range(3)):
+        ledger.drop(0, prompt + index * size, size, scores[index].topk(keep).indices.sort(-1).values)
+    ledger.read(len(ids))
+    # Replay reads the text with everything; only what comes behind it misses the dropped.
+    visible = ledger.visible.clone()
+    for layer, s, h, token in torch.cartesian_prod(*map(torch.arange, (3, 1, 2, len(ids)))).tolist():
+        held = range(token + 1) if token < len(ids) - 10 else [*ledger.held[layer][s][h][: 9 + 18 + 5],
+                                                               *range(len(ids) - 10, token + 1)]  # fmt: skip
+        visible[layer, s, h, token] = False
+        visible[layer, s, h, token, list(held)] = True
+    dense = dense_logits(llama, ids[None], torch.ones(1, len(ids)), visible)[0, -10:].log_softmax(-1)
+    torch.testing.assert_close(seen, dense, rtol=1e-3, atol=1e-4)
+
+
+def test_a_replay_that_keeps_all_is_the_model(llama: Any) -> None:
+    ids = text_of(60)
+    replay = Replay(llama, ids[:-8], 8)
+    scores = [torch.rand(3, 2, 16) for _ in range(2)]
+    with torch.no_grad():
+        plain = llama(ids[None]).logits[0, -8:].log_softmax(-1)
+    for cache in (replay.full(), replay.compressed(scores, 16, 4)):
+        torch.testing.assert_close(replay.go_on(cache, ids[-8:]), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_may_have_budgets_of_their_own(llama: Any) -> None:
+    replay = Replay(llama, text_of(50), 8)
+    cache = replay.compressed([torch.rand(3, 2, 16)] * 2, [10, 6, 1], 5, chunk_fraction=0.0)
+    assert [cache.get_seq_length(layer) for layer in range(3)] == [50 - 2 * (16 - k) for k in (10, 6, 1)]
+    assert replay.go_on(cache, text_of(5, 1)).isfinite().all()
+
+
+def test_questions_asked_together_do_not_see_each_other(llama: Any) -> None:
+    replay = Replay(llama, text_of(40), 8)
+    questions = [text_of(length, length) for length in (3, 7, 1)]
+    for question, last, answer in zip(
+        questions, (2, 7, 1), replay.ask(replay.full(), questions, [2, 7, 1]), strict=True
+    ):
+        alone = replay.go_on(replay.full(), question)
+        torch.testing.assert_close(answer, alone[-last:], rtol=1e-3, atol=1e-4)
+
+
+def test_replayed_windows_are_scored_as_the_cache_scores_them(llama: Any) -> None:
+    """The first window that KaraCache compresses in a text read at once is the replay's first."""
+    ids = text_of(8 + 16 + 5)
+    first = Replay(llama, ids, 8).window(0, 16, 5)
+    expected = OURS(first).topk(6).indices.sort(-1).values
+    llama.set_attn_implementation("kara")
+    cache = KaraCache(llama, window=16, keep=6, tail=5, protected=8, chunk_fraction=0.0)
+    with torch.no_grad():
+        llama(ids[None], past_key_values=cache)
+    assert torch.equal(cache.events[0].keep_indices[:, 0].long(), expected)
+
+
+def test_options_of_our_scorer(llama: Any) -> None:
+    first = Replay(llama, text_of(8 + 16 + 5), 8).window(0, 16, 5)
+    variants = [OURS, STRAIGHT, Kara(look_ahead=False), Kara(value_norm=False), Kara("mean"), Kara(redundancy=1.0),
+                Kara(tail_queries=False), Kara(stride=2), Kara(mean_heads=True),
+                Kara("mean", False, look_ahead=False, attention="causal")]  # fmt: skip
+    found = [variant(first) for variant in variants]
+    assert all(score.shape == (3, 2, 16) for score in found)
+    assert all(not torch.allclose(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+@torch.no_grad()
+def test_where_a_text_is_left_is_where_generation_leaves_it() -> None:
+    model = make_model()
+    prompt = text_of(7, 3)
+    [text] = decode.write(model, [prompt], 60)
+    method = Method("small", "", "kara", OURS, {"chunk_fraction": 0.0}, window=16, tail=4)
+    [found] = decode.decoding(model, "x", prompt, text, [(method, 0.125)])
+    cache = KaraCache(model, window=16, keep=2, tail=4)
+    own = model.generate(
+        prompt[None], attention_mask=torch.ones(1, 7), past_key_values=cache, do_sample=False, min_new_tokens=60,
+        max_new_tokens=60, pad_token_id=0,
+    )[0, 7:]  # fmt: skip
+    left = (own != text).nonzero()
+    assert len(left), "the text was never left: this test says nothing"
+    assert found["until"] == int(left[0]) >= 20
+    assert found["kl"] > 0
+
+
+def test_scorers_of_peers_decode_too() -> None:
+    model = make_model()
+    prompt, text = text_of(7, 3), text_of(60, 4)
+    method = Method("small", "", "peer", peers.h2o, {"chunk_fraction": 0.0}, window=16, tail=4)
+    [found] = decode.decoding(model, "x", prompt, text, [(method, 0.5)])
+    llama_text = decode.follow(model, prompt, text, DynamicCache(), 4, 16)
+    assert llama_text.shape == (60, 61)
+    assert 0 < found["held"] < 1
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of bytes, for models without words."""
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=[byte % 61 for byte in text.encode()])
+
+
+class Plain:
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=list(text.encode()))
+
+
+def test_haystacks_hold_what_is_asked_where_it_is_compressed() -> None:
+    filler = ["The quick brown fox jumps over the lazy dog. " * 300]
+    stacks = tasks.haystacks(Plain(), filler, 4, 6000, 64, seed=3)
+    assert [stack.ids for stack in stacks] == [s.ids for s in tasks.haystacks(Plain(), filler, 4, 6000, 64, seed=3)]
+    assert stacks[0].ids != tasks.haystacks(Plain(), filler, 1, 6000, 64, seed=4)[0].ids
+    for stack in stacks:
+        assert len(stack.ids) == 6000
+        text = bytes(stack.ids[64:-64]).decode()
+        for case in stack.cases:
+            if case.kind == "state":
+                thing = case.question.split(", the ")[1].split(" is")[0]
+                places = [line.split("in the ")[1] for line in text.splitlines() if line.startswith(f"The {thing} ")]
+                assert len(places) == 3
+                assert places[-1] == case.answer.strip() + "."
+            elif case.kind == "key-value":
+                assert case.question.splitlines()[-1] + case.answer in text
+            else:
+                asked = case.question.strip().split(": ", 1)[-1] if case.kind == "single key" else case.question.strip()
+                fact = (asked.removeprefix("As was said above, the ") + case.answer).strip()
+                assert fact in text, case
+    with pytest.raises(ValueError, match="length: expected at least"):
+        tasks.haystacks(Plain(), filler, 1, 200, 64, seed=3)
+
+
+# ---- statistics --------------------------------------------------------------------------------------------
+
+
+def test_ratios_and_differences_are_paired() -> None:
+    draw = random.Random(0)
+    theirs = {f"t{i}": draw.uniform(1, 100) for i in range(12)}
+    half = {text: value / 2 for text, value in theirs.items()}
+    assert statistics.ratio(half, theirs) == pytest.approx((0.5, 0.5, 0.5))  # paired: no spread at all
+    less = {text: value - 3 for text, value in theirs.items()}
+    assert statistics.difference(less, theirs) == pytest.approx((-3, -3, -3))
+    unlike = statistics.ratio({text: draw.uniform(1, 100) for text in theirs}, theirs)
+    assert unlike.low < unlike.value < unlike.high
+    assert statistics.ratio({"t0": 1.0, "other": 9.0}, theirs).value == pytest.approx(1 / theirs["t0"])
+    with pytest.raises(ValueError, match="both methods"):
+        statistics.ratio({"a": 1.0}, {"b": 1.0})
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Of 200 samples of twelve texts, nearly 95 % of the intervals hold the true difference of 1."""
+    draw, hits = random.Random(1), 0
+    for _ in range(200):
+        theirs = {str(i): draw.gauss(0, 1) for i in range(12)}
+        ours = {text: value + draw.gauss(1, 1) for text, value in theirs.items()}
+        interval = statistics.difference(ours, theirs)
+        hits += interval.low <= 1 <= interval.high
+    assert 170 <= hits <= 198
+
+
+def test_recall_is_judged_by_what_the_full_cache_can() -> None:
+    def record(method: str, retention: float, nll: list[float], exact: list[bool]) -> dict[str, Any]:
+        return {"task": "recall", "item": "h", "method": method, "retention": retention, "kinds": ["a", "a", "b"],
+                "nll": nll, "exact": exact}  # fmt: skip
+
+    records = [record("full", 1.0, [1.0, 2.0, 3.0], [True, False, True]),
+               record("x", 0.5, [1.5, 2.5, 5.0], [True, True, False])]  # fmt: skip
+    above, exact = statistics.recall_tables(records)
+    assert above["x", 0.5] == {"h": pytest.approx(1.0)}
+    assert exact["x", 0.5] == {"h": 0.5}
+    assert statistics.recall_by_kind(records, "x", 0.5) == {"a": (2.0, 1.0), "b": (5.0, 0.0)}
+
+
+# ---- the run and its report --------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_goes_on_and_other_settings_begin_anew(tmp_path: Any) -> None:
+    path, plan = tmp_path / "quality.json", run.Plan("m", True, 0)
+    cells = [(BY_NAME["H2O"], 0.3), (BY_NAME["random"], 0.3)]
+    store = run.Store(path, plan, {"torch": "x"})
+    records = [{"task": "fidelity", "item": "a", "method": m.name, "retention": r, "kl": 0.5} for m, r in cells]
+    store.add(records)
+    again = run.Store(path, plan, {})
+    assert again.records == records
+    assert again.missing("fidelity", "a", cells) == []
+    assert again.missing("fidelity", "b", cells) == cells
+    assert again.missing("fidelity", "a", [*cells, (BY_NAME["R-KV"], 0.3)]) == [(BY_NAME["R-KV"], 0.3)]
+    assert run.Store(path, run.Plan("m", True, 1), {}).records == []
+    assert json.loads((tmp_path / "quality.other.json").read_text())["records"] == records
+
+
+def test_a_whole_run_of_a_tiny_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured, stored, not measured again, and reported."""
+    monkeypatch.setattr(run, "WINDOWS", 1)
+    monkeypatch.setattr(run, "HAYSTACK_WINDOWS", 8)
+    model, plan = make_model(), run.Plan("tiny", True, 0)
+    phases: list[tuple[str, int, int]] = []
+
+    class Phase:
+        def __init__(self, name: str, total: int) -> None:
+            self.name, self.total, self.done = name, total, 0
+
+        def __enter__(self) -> Any:
+            return lambda count, note: setattr(self, "done", self.done + count)
+
+        def __exit__(self, *_: Any) -> None:
+            phases.append((self.name, self.total, self.done))
+
+    for _ in range(2):
+        store = run.Store(tmp_path / "quality.json", plan, run.facts(model))
+        before = len(store.records)
+        run.measure_all(model, Letters(), plan, store, lambda line: None, Phase)
+    assert before == len(store.records) > 0
+    assert [(name, total == done) for name, total, done in phases] == [("fidelity", True), ("recall", True)] * 2
+    result = json.loads((tmp_path / "quality.json").read_text())
+    page, drawn = report.write(result, tmp_path)
+    said = page.read_text()
+    for method in run.QUICK_METHODS:
+        assert f"| {method} |" in said or f"| **{method}** |" in said
+    assert drawn.stat().st_size > 10_000
+
+
+def test_the_report_says_where_kara_loses(tmp_path: Any) -> None:
+    def records(ours: float, theirs: float) -> list[dict[str, Any]]:
+        common = {"task": "fidelity", "retention": 0.5, "top1": 0.9, "score_seconds": 0.1, "kl_by_distance": [1.0] * 4}
+        return [{**common, "item": f"t{i} (prose)", "method": m, "kl": kl * (1 + i / 10)}
+                for i in range(5) for m, kl in ((DEFAULT, ours), ("H2O", theirs))]  # fmt: skip
+
+    head = {"kara_kernels": "0", "torch": "0", "transformers": "0", "machine": "m", "window": 256, "tail": 64,
+            "plan": {"model": "packaged", "quick": False, "seed": 0}}  # fmt: skip
+    page, _ = report.write({**head, "records": records(2.0, 1.0)}, tmp_path)
+    assert "- 50%, KL: *H2O*, by 2.00" in page.read_text()
+    assert "lost 5." in page.read_text()
+    page, _ = report.write({**head, "records": records(1.0, 2.0)}, tmp_path)
+    assert "no method of the tables" in page.read_text()
+    assert "| 50% | 1.2000 | H2O 2.4000 | 0.50 (0.50 to 0.50) |" in page.read_text()
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["--threads", "0"], "--threads: expected 1 or more, got 0")])
+def test_options_out_of_range(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_problems_are_one_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert command.main(["--out", str(tmp_path / "file")]) == 1
+    assert command.main(["--out", str(tmp_path / "none"), "--report"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("quality: --out ")
+    assert "nothing was measured yet" in lines[1]
+
+
+def test_measured_distances_cover_what_is_read() -> None:
+    assert measure.DISTANCES[0] == 0
+    assert measure.DISTANCES[-1] == measure.AHEAD
