@@ -225,7 +225,7 @@ class Dense:
             newest = range(event["logical_len"] - event["window"] - KARA["tail"], event["logical_len"])
             judges = [t for t in newest if t >= len(served.prompt) and t % stride == 0]
             layers = []
-            for layer, (query, key) in sorted(_seen.items()):
+            for layer, (query, key, _) in sorted(_seen.items()):
                 query, key = query[0].double(), key[0].double()
                 judge = query[:, judges].reshape(heads, -1, query.shape[-1])
                 keys = torch.stack([key[h, held[layer][0][h][window]] for h in range(heads)])
