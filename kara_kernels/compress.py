@@ -20,6 +20,7 @@ from .paged import (
     check_choice,
     check_contents,
     check_count,
+    check_flag,
     check_lengths,
     check_number,
     check_query,
@@ -220,8 +221,7 @@ def _checked(
         check_tensor("scores", scores, shape, (torch.float32,), device)
         scores = scores if many else scores[None]
     check_scoring(queries[0].shape[1] if queries else 0, window, scale, attention, reduction, redundancy)
-    if not isinstance(value_norm, bool):
-        raise TypeError(f"value_norm: expected a bool, got {type(value_norm).__name__}")
+    check_flag("value_norm", value_norm)
     if value_norm and queries:
         if cache.v is None:
             raise ValueError("value_norm: expected False without a v_cache, got True")

@@ -287,6 +287,11 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
 def check_tensor(
     name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> Tensor:

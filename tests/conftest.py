@@ -10,6 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,3 +28,12 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 def backend(request: pytest.FixtureRequest) -> str:
     """Both ways to run an operation on the tensors of this machine."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small only lose by more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -35,6 +35,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from kara_kernels.integrations.transformers import KaraBatching  # noqa: E402
 from kara_kernels.ops._triton import INTERPRETED  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY, LAYERS, HEADS, PAGE = 61, 3, 2, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": HEADS}
 # Every decoded token's query judges, and the best of the window stay: what an oracle can say without the library.
@@ -54,14 +56,6 @@ def make_model(attention="sdpa", seed=7):
     model = LlamaForCausalLM(config).eval()
     model.set_attn_implementation(attention)
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,9 @@ from bench.quality.methods import DEFAULT, METHODS, OURS, STRAIGHT, Kara, Method
 from bench.quality.replay import Replay, Window  # noqa: E402
 from kara_kernels.integrations.transformers import KaraCache  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BY_NAME = {method.name: method for method in METHODS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- peers, by hand ----------------------------------------------------------------------------------------

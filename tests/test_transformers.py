@@ -25,6 +25,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noq
 from kara_kernels.integrations.transformers import KaraCache, kara_attention  # noqa: E402
 from kara_kernels.integrations.transformers.rotary import find_rotation  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY, LAYERS, HEADS = 61, 3, 2
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"head_dim": 8}),
@@ -46,15 +48,6 @@ def make_model(family="llama", **overrides):
     model = cls(config).eval()
     model.set_attn_implementation("kara")
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose by more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

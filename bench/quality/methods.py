@@ -58,9 +58,8 @@ class Kara:
     mean_heads: bool = False
 
     def __call__(self, window: Window) -> Tensor:
-        query = window.query if self.tail_queries else window.query[:, : window.length]
-        if self.attention == "causal":
-            query = window.query[:, : window.length]
+        everything = self.tail_queries and self.attention != "causal"
+        query = window.query if everything else window.query[:, : window.length]
         query = query[:, self.stride - 1 :: self.stride]
         query = query.mean(3) if self.mean_heads else query.flatten(2, 3)
         if self.look_ahead:
@@ -80,11 +79,10 @@ def pyramid(kept: int, layers: int) -> list[int]:
     is ``kept`` as far as a window has that many tokens (arXiv 2406.02069, beta 20)."""
     low = max(1, kept // 20)
     budgets = [round(2 * kept - low - (2 * kept - 2 * low) * layer / max(1, layers - 1)) for layer in range(layers)]
-    most = WINDOW
     # What does not fit into a window goes to the next layers.
     spare = 0
     for layer, budget in enumerate(budgets):
-        budgets[layer] = min(most, budget + spare)
+        budgets[layer] = min(WINDOW, budget + spare)
         spare += budget - budgets[layer]
     return budgets
 

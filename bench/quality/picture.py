@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from kara_kernels.demo.picture import BLUE, GREY, INK, ORANGE, PALE, STYLE
+from kara_kernels.demo.picture import BLUE, INK, ORANGE, PALE, STYLE
 
 from .methods import DEFAULT, METHODS
 from .statistics import Table, by_text, mean, recall_tables
@@ -43,19 +43,16 @@ def _lines(axes: Axes, table: Table, title: str) -> None:
     axes.set_xlabel("tokens kept of a window")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     families = {method.name: method.family for method in METHODS}
-    labels = []
+    handles = []
     for name in families:
         points = sorted((r, mean(values)) for (method, r), values in table.items() if method == name)
         if not points or (name not in NAMED and families[name] == "kara"):
             continue
-        colour = NAMED.get(name, GREY if name in NAMED else PALE)
+        colour = NAMED.get(name, PALE)
         style = ":" if name == "random" else "-"
         axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=3 if name == DEFAULT else 1.6,
                   zorder=3 if name == DEFAULT else 2 if name in NAMED else 1)  # fmt: skip
         if name in NAMED:
-            labels.append((points[-1], name, colour))
-    axes.legend(
-        handles=[Line2D([], [], color=colour, label=name) for _, name, colour in labels],
-        frameon=False, fontsize=9,
-    )  # fmt: skip
+            handles.append(Line2D([], [], color=colour, label=name))
+    axes.legend(handles=handles, frameon=False, fontsize=9)
     axes.margins(x=0.03)

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache, compress_window
-from kara_kernels.integrations.transformers.rotary import find_rotation
+from kara_kernels.integrations.transformers.rotary import Ahead, find_rotation
 
 PAGE = 16
 _taken: list[tuple[Tensor, Tensor, Tensor]] | None = None  # where the attention below leaves what it saw
@@ -45,9 +45,6 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any
 
 ALL_ATTENTION_FUNCTIONS.register("replay", _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("replay", lambda **kwargs: None)
-
-
-Ahead = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Replay:
             query, key, value = (torch.stack([layer[i][0] for layer in _taken]) for i in range(3))
         finally:
             _taken = None
-        _layers, heads = key.shape[:2]
+        heads = key.shape[1]
         # [L, N, H, G, D] and [L, H, T, D]
         self.query = query.unflatten(1, (heads, -1)).permute(0, 3, 1, 2, 4).contiguous()
         self.keys, self.values = key, value

@@ -241,14 +241,12 @@ def _losses(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) 
         for name in WHAT:
             if name == DEFAULT:
                 continue
-            if (name, r) in kl and ratio(kl[DEFAULT, r], kl[name, r]).low > 1:
-                lines.append(f"- {r:.0%}, KL: *{name}*, by {_show(ratio(kl[DEFAULT, r], kl[name, r]))}")
-            if (name, r) in above and difference(above[DEFAULT, r], above[name, r]).low > 0:
-                shown = _show(difference(above[DEFAULT, r], above[name, r]), sign=True)
-                lines.append(f"- {r:.0%}, recall: *{name}*, by {shown} nats")
-            if (name, r) in exact and difference(exact[DEFAULT, r], exact[name, r]).high < 0:
-                shown = _show(difference(exact[DEFAULT, r], exact[name, r]), sign=True)
-                lines.append(f"- {r:.0%}, exact answers: *{name}*, by {shown}")
+            if (name, r) in kl and (by := ratio(kl[DEFAULT, r], kl[name, r])).low > 1:
+                lines.append(f"- {r:.0%}, KL: *{name}*, by {_show(by)}")
+            if (name, r) in above and (by := difference(above[DEFAULT, r], above[name, r])).low > 0:
+                lines.append(f"- {r:.0%}, recall: *{name}*, by {_show(by, sign=True)} nats")
+            if (name, r) in exact and (by := difference(exact[DEFAULT, r], exact[name, r])).high < 0:
+                lines.append(f"- {r:.0%}, exact answers: *{name}*, by {_show(by, sign=True)}")
     single = sum(
         kl[DEFAULT, r][text] > kl[name, r][text]
         for r in retentions for name in PEERS if (name, r) in kl for text in kl[DEFAULT, r]

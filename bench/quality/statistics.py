@@ -48,10 +48,10 @@ def _interval(ours: Mapping[str, float], theirs: Mapping[str, float], compare: A
     a, b = [ours[text] for text in texts], [theirs[text] for text in texts]
     draw = random.Random(0)
     picks = [draw.choices(range(len(texts)), k=len(texts)) for _ in range(DRAWS)]
-    seen = sorted(compare(sum(a[i] for i in pick), sum(b[i] for i in pick)) for pick in picks)
-    scale = 1.0 if compare(2.0, 1.0) == compare(4.0, 2.0) else 1 / len(texts)  # sums do for ratios
+    n = len(texts)
+    seen = sorted(compare(sum(a[i] for i in pick) / n, sum(b[i] for i in pick) / n) for pick in picks)
     edge = round((1 - LEVEL) / 2 * (DRAWS - 1))
-    return Interval(compare(sum(a), sum(b)) * scale, seen[edge] * scale, seen[-1 - edge] * scale)
+    return Interval(compare(sum(a) / n, sum(b) / n), seen[edge], seen[-1 - edge])
 
 
 def recall_tables(records: Sequence[Mapping[str, Any]]) -> tuple[Table, Table]:

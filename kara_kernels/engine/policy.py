@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compress import POOLS
-from ..paged import MAX_WINDOW, REDUCTIONS, check_choice, check_count, check_number
+from ..paged import MAX_WINDOW, REDUCTIONS, check_choice, check_count, check_flag, check_number
 
 QUERY_HEADS = ("all", "mean")
 
@@ -65,8 +65,7 @@ class Policy:
         check_count("max_chunk", self.max_chunk, 1, 2**31 - 1)
         check_choice("pool", self.pool, POOLS)
         check_choice("reduction", self.reduction, REDUCTIONS)
-        if not isinstance(self.value_norm, bool):
-            raise TypeError(f"value_norm: expected a bool, got {type(self.value_norm).__name__}")
+        check_flag("value_norm", self.value_norm)
         check_number("redundancy", self.redundancy, 0.0, 3.4e38)
         check_count("query_stride", self.query_stride, 1, self.window)
         check_choice("query_heads", self.query_heads, QUERY_HEADS)

@@ -132,8 +132,7 @@ def launch_keep(
     layers, sequences, lists, tiles, window = partials.shape
     keep_kernel[(lists, sequences, layers)](
         indices, scores, partials, starts, seq_lens, protected, tiles, partial_rows.inverse, partial_rows.redundancy,
-        indices.shape[-1],
-        chunk_budget, max_chunk, partials.stride(0), partials.stride(1), partials.stride(2),
+        indices.shape[-1], chunk_budget, max_chunk, partials.stride(0), partials.stride(1), partials.stride(2),
         SUM=computed, SQUARES=partial_rows.squares, VALUE_NORM=int(partial_rows.value_norm),
         REDUNDANCY=int(partial_rows.redundancy > 0), CHUNKS=chunk_budget > 0, W=window,
         BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,

@@ -193,11 +193,12 @@ class KaraCache(Cache):
             raise TypeError(f"scorer: expected a callable or None, got {type(scorer).__name__}")
         selection = {**_DEFAULTS, **selection}
         # The causal ablation takes query i for window token i: the tail cannot judge there.
-        self.num_queries = window if selection.get("attention") == "causal" else window + tail
+        causal = selection.get("attention") == "causal"
+        self.num_queries = window if causal else window + tail
         _check_selection(window, keep, self.num_queries, selection)
         self._ahead = find_rotation(model_or_config)
         if look_ahead is None:
-            look_ahead = 0 if self._ahead is None or selection.get("attention") == "causal" else window
+            look_ahead = 0 if self._ahead is None or causal else window
         self.look_ahead = check_count("look_ahead", look_ahead, 0, _INT32_MAX)
         if look_ahead and self._ahead is None:
             raise ValueError(
