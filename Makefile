@@ -25,7 +25,7 @@ quality: $(VENV)/.demo ## compare what methods keep of the meaning, an hour on 2
 
 test: $(VENV)/.dev ## run all tests: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
-	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_compiled.py tests/test_gpu.py
+	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_compiled.py tests/test_emulated.py tests/test_gpu.py
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cost.py
 
 test-vllm: $(VLLM_PYTHON) ## test the vLLM plugin inside of vLLM

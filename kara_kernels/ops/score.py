@@ -85,6 +85,16 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, W: tl.constexpr, G: tl.c
 
 
 @triton.jit
+def _sum_products(a, b):
+    """Sum of ``a * b`` over the first axis, the same bits in every lane that holds it.
+
+    Without the zero a product may be fused into the first addition across lanes: ``fma(a, b, other)`` rounds a lane's own
+    product less often than its partner's, so the two would hold different bits of one sum.
+    """
+    return tl.sum(a * b + 0.0, 0)
+
+
+@triton.jit
 def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
                   W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
                   BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
@@ -105,7 +115,7 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
         keys = _load_keys(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
-        cosine = tl.where(offs_w < W, tl.sum(_unit(keys) * mean[:, None], 0), float("-inf"))
+        cosine = tl.where(offs_w < W, _sum_products(_unit(keys), mean[:, None]), float("-inf"))
         higher = tl.maximum(peak, tl.max(cosine, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(cosine - higher), 0)
         peak = higher
@@ -114,7 +124,7 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
         keys = _load_keys(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
-        cosine = tl.sum(_unit(keys) * mean[:, None], 0)
+        cosine = _sum_products(_unit(keys), mean[:, None])
         tl.store(out + offs_w, tl.exp(cosine - peak) / total, mask=offs_w < W)
 
 
@@ -123,7 +133,7 @@ def _unit(keys):
     """Columns of ``[dims, tokens]`` at length 1, zero columns left zero; safe where squares would leave float32."""
     largest = tl.max(tl.abs(keys), 0)
     keys = keys / tl.where(largest > 0, largest, 1.0)[None, :]
-    norm = tl.sqrt(tl.sum(keys * keys, 0))
+    norm = tl.sqrt(_sum_products(keys, keys))
     return keys / tl.where(norm > 0, norm, 1.0)[None, :]
 
 
@@ -140,7 +150,7 @@ def _value_norms(out, base, table, start, head, stride_b, stride_p, stride_h,
         )
         largest = tl.max(tl.abs(values), 0)
         unit = values / tl.where(largest > 0, largest, 1.0)[None, :]
-        tl.store(out + offs_w, largest * tl.sqrt_rn(tl.sum(unit * unit, 0)), mask=offs_w < W)
+        tl.store(out + offs_w, largest * tl.sqrt_rn(_sum_products(unit, unit)), mask=offs_w < W)
 
 
 @triton.jit
