@@ -36,7 +36,8 @@ WORLDS: dict[str, tuple[Plan, dict[str, object], int]] = {
     "pooled over the model": (
         Plan(MIXED, 2, 2, 2, 100, 60, 64, 64, 32, "cross_layer", FP16, FP16), {"pool": "model", "max_chunk": 20}, 37),
     "pooled over heads, pages interleaved": (
-        Plan(MIXED, 1, 2, 1, 64, 64, 64, 64, 64, "kv_interleaved", FP16, FP16), {"pool": "layer", "reduction": "rms"}, 32),
+        Plan(MIXED, 1, 2, 1, 64, 64, 64, 64, 64, "kv_interleaved", FP16, FP16),
+        {"pool": "layer", "reduction": "rms"}, 32),
     "causal, different values": (
         Plan(ONE, 1, 2, 1, 256, 200, 192, 128, 16, "packed", BF16, BF16), {"attention": "causal"}, 200),
     "fp8 cache": (

@@ -88,8 +88,8 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, W: tl.constexpr, G: tl.c
 def _sum_products(a, b):
     """Sum of ``a * b`` over the first axis, the same bits in every lane that holds it.
 
-    Without the zero a product may be fused into the first addition across lanes: ``fma(a, b, other)`` rounds a lane's own
-    product less often than its partner's, so the two would hold different bits of one sum.
+    Without the zero a product may be fused into the first addition across lanes: ``fma(a, b, other)`` does not round a
+    lane's own product but its partner's, so the two would hold different bits of one sum.
     """
     return tl.sum(a * b + 0.0, 0)
 
