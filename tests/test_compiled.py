@@ -18,8 +18,7 @@ if INTERPRETED:
         "compiles kernels, which an interpreting process cannot: run with TRITON_INTERPRET=0", allow_module_level=True
     )
 
-from compile_only import SHARED, TARGETS, Build, compiling_for
-
+from bench.compile_only import SHARED, TARGETS, Build, compiling_for
 from kara_kernels import compress_window
 from kara_kernels.ops import compact_blocks, expand_chunks, score_window, select_topk
 

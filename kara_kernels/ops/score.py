@@ -23,7 +23,17 @@ from torch import Tensor
 
 from .. import reference
 from ..paged import FP8_DTYPES, Layers, PagedCache, check_score_window, per_layer
-from ._triton import INTERPRETED, is_amd, layer_pointer, resolve_backend, shared_memory, tl, triton, window_of
+from ._triton import (
+    INTERPRETED,
+    SHARED_MEMORY,
+    is_amd,
+    layer_pointer,
+    resolve_backend,
+    shared_memory,
+    tl,
+    triton,
+    window_of,
+)
 
 FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -382,12 +392,22 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
     # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
     # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
     block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
-    # Keys, and two query tiles in flight beside them. AMD keeps the queries in registers.
-    needed = (block_w + (0 if amd else 2 * block_m)) * (d0 + d1) * dtype.itemsize
+    # Keys, and query tiles in flight beside them: two with mma.sync, three with wgmma and tcgen05, which read theirs
+    # from shared memory too (told by its size). AMD keeps the queries in registers.
+    tiles = 0 if amd else 3 if shared > SHARED_MEMORY[80] else 2
+
+    def fits(block_m: int) -> bool:
+        needed = (block_w + tiles * block_m) * (d0 + d1) * dtype.itemsize
+        return needed + (0 if amd else 16384) <= shared
+
     # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
-    if dtype != torch.float32 and block_w <= 1024 and needed + (0 if amd else 16384) <= shared:
-        return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 else 8)
-    slice_ = 32 if dtype == torch.float32 else 64
+    if dtype != torch.float32 and block_w <= 1024:
+        if not fits(block_m) and fits(32):
+            block_m = 32  # W = 256, D = 256 on sm_90 and sm_100
+        if fits(block_m):
+            return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 else 8)
+    # Where shared memory is small (sm_86, sm_89, sm_120) slices of 64 spilled: the assembler aims at 128 registers.
+    slice_ = 32 if dtype == torch.float32 or (shared < SHARED_MEMORY[80] and not amd) else 64
     while dim % slice_ and slice_ > 16:
         slice_ //= 2
     # 64 keys: two programs fit a multiprocessor, and 128 spilled on sm_100.

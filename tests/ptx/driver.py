@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from compile_only import Build, compiling_for
 from triton.runtime import driver
+
+from bench.compile_only import Build, compiling_for
 
 from .machine import Kernel, Launch, run
 

@@ -1,7 +1,7 @@
 """Compile the library's own launches for a GPU that is not there.
 
 A driver that names a target and launches nothing: every launcher runs unchanged on CPU tensors, and what Triton
-compiled for it is collected. Only for tests that look at compiled code.
+compiled for it is collected. For tests and benches that look at compiled code.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED = {
+    "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840,
+}  # fmt: skip
 
 
 @dataclass
