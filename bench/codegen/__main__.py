@@ -1,0 +1,131 @@
+"""``python -m bench.codegen``: compile every kernel for GPUs that are not here and write what came out as a table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+OLDEST = "3.6.0"  # of the Triton versions that the package allows
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for codegen.md and codegen.json")
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET", help=" ".join(TARGETS)
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, the installed Triton only")
+    parser.add_argument("--child", choices=TARGETS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        for row in _compile(options.child, options.quick):
+            print(json.dumps(row), flush=True)
+        return 0
+    if options.workers < 1:
+        parser.error(f"--workers: expected 1 or more, got {options.workers}")
+    from . import goals, report
+
+    rows = _run_children(options)
+    path = options.out / "codegen.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"kind": "compiled, not run", "rows": rows}, indent=0), encoding="utf-8")
+    exceptions = () if options.quick else goals.EXCEPTIONS
+    verdicts = goals.judge(rows, exceptions)
+    (options.out / "codegen.md").write_text(report.page(rows, verdicts), encoding="utf-8")
+    print(f"{len(rows)} kernels: {options.out / 'codegen.md'}")
+    missed = [verdict for verdict in verdicts if verdict.missed]
+    for verdict in missed:
+        row = verdict.missed[0]
+        print(f"missed: {verdict.goal}, {len(verdict.missed)} of {verdict.rows}, for example {report.name(row)}",
+              file=sys.stderr)  # fmt: skip
+    return int(bool(missed))
+
+
+def _run_children(options: argparse.Namespace) -> list[dict]:
+    """A process for each target and version: Triton compiles one launch at a time."""
+    import triton
+
+    versions = [triton.__version__] if options.quick else [OLDEST, triton.__version__]
+    jobs = [(version, target) for target in options.targets for version in versions]
+    rows: dict[tuple[str, str], list[dict]] = {}
+    began = time.monotonic()
+    with ThreadPoolExecutor(options.workers) as pool:
+        waiting = {pool.submit(_child, *job, options.quick, triton.__version__): job for job in jobs}
+        for done in as_completed(waiting):
+            job = waiting[done]
+            rows[job] = done.result()
+            print(f"{len(rows)}/{len(jobs)}  Triton {job[0]} {job[1]}: {len(rows[job])} kernels, "
+                  f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+    return [row for job in jobs for row in rows[job]]
+
+
+def _child(version: str, target: str, quick: bool, installed: str) -> list[dict]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    if version != installed:
+        environment["PYTHONPATH"] = str(_triton(version))
+    command = [sys.executable, "-m", "bench.codegen", "--child", target, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"Triton {version}, {target}: {done.stderr.strip().splitlines()[-1]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _triton(version: str) -> Path:
+    """A folder with that version, fetched once per user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kara_kernels"
+    held = hashlib.sha256(f"{version} {sys.version}".encode()).hexdigest()[:12]
+    folder = cache / f"triton-{version}-{held}"
+    if not folder.exists():
+        print(f"fetching Triton {version} into {folder}", file=sys.stderr)
+        part = cache / f".{folder.name}.{os.getpid()}"
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        done = subprocess.run([*pip, "--target", str(part), f"triton=={version}"], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"could not install Triton {version}: {done.stderr.strip().splitlines()[-1]}")
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(part)
+    return folder
+
+
+def _compile(target: str, quick: bool) -> Iterator[dict]:
+    import triton
+
+    from bench.compile_only import compiling_for
+
+    from . import shapes
+    from .inspect import facts
+
+    seen = 0
+    with compiling_for(target) as builds:
+
+        def fresh(label: str) -> Iterator[dict]:
+            nonlocal seen
+            for build in builds[seen:]:
+                yield {"triton": triton.__version__, "shape": label, **facts(build)}
+            seen = len(builds)
+
+        for shape in shapes.QUICK if quick else shapes.SHAPES:
+            shape.launch()
+            yield from fresh(shape.label)
+        for window in shapes.WINDOWS[:1] if quick else shapes.WINDOWS:
+            shapes.launch_rows(window)
+            yield from fresh(f"W {window}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

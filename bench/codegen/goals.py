@@ -1,0 +1,80 @@
+"""What must hold of every row of the table, and where it cannot, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    name: str
+    applies: Callable[[Row], bool]
+    holds: Callable[[Row], bool]
+
+
+def _of(*kernels: str) -> Callable[[Row], bool]:
+    return lambda row: row["kernel"] in kernels
+
+
+GOALS = (
+    Goal("no spills", lambda row: True, lambda row: row["spills"] == 0),
+    Goal("16-byte loads", _of("score_kernel", "compact_kernel"), lambda row: row["load_bytes"] >= 16),
+    Goal("16-byte stores", _of("compact_kernel"), lambda row: row["store_bytes"] >= 16),
+    Goal("tensor cores", _of("score_kernel"), lambda row: row["tensor"] > 0),
+    Goal("no atomics", lambda row: True, lambda row: row["atomics"] + row["shared_atomics"] == 0),
+    Goal("shared memory within the limit", lambda row: True, lambda row: row["shared"] <= row["shared_limit"]),
+    Goal("occupancy of 12.5 %", lambda row: row["kernel"] == "score_kernel" and row["target"] in ("sm_80", "sm_90"),
+         lambda row: row["occupancy"] >= 0.125),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Excuse:
+    """A goal that cannot hold for some rows."""
+
+    goal: str
+    matches: Callable[[Row], bool]
+    reason: str
+
+
+EXCEPTIONS: tuple[Excuse, ...] = (
+    Excuse(
+        "no atomics", lambda row: row["target"] == "sm_100" and row["atomics"] == 0 and row["tensor"] > 0,
+        "In shared memory only: the compiler's own handing out of tensor memory to tcgen05 instructions, before and "
+        "after the kernel's work. No result passes through it.",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    goal: str
+    rows: int
+    missed: list[Row]
+    excused: list[tuple[Excuse, int]]
+
+
+def judge(rows: Sequence[Row], exceptions: Sequence[Excuse] = EXCEPTIONS) -> list[Verdict]:
+    """Each goal over all rows. A reason that excuses nothing is an error: it would outlive what it explains."""
+    verdicts, used = [], set()
+    for goal in GOALS:
+        asked = [row for row in rows if goal.applies(row)]
+        missed = [row for row in asked if not goal.holds(row)]
+        excused = []
+        for exception in exceptions:
+            if exception.goal != goal.name:
+                continue
+            own = [row for row in missed if exception.matches(row)]
+            missed = [row for row in missed if not exception.matches(row)]
+            if own:
+                used.add(id(exception))
+                excused.append((exception, len(own)))
+        verdicts.append(Verdict(goal.name, len(asked), missed, excused))
+    for exception in exceptions:
+        if id(exception) not in used:
+            raise ValueError(f"exception to {exception.goal!r} that excuses no row: {exception.reason}")
+    return verdicts

@@ -1,0 +1,195 @@
+"""Bytes, sectors, matrix operations and instructions of one event, from compiled code that runs in the emulator.
+
+Two counts of bytes. *Requested*: what threads ask for. *Compulsory*: each 32-byte sector that a launch touches, once; what
+DRAM sees while L2 holds a window. The floor is what must move: queries and keys once, partial rows once, each moving row
+read once and written once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kara_kernels import compress_window
+from kara_kernels.ops.score import plan_score
+from kara_kernels.paged import per_layer
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator lives with the tests that it was made for
+from ptx import Launch, emulating  # noqa: E402
+
+SECTOR = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer of one sequence; shapes as in `compress_window`."""
+
+    name: str
+    window: int
+    dim: int
+    group: int
+    v_dim: int | None = None  # as dim; 0: one latent cache
+    heads: int = 2
+    page: int = 16
+    tail: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    queries: int | None = None  # as window
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> int:
+        return self.dim if self.v_dim is None else self.v_dim
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a KV head."""
+        return (self.queries or self.window) * self.group
+
+    @property
+    def keep(self) -> int:
+        return self.window // 2
+
+
+NORMS = {"reduction": "rms", "value_norm": True}
+CASES = (
+    Case("Llama-3.1-8B", 256, 128, 4),
+    Case("Llama-3.1-8B, rms and value norms", 256, 128, 4, options=NORMS),
+    Case("Qwen3-14B, W 512", 512, 128, 5),
+    Case("SmolLM2", 256, 64, 3),
+    Case("Llama-3.1-8B, fp8 cache", 256, 128, 4, dtype=torch.float8_e4m3fn),
+    Case("wide window, streamed", 2048, 128, 4, heads=1, page=32, queries=256),
+    Case("DeepSeek-V3, latent", 256, 576, 16, v_dim=0, heads=1, page=64, queries=64),
+    Case("Llama-3.1-8B, redundancy", 256, 128, 4, options={"redundancy": 1.0}),
+)
+
+
+def tensors(case: Case) -> dict[str, Any]:
+    torch.manual_seed(0)
+    length = case.window + case.tail
+    blocks = -(-length // case.page) + 1
+    wide = case.dtype if case.dtype.itemsize > 1 else torch.bfloat16
+    queries = case.queries or case.window
+
+    def pool(width: int) -> list[torch.Tensor]:
+        return [_aligned(torch.randn(blocks, case.page, case.heads, width).to(case.dtype))]
+
+    return {
+        "query": [_aligned(torch.randn(1, queries, case.heads * case.group, case.dim).to(wide))],
+        "k_cache": pool(case.dim),
+        "v_cache": pool(case.values) if case.values else None,
+        "block_tables": torch.randperm(blocks).int()[None],
+        "seq_lens": torch.tensor([length], dtype=torch.int32),
+        "window_starts": torch.zeros(1, dtype=torch.int32),
+        "window": case.window,
+    }
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """At a multiple of 128 bytes, as GPUs allocate."""
+    size = tensor.element_size()
+    room = torch.empty(tensor.numel() + 128 // size, dtype=tensor.dtype)
+    start = -room.data_ptr() % 128 // size
+    return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Bytes and operations that an event cannot do without, by kernel."""
+
+    scoring: int
+    selection: int
+    compaction: int
+    matrix_operations: int
+
+
+def floor(case: Case, tiles: int, moving: int) -> Floor:
+    """``tiles`` partial rows of each KV head; ``moving`` rows of one cache change place, all heads together."""
+    wide = max(2, case.dtype.itemsize)  # of a query's element
+    size, partials = case.dtype.itemsize, case.heads * tiles * case.window * 4
+    values = case.values if case.options.get("value_norm") else 0
+    scoring = case.heads * (case.rows * case.dim * wide + case.window * (case.dim + values) * size) + partials
+    selection = partials + case.heads * (case.window + case.keep) * 4
+    compaction = 2 * moving * (case.dim + case.values) * size
+    return Floor(scoring, selection, compaction, 2 * case.heads * case.rows * case.window * case.dim)
+
+
+def others(case: Case) -> dict[str, int]:
+    """Least bytes of what PyTorch users write today: each operand of each operation once, each result once."""
+    size, heads, window = case.dtype.itemsize, case.heads, case.window
+    wide = max(2, size)
+    keys = heads * window * case.dim
+    logits = heads * case.rows * window * 4
+    rows = heads * (case.keep + case.tail) * (case.dim + case.values) * size
+    score = heads * window * 4
+    return {
+        # keys gathered through the block table; queries times keys; two softmaxes; their mean
+        "scoring: materialised logits, two softmaxes": keys * size * 2 + heads * case.rows * case.dim * wide + keys * size
+        + logits + 2 * 2 * logits + logits + score,
+        # topk reads scores and writes values and int64 indices; sort reads and writes the indices with a permutation
+        "selection: topk, sort": score + heads * case.keep * 12 + heads * case.keep * (8 + 8 + 8),
+        # gather, clone and index_copy_ each read and write every row, whether it moves or not
+        "compaction: gather, clone, index_copy_": 6 * rows,
+    }  # fmt: skip
+
+
+STEPS = {"score_kernel": "scoring", "pool_kernel": "selection", "keep_kernel": "selection", "compact_kernel": "compaction"}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One event of a case, as a row of the table."""
+    given = tensors(case)
+    reached = [*given["query"], *given["k_cache"], *(given["v_cache"] or [])]
+    queries, cache, _ = per_layer(given["query"], given["k_cache"], given["v_cache"])
+    redundancy = case.options.get("redundancy", 0.0)
+    norms = bool(case.options.get("value_norm"))
+    with emulating("together", reached) as launches:
+        result = compress_window(**given, keep=case.keep, backend="triton", **case.options)
+        assert queries is not None
+        reduction = case.options.get("reduction", "mean")
+        config, partial = plan_score(queries, cache.k, case.window, reduction, norms, redundancy)
+    problems = [str(problem) for launch in launches for problem in launch.problems]
+    if problems:
+        raise RuntimeError(f"{case.name}: {problems[0]}")
+    kept = result.keep_indices.view(-1, case.keep)
+    stays = int((kept == torch.arange(case.keep)).sum())
+    tail = case.tail * case.heads if case.keep < case.window else 0
+    least = floor(case, partial.tiles, kept.numel() - stays + tail)
+    steps = {step: _counts([launch for launch in launches if STEPS[launch.name] == step], getattr(least, step))
+             for step in ("scoring", "selection", "compaction")}  # fmt: skip
+    operations = sum(launch.counts.matrix_operations for launch in launches)
+    return {
+        "case": case.name, "window": case.window, "dim": case.dim, "group": case.group, "heads": case.heads,
+        "one_pass": config.whole, "steps": steps, "others": others(case),
+        "matrix_operations": operations, "matrix_ratio": operations / least.matrix_operations,
+    }  # fmt: skip
+
+
+def _counts(launches: list[Launch], least: int) -> dict[str, float]:
+    counts = [launch.counts for launch in launches]
+    requested = sum(c.global_loaded + c.global_stored for c in counts)
+    sectors = sum(c.load_sectors + c.store_sectors for c in counts)
+    compulsory = SECTOR * sum(c.touched_load_sectors + c.touched_store_sectors for c in counts)
+    return {
+        "floor": least, "compulsory": compulsory, "requested": requested, "sectors": sectors,
+        "compulsory_ratio": compulsory / least, "requested_ratio": requested / least,
+        "sector_ratio": SECTOR * sectors / requested,
+        "instructions": sum(c.instructions for c in counts),
+        "bank_ratio": sum(c.shared_wavefronts for c in counts) / max(1, sum(c.shared_least_wavefronts for c in counts)),
+    }  # fmt: skip
+
+
+def goals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """name -> (ratio, at most)."""
+    scoring, compaction = row["steps"]["scoring"], row["steps"]["compaction"]
+    return {
+        "compaction, compulsory": (compaction["compulsory_ratio"], 1.05),
+        "compaction, requested": (compaction["requested_ratio"], 1.10),
+        "compaction, sectors": (compaction["sector_ratio"], 1.05),
+        "scoring, compulsory": (scoring["compulsory_ratio"], 1.15),
+        "scoring, sectors": (scoring["sector_ratio"], 1.05),
+        "matrix operations": (row["matrix_ratio"], 1.05 if row["one_pass"] else 2.1),
+    }
