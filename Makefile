@@ -9,7 +9,7 @@ VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm quality codegen test test-vllm lint clean
+.PHONY: help demo demo-vllm quality codegen traffic test test-vllm lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -26,9 +26,12 @@ quality: $(VENV)/.demo ## compare what methods keep of the meaning, an hour on 2
 codegen: $(VENV)/.dev ## compile every kernel for six GPUs and write bench/results/codegen.md (ten minutes)
 	$(BIN)/python -m bench.codegen $(ARGS)
 
+traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator: bench/results/traffic.md
+	$(BIN)/python -m bench.traffic $(ARGS)
+
 test: $(VENV)/.dev ## run all tests: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
-	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_compiled.py tests/test_emulated.py tests/test_codegen.py tests/test_gpu.py
+	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_compiled.py tests/test_emulated.py tests/test_codegen.py tests/test_traffic.py tests/test_gpu.py
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cost.py
 
 test-vllm: $(VLLM_PYTHON) ## test the vLLM plugin inside of vLLM

@@ -33,6 +33,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, torch.dtype, dict[str, Any]]] =
     "widest window": (4096, 64, 64, 1, 256, torch.bfloat16, {}),
     "latent": (512, 576, 0, 16, 64, torch.bfloat16, {}),
     "different values, causal": (256, 192, 128, 1, 16, torch.bfloat16, {"attention": "causal"}),
+    "heads of 256": (256, 256, 256, 4, 16, torch.bfloat16, {}),  # wanted more shared memory than sm_90 has
+    "narrow window, heads of 256": (128, 256, 256, 4, 16, torch.bfloat16, {}),
     "fp8": (256, 128, 128, 4, 16, torch.float8_e4m3fn, {"k_scale": 0.5}),
     "float32, slots": (100, 64, 64, 3, 1, torch.float32, {"chunk_fraction": 0.0}),
 }

@@ -136,7 +136,12 @@ def others(case: Case) -> dict[str, int]:
     }  # fmt: skip
 
 
-STEPS = {"score_kernel": "scoring", "pool_kernel": "selection", "keep_kernel": "selection", "compact_kernel": "compaction"}
+STEPS = {
+    "score_kernel": "scoring",
+    "pool_kernel": "selection",
+    "keep_kernel": "selection",
+    "compact_kernel": "compaction",
+}
 
 
 def measure(case: Case) -> dict[str, Any]:

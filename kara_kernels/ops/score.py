@@ -402,10 +402,11 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
 
     # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
     if dtype != torch.float32 and block_w <= 1024:
-        if not fits(block_m) and fits(32):
-            block_m = 32  # W = 256, D = 256 on sm_90 and sm_100
+        if d0 == 256 and block_m > 32 and (amd or not fits(block_m)):
+            block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
         if fits(block_m):
-            return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 else 8)
+            # 4 warps for D = 256 and more filled a sixteenth of a multiprocessor, and spilled at 576.
+            return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 and d0 + d1 <= 128 else 8)
     # Where shared memory is small (sm_86, sm_89, sm_120) slices of 64 spilled: the assembler aims at 128 registers.
     slice_ = 32 if dtype == torch.float32 or (shared < SHARED_MEMORY[80] and not amd) else 64
     while dim % slice_ and slice_ > 16:

@@ -1,0 +1,49 @@
+"""``python -m bench.traffic``: run compiled kernels in the emulator and compare what they move with the floor."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "0"  # the emulator runs compiled code; Triton reads this when kernels are decorated
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import measure, report
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for traffic.md and traffic.json")
+    parser.add_argument("--quick", action="store_true", help="the smallest case only")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    cases = [case for case in measure.CASES if not options.quick or case.name == "SmolLM2"]
+    rows = []
+    for number, case in enumerate(cases, start=1):
+        began = time.monotonic()
+        rows.append(measure.measure(case))
+        print(f"{number}/{len(cases)}  {case.name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    content = {"kind": "counted in an emulator of sm_80 code, not timed", "rows": rows}
+    (options.out / "traffic.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (options.out / "traffic.md").write_text(report.page(rows), encoding="utf-8")
+    print(options.out / "traffic.md")
+    missed = 0
+    for row in rows:
+        for name, (ratio, limit) in measure.goals(row).items():
+            if ratio > limit:
+                missed += 1
+                print(f"missed: {row['case']}, {name}: {ratio:.3f}, at most {limit}", file=sys.stderr)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

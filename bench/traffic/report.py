@@ -1,0 +1,56 @@
+"""traffic.md: goals, then bytes beside the floor and beside what others move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.codegen.report import table
+
+from .measure import goals
+
+INTRODUCTION = """# What an event moves and computes
+
+Made by `make traffic`, without a GPU: the code that Triton compiles for sm_80 runs instruction by instruction in the
+emulator of `tests/ptx`, for one layer of one sequence, and every access is counted. Nothing here is a time.
+
+- **floor**: what cannot be left out. Scoring: queries and keys once (values too where their lengths weigh), partial rows
+  once. Selection: partial rows, scores, keep lists. Compaction: each row that changes place read once and written once.
+- **compulsory**: every 32-byte sector that a launch touches, once: what DRAM sees while L2 holds a window.
+- **requested**: what threads ask for. Scoring asks for keys once per 512 query rows, and, where a window does not fit in
+  one pass, twice per 128 query rows; caches answer that.
+- **sectors**: 32-byte sectors of all requests, added up, beside requested bytes / 32. Below 1 where lanes of a warp ask
+  for the same address.
+- **matrix operations** beside 2 N G W D: 1 where a window fits in one pass, 2 where key tiles stream twice.
+- **others**: the least that PyTorch formulations move: each operand of each operation once, each result once.
+"""
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    parts = [INTRODUCTION, "## Goals\n"]
+    names = list(goals(rows[0]))
+    limits = {name: {goals(row)[name][1] for row in rows} for name in names}
+    header = ("case", *(f"{name} (at most {' or '.join(map(str, sorted(limits[name])))})" for name in names))
+    lines = []
+    for row in rows:
+        cells = [f"{ratio:.3f}" + ("" if ratio <= limit else " **missed**") for ratio, limit in goals(row).values()]
+        lines.append((row["case"], *cells))
+    parts.append(table(header, lines))
+    for step in ("scoring", "selection", "compaction"):
+        parts.append(f"## {step.capitalize()}\n")
+        parts.append(table(
+            ("case", "floor, bytes", "compulsory", "requested", "sectors", "instructions of warps", "bank conflicts",
+             "others"),
+            (_line(row, step) for row in rows),
+        ))  # fmt: skip
+    return "\n".join(parts)
+
+
+def _line(row: dict[str, Any], step: str) -> tuple[object, ...]:
+    counts = row["steps"][step]
+    [(name, other)] = [item for item in row["others"].items() if item[0].startswith(step)]
+    return (
+        row["case"], f"{counts['floor']:,}", f"{counts['compulsory_ratio']:.2f}x", f"{counts['requested_ratio']:.2f}x",
+        f"{counts['sector_ratio']:.2f}x", f"{counts['instructions']:,}", f"{counts['bank_ratio']:.2f}x",
+        f"{other / counts['floor']:.1f}x ({name.split(': ')[1]})",
+    )  # fmt: skip
