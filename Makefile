@@ -26,8 +26,9 @@ quality: $(VENV)/.demo ## compare what methods keep of the meaning, an hour on 2
 codegen: $(VENV)/.dev ## compile every kernel for six GPUs and write bench/results/codegen.md (ten minutes)
 	$(BIN)/python -m bench.codegen $(ARGS)
 
-traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator: bench/results/traffic.md
+traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator, and what a model makes of them
 	$(BIN)/python -m bench.traffic $(ARGS)
+	$(BIN)/python -m bench.traffic.predict
 
 test: $(VENV)/.dev ## run all tests: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests

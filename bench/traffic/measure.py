@@ -1,8 +1,8 @@
 """Bytes, sectors, matrix operations and instructions of one event, from compiled code that runs in the emulator.
 
-Two counts of bytes. *Requested*: what threads ask for. *Compulsory*: each 32-byte sector that a launch touches, once; what
-DRAM sees while L2 holds a window. The floor is what must move: queries and keys once, partial rows once, each moving row
-read once and written once.
+Two counts of bytes. *Requested*: what threads ask for. *Compulsory*: each 32-byte sector that a launch touches, once;
+what DRAM sees while L2 holds a window. The floor is what must move: queries and keys once, partial rows once, each
+moving row read once and written once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kara_kernels.ops.score import plan_score
 from kara_kernels.paged import per_layer
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator lives with the tests that it was made for
-from ptx import Launch, emulating  # noqa: E402
+from ptx import Launch, emulating
 
 SECTOR = 32
 
@@ -127,7 +127,7 @@ def others(case: Case) -> dict[str, int]:
     score = heads * window * 4
     return {
         # keys gathered through the block table; queries times keys; two softmaxes; their mean
-        "scoring: materialised logits, two softmaxes": keys * size * 2 + heads * case.rows * case.dim * wide + keys * size
+        "scoring: materialised logits, two softmaxes": keys * size * 3 + heads * case.rows * case.dim * wide
         + logits + 2 * 2 * logits + logits + score,
         # topk reads scores and writes values and int64 indices; sort reads and writes the indices with a permutation
         "selection: topk, sort": score + heads * case.keep * 12 + heads * case.keep * (8 + 8 + 8),
@@ -137,11 +137,9 @@ def others(case: Case) -> dict[str, int]:
 
 
 STEPS = {
-    "score_kernel": "scoring",
-    "pool_kernel": "selection",
-    "keep_kernel": "selection",
+    "score_kernel": "scoring", "pool_kernel": "selection", "keep_kernel": "selection",
     "compact_kernel": "compaction",
-}
+}  # fmt: skip
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -402,7 +402,7 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
 
     # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
     if dtype != torch.float32 and block_w <= 1024:
-        if d0 == 256 and block_m > 32 and (amd or not fits(block_m)):
+        if d0 == 256 and block_w == 256 and (amd or not fits(block_m)):
             block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
         if fits(block_m):
             # 4 warps for D = 256 and more filled a sixteenth of a multiprocessor, and spilled at 576.

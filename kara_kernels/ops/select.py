@@ -76,8 +76,9 @@ def topk_kernel(indices_ptr, scores_ptr, k, stride_row: tl.int64, W: tl.constexp
 
 
 def row_warps(window: int) -> int:
-    """256 elements a warp: one warp counts without barriers, and wider rows stay in registers without a spill (at
-    512 a warp, W = 4096 spilled scalar registers on gfx942). 128 at W = 2048, where 256 spilled on sm_100 and sm_120."""
+    """256 elements a warp: one warp counts without barriers, and wider rows stay in registers without a spill (at 512
+    a warp, W = 4096 spilled scalar registers on gfx942). 128 at W = 2048: 256 spilled on sm_100 and sm_120.
+    """
     block = triton.next_power_of_2(window)
     return 16 if block >= 2048 else max(1, block // 256)
 

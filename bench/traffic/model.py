@@ -1,0 +1,212 @@
+"""What an event should cost on GPUs that are not here: a model, nothing in it was measured on a GPU.
+
+    kernel = max(bytes / memory, matrix operations / tensor cores,
+                 exponentials / special functions, instructions / issue)
+    event  = launches * LAUNCH + scoring + selection + compaction        of one sequence, all layers
+    step   = max(bytes / memory, operations / tensor cores) + layers * KERNELS_PER_LAYER * KERNEL_GAP
+    share  = (batch / window) * event / step
+
+A sequence is compressed once per ``window`` decoded tokens, because a window begins where the last one ended. Bytes
+and operations are exact functions of the shapes; instructions are those that `make traffic` counted; sustained shares
+of the vendors' peaks are assumptions, named below.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kara_kernels.engine import Policy
+from kara_kernels.ops.score import score_config
+
+# ---- assumptions ----------------------------------------------------------------------------------------------------
+
+BANDWIDTH_SHARE = 0.8  # of peak, for streams of whole rows: what copies usually reach
+MATRIX_SHARE = 0.5  # of peak, for tiles of 16 to 64 rows between softmaxes and for decoding's small batches
+ISSUE_SHARE = 0.5  # of one instruction per clock and scheduler
+LAUNCH = 5e-6  # seconds for a launch that nothing hides, three of them an event
+KERNELS_PER_LAYER, KERNEL_GAP = 10, 2e-6  # of a decode step under a graph
+MEMORY_SHARE = 0.9  # of a GPU's memory, for weights and KV cache: vLLM's default
+PROMPT = 1024  # tokens before decoding starts
+
+# ---- GPUs: data sheets (bytes/s, dense bf16 FLOP/s, bytes) and architecture white papers (units, clock) -------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    bandwidth: float
+    matrix: float
+    memory: float
+    units: int  # multiprocessors or compute units
+    clock: float  # Hz, boost
+    shared: int  # bytes of shared memory of a program
+    special: int = 16  # exponentials per clock and unit
+    issue: int = 4  # instructions of warps per clock and unit
+    lanes: int = 32
+    amd: bool = False
+
+
+GPUS = {
+    "A100": Gpu(2.039e12, 312e12, 80e9, 108, 1.41e9, 166912),  # A100 80GB SXM data sheet
+    "H100": Gpu(3.35e12, 989e12, 80e9, 132, 1.83e9, 232448),  # H100 SXM data sheet
+    "H200": Gpu(4.8e12, 989e12, 141e9, 132, 1.83e9, 232448),  # H200 SXM data sheet
+    "MI300X": Gpu(5.3e12, 1307e12, 192e9, 304, 2.1e9, 65536, lanes=64, amd=True),  # MI300X data sheet, CDNA3 paper
+}
+
+# ---- models: their public configurations ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """What one GPU of a deployment holds."""
+
+    layers: int
+    heads: int  # KV heads
+    group: int
+    dim: int
+    v_dim: int
+    dense: float  # bytes of weights that every step reads
+    operations: float  # per token, of the weights
+    experts: float = 0.0  # bytes of all routed experts
+    routed: tuple[int, int] = (0, 1)  # experts of a token, of how many
+    gpus: int = 1
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the KV cache, bfloat16."""
+        return 2 * self.layers * self.heads * (self.dim + self.v_dim)
+
+    @property
+    def weights(self) -> float:
+        return self.dense + self.experts
+
+    def read(self, batch: int) -> float:
+        """Bytes of weights that a step reads: of the experts, the expected share that some token of the batch needs."""
+        used, of = self.routed
+        return self.dense + self.experts * (1 - (1 - used / of) ** batch)
+
+
+MODELS = {
+    "Llama-3.1-8B": Model(32, 8, 4, 128, 128, 16.1e9, 2 * 8.03e9),
+    "Qwen3-14B": Model(40, 8, 5, 128, 128, 29.5e9, 2 * 14.8e9),
+    "Qwen3-32B, TP 2": Model(64, 4, 8, 128, 128, 32.8e9, 32.8e9, gpus=2),
+    # 671 GB in fp8, of which 58 layers x 256 experts x 3 x 7168 x 2048; eight GPUs share weights and heads, each holds
+    # the whole latent cache.
+    "DeepSeek-V3, TP 8": Model(61, 1, 16, 576, 0, 17e9 / 8, 2 * 37e9 / 8, 654e9 / 8, (8, 256), 8),
+}
+
+
+# ---- what the compiled code was seen to do --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """From traffic.json, by case: instructions of warps for each logit, and bytes beside the floor."""
+
+    per_logit: float
+    compulsory: float
+
+    @classmethod
+    def of(cls, rows: list[dict], case: str) -> Measured:
+        [row] = [row for row in rows if row["case"] == case]
+        scoring = row["steps"]["scoring"]
+        logits = row["matrix_operations"] / row["matrix_ratio"] / 2 / row["dim"]
+        return cls(scoring["instructions"] / logits, scoring["compulsory_ratio"])
+
+
+def measured(model: Model, path: Path) -> Measured:
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return Measured.of(rows, "Llama-3.1-8B, rms and value norms" if model.v_dim else "DeepSeek-V3, latent")
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """Seconds of one sequence's compression."""
+
+    scoring: float
+    selection: float
+    compaction: float
+
+    @property
+    def total(self) -> float:
+        return 3 * LAUNCH + self.scoring + self.selection + self.compaction
+
+
+def queries(policy: Policy, every: bool, group: int) -> int:
+    """Query rows of a KV head: all of the window's, or what the shim records by default."""
+    if every:
+        return policy.window * group
+    return policy.query_rows * (group if policy.query_heads == "all" else 1)
+
+
+def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int) -> Event:
+    """``rows`` query rows of each KV head score one window."""
+    memory, window, heads = gpu.bandwidth * BANDWIDTH_SHARE, policy.window, model.layers * model.heads
+    config = score_config(window, model.dim, torch.bfloat16, gpu.shared, gpu.amd)
+    passes = 1 if config.whole else 2
+    tiles = -(-rows // config.rows) + bool(model.v_dim)
+    partials = heads * tiles * window * 4
+    logits = heads * rows * window * passes
+    values = model.v_dim if policy.value_norm else 0
+    read = heads * 2 * (rows * model.dim + window * (model.dim + values)) + partials
+    clocks = gpu.units * gpu.clock
+    # Programs of a row tile run side by side; fewer of them than units leave units idle.
+    busy = min(1.0, heads * tiles / gpu.units)
+    # Instructions were counted for the target's own number of passes on sm_80; warps of 64 lanes need half as many.
+    instructions = counted.per_logit * heads * rows * window * 32 / gpu.lanes
+    scoring = max(
+        read * counted.compulsory / memory,
+        2 * logits * model.dim / (gpu.matrix * MATRIX_SHARE * busy),
+        logits / (gpu.special * clocks * busy),
+        instructions / (gpu.issue * clocks * ISSUE_SHARE * busy),
+    )
+    selection = (partials + heads * 4 * (window + policy.keep)) / memory
+    moved = heads * (policy.keep + policy.tail) * (model.dim + model.v_dim) * 2
+    return Event(scoring, selection, 2 * moved / memory)
+
+
+def step(model: Model, gpu: Gpu, batch: float, context: float) -> float:
+    """Seconds of a decode step of ``batch`` sequences that hold ``context`` rows each."""
+    bytes_ = model.read(round(batch)) + batch * context * model.token_bytes
+    attention = 4 * model.layers * model.heads * model.group * model.dim * context
+    operations = batch * (model.operations + attention)
+    overhead = model.layers * KERNELS_PER_LAYER * KERNEL_GAP
+    return max(bytes_ / (gpu.bandwidth * BANDWIDTH_SHARE), operations / (gpu.matrix * MATRIX_SHARE)) + overhead
+
+
+def room(model: Model, gpu: Gpu) -> float:
+    """Bytes for the KV cache; below zero the weights do not fit."""
+    return gpu.memory * MEMORY_SHARE - model.weights
+
+
+def share(model: Model, gpu: Gpu, policy: Policy, cost: Event, batch: int, context: int) -> float:
+    """Of decode time, amortised."""
+    return batch / policy.window * cost.total / step(model, gpu, batch, context)
+
+
+def rows_held(policy: Policy | None, generated: int) -> float:
+    """Physical rows of a sequence, averaged over its life of ``generated`` decoded tokens."""
+    if policy is None:
+        return PROMPT + generated / 2
+    waiting = policy.window / 2 + policy.tail  # not yet compressed, on average
+    return PROMPT + waiting + max(0.0, generated / 2 - waiting) * policy.keep / policy.window
+
+
+def throughput(
+    model: Model, gpu: Gpu, policy: Policy | None, cost: Event | None, generated: int, most: int = 512
+) -> tuple[int, float] | None:
+    """(sequences at a time, tokens per second of the deployment) when memory decides; None where nothing fits."""
+    held = rows_held(policy, generated)
+    batch = min(most, int(room(model, gpu) // (held * model.token_bytes)))
+    if batch < 1:
+        return None
+    seconds = step(model, gpu, batch, held)
+    if policy is not None and cost is not None:
+        seconds += batch / policy.window * cost.total
+    return batch, batch / seconds

@@ -1,0 +1,144 @@
+"""``python -m bench.traffic.predict``: the cost model's tables and picture, from the counts in traffic.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.codegen.report import table
+from kara_kernels.engine import Policy
+
+from . import model as m
+
+RESULTS = Path(__file__).parents[1] / "results"
+KIND = "a model: nothing here was measured on a GPU"
+BATCHES, CONTEXTS, GENERATED = (1, 32, 256), (8192, 32768), (8192, 32768)
+GOAL = 0.01  # of decode time, at batches of 32 and more
+
+
+def predict(counts: Path, policy: Policy) -> dict[str, Any]:
+    shares, serving, events = [], [], []
+    for name, model in m.MODELS.items():
+        counted = m.measured(model, counts)
+        for gpu_name, gpu in m.GPUS.items():
+            where = {"model": name, "gpu": gpu_name}
+            if m.room(model, gpu) <= 0:
+                events.append({**where, "fits": False})
+                continue
+            for every in (False, True):
+                cost = m.event(model, gpu, policy, counted, m.queries(policy, every, model.group))
+                parts = {"scoring": cost.scoring, "selection": cost.selection, "compaction": cost.compaction}
+                events.append({**where, "fits": True, "every_query": every, "total": cost.total, **parts})
+                for batch in BATCHES:
+                    for context in CONTEXTS:
+                        shares.append({
+                            **where, "every_query": every, "batch": batch, "context": context,
+                            "share": m.share(model, gpu, policy, cost, batch, context),
+                            "fits": batch * context * model.token_bytes <= m.room(model, gpu),
+                        })  # fmt: skip
+            cost = m.event(model, gpu, policy, counted, m.queries(policy, False, model.group))
+            for generated in GENERATED:
+                plain, kara = (m.throughput(model, gpu, p, cost, generated) for p in (None, policy))
+                if plain and kara:
+                    serving.append({**where, "generated": generated, "batch": plain[0], "batch_kara": kara[0],
+                                    "tokens": plain[1], "tokens_kara": kara[1]})  # fmt: skip
+    return {"kind": KIND, "window": policy.window, "keep": policy.keep, "events": events, "shares": shares,
+            "serving": serving}  # fmt: skip
+
+
+def missed(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [s for s in result["shares"] if s["batch"] >= 32 and s["share"] >= GOAL]
+
+
+def page(result: dict[str, Any]) -> str:
+    asked = [s for s in result["shares"] if s["batch"] >= 32]
+    worst = max(asked, key=lambda s: s["share"])
+    goal = (
+        f"Goal: below {GOAL:.0%} of decode time at batches of 32 and more: {len(asked) - len(missed(result))} of "
+        f"{len(asked)} cells. The dearest is {worst['model']} on {worst['gpu']}, batch {worst['batch']}, "
+        f"{worst['context']} rows: {worst['share']:.2%}."
+    )
+    assert m.__doc__ is not None
+    parts = [
+        f"# What an event should cost: a model\n\n**This is {KIND}.** W {result['window']}, K {result['keep']}, "
+        "bfloat16, the policy's defaults; made by `make traffic`.\n\n" + "\n".join(m.__doc__.splitlines()[2:]),
+        f"Assumptions: {m.BANDWIDTH_SHARE:.0%} of peak bandwidth, {m.MATRIX_SHARE:.0%} of peak matrix rate, "
+        f"{m.ISSUE_SHARE:.0%} of peak issue, {m.LAUNCH * 1e6:.0f} us a launch, {m.KERNELS_PER_LAYER} kernels a layer "
+        f"with {m.KERNEL_GAP * 1e6:.0f} us between them, {m.MEMORY_SHARE:.0%} of memory for weights and cache. Constants "
+        "of GPUs and models and their sources: `bench/traffic/model.py`. Left out: all-reduces, and that an event may "
+        "run beside a step.\n",
+        goal + "\n",
+        f"![Predicted throughput, {KIND}](model.png)\n",
+        "## Predicted microseconds of an event, one sequence, all layers\n",
+    ]
+    parts.append(table(
+        ("model", "GPU", "queries", "event, us", "scoring", "selection", "compaction"),
+        ((e["model"], e["gpu"], "every query" if e["every_query"] else "as recorded",
+          *(f"{1e6 * e[key]:.0f}" for key in ("total", "scoring", "selection", "compaction"))) if e["fits"]
+         else (e["model"], e["gpu"], "the weights do not fit", "", "", "", "") for e in result["events"]),
+    ))  # fmt: skip
+    parts.append("## Predicted share of decode time\n\nStarred: the full cache would not fit in this memory.\n")
+    columns = [(batch, context) for batch in BATCHES for context in CONTEXTS]
+    header = ("model", "GPU", "queries", *(f"batch {b}, {c // 1024}k" for b, c in columns))
+    lines: dict[tuple, dict] = {}
+    for s in result["shares"]:
+        key = (s["model"], s["gpu"], "every query" if s["every_query"] else "as recorded")
+        lines.setdefault(key, {})[s["batch"], s["context"]] = f"{s['share']:.2%}" + "*" * (not s["fits"])
+    parts.append(table(header, ((*key, *(cells[column] for column in columns)) for key, cells in lines.items())))
+    parts.append("## Predicted serving throughput when memory decides the batch (at most 512)\n")
+    parts.append(table(
+        ("model", "GPU", "decoded tokens", "sequences", "with Kara", "tokens/s", "with Kara", "ratio"),
+        ((s["model"], s["gpu"], s["generated"], s["batch"], s["batch_kara"], f"{s['tokens']:,.0f}",
+          f"{s['tokens_kara']:,.0f}", f"{s['tokens_kara'] / s['tokens']:.2f}x") for s in result["serving"]),
+    ))  # fmt: skip
+    return "\n".join(parts)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [s for s in result["serving"] if s["generated"] == GENERATED[-1]]
+    names = [f"{s['model']}\n{s['gpu']}" for s in rows]
+    figure, axes = plt.subplots(figsize=(10, 0.42 * len(rows) + 1.6), layout="constrained")
+    places = range(len(rows))
+    axes.barh([p + 0.2 for p in places], [s["tokens_kara"] for s in rows], 0.38, color="#0b6e99", label="with Kara")
+    axes.barh([p - 0.2 for p in places], [s["tokens"] for s in rows], 0.38, color="#b8b8b8", label="full cache")
+    for place, s in zip(places, rows, strict=True):
+        axes.text(s["tokens_kara"], place + 0.2, f" {s['tokens_kara'] / s['tokens']:.2f}x", va="center", fontsize=8)
+    axes.set_yticks(list(places), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second of the deployment, predicted")
+    axes.set_title(f"Serving {GENERATED[-1]:,} decoded tokens each, batch as memory allows\n{KIND}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12, y=0.02)
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic.predict", description=__doc__)
+    parser.add_argument("--counts", type=Path, default=RESULTS / "traffic.json", help="counts of `make traffic`")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for model.md, model.json and model.png")
+    options = parser.parse_args(arguments)
+    if not options.counts.is_file():
+        parser.error(f"--counts: expected a file that `make traffic` wrote, got {options.counts}")
+    result = predict(options.counts, Policy())
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "model.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    (options.out / "model.md").write_text(page(result), encoding="utf-8")
+    draw(result, options.out / "model.png")
+    print(options.out / "model.md")
+    for cell in missed(result):
+        print(f"missed: {cell}", file=sys.stderr)
+    return int(bool(missed(result)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

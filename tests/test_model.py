@@ -1,0 +1,115 @@
+"""The cost model by hand on round numbers, and what must rise with what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench.traffic import model as m
+from bench.traffic import predict
+from bench.traffic.model import Event, Gpu, Measured, Model
+
+from kara_kernels.engine import Policy
+
+# 10 bytes a second once sustained, 10 operations, memory of 1000 bytes.
+GPU = Gpu(10 / m.BANDWIDTH_SHARE, 10 / m.MATRIX_SHARE, 1000 / m.MEMORY_SHARE, 1, 1.0, 1 << 20)
+MODEL = Model(2, 3, 4, 16, 16, dense=100.0, operations=1.0)
+POLICY = Policy(window=32, keep=8, tail=4)
+
+
+def test_experts_that_a_batch_needs() -> None:
+    sparse = replace(MODEL, experts=1000.0, routed=(1, 2))
+    assert sparse.read(1) == 100 + 500
+    assert sparse.read(2) == 100 + 750
+    assert sparse.read(50) == pytest.approx(1100)
+
+
+def test_a_step_waits_for_memory_or_for_operations() -> None:
+    gaps = 2 * m.KERNELS_PER_LAYER * m.KERNEL_GAP
+    assert MODEL.token_bytes == 2 * 2 * 3 * 32
+    assert m.step(MODEL, GPU, 1, 0) == pytest.approx(100 / 10 + gaps)
+    assert m.step(MODEL, replace(GPU, matrix=1e9), 2, 10) == pytest.approx((100 + 2 * 10 * 384) / 10 + gaps)
+    operations = 5 * (1 + 4 * 2 * 3 * 4 * 16 * 7)
+    assert m.step(MODEL, replace(GPU, bandwidth=1e9), 5, 7) == pytest.approx(operations / 10 + gaps)
+
+
+def test_an_event_by_hand() -> None:
+    """6 heads of all layers; 10 query rows, one partial row of sums and one of lengths."""
+    counted = Measured(per_logit=2.0, compulsory=1.0)
+    slow_memory = replace(GPU, matrix=1e30, clock=1e30)
+    cost = m.event(MODEL, slow_memory, POLICY, counted, 10)
+    partials = 6 * 2 * 32 * 4
+    assert cost.scoring == pytest.approx((6 * 2 * (10 * 16 + 32 * 32) + partials) / 10)
+    assert cost.selection == pytest.approx((partials + 6 * 4 * (32 + 8)) / 10)
+    assert cost.compaction == pytest.approx(2 * 6 * (8 + 4) * 32 * 2 / 10)
+    assert cost.total == pytest.approx(3 * m.LAUNCH + cost.scoring + cost.selection + cost.compaction)
+    slow_matrix = replace(GPU, bandwidth=1e30, clock=1e30)
+    assert m.event(MODEL, slow_matrix, POLICY, counted, 10).scoring == pytest.approx(2 * 6 * 10 * 32 * 16 / 10)
+    slow_special = replace(GPU, bandwidth=1e30, matrix=1e30, issue=10**9)
+    assert m.event(MODEL, slow_special, POLICY, counted, 10).scoring == pytest.approx(6 * 10 * 32 / 16)
+    slow_issue = replace(GPU, bandwidth=1e30, matrix=1e30, special=10**9)
+    issued = 2.0 * 6 * 10 * 32 / (4 * m.ISSUE_SHARE)
+    assert m.event(MODEL, slow_issue, POLICY, counted, 10).scoring == pytest.approx(issued)
+
+
+def test_streaming_doubles_matrix_work() -> None:
+    counted, tiny = Measured(1.0, 1.0), replace(GPU, bandwidth=1e30, clock=1e30)
+    whole, streamed = (m.event(MODEL, replace(tiny, shared=size), POLICY, counted, 10) for size in (1 << 20, 1 << 10))
+    assert streamed.scoring == pytest.approx(2 * whole.scoring)
+
+
+def test_memory_decides_how_many_sequences() -> None:
+    plain = m.rows_held(None, 1000)
+    assert plain == m.PROMPT + 500
+    kara = m.rows_held(POLICY, 1000)
+    assert kara == m.PROMPT + 20 + 480 / 4
+    roomy = replace(GPU, memory=(100 + 10.5 * plain * 384) / m.MEMORY_SHARE)
+    found = m.throughput(MODEL, roomy, None, None, 1000)
+    assert found is not None
+    assert found[0] == 10
+    assert found[1] == pytest.approx(10 / m.step(MODEL, roomy, 10, plain))
+    more = m.throughput(MODEL, roomy, POLICY, Event(0, 0, 0), 1000)
+    assert more is not None
+    assert more[0] == int(10.5 * plain // kara)
+    assert m.throughput(MODEL, GPU, None, None, 1000) is None
+
+
+def test_what_rises_with_what() -> None:
+    counted = Measured(0.5, 1.0)
+    for name, gpu in m.GPUS.items():
+        model, policy = m.MODELS["Llama-3.1-8B"], Policy()
+        few, many = (m.event(model, gpu, policy, counted, rows) for rows in (192, 1024))
+        assert many.total > few.total, name
+        shares = [m.share(model, gpu, policy, few, batch, 8192) for batch in (1, 32, 256)]
+        assert shares == sorted(shares), name
+        assert m.share(model, gpu, policy, few, 32, 32768) < m.share(model, gpu, policy, few, 32, 8192), name
+
+
+@pytest.fixture
+def counts() -> Path:
+    return predict.RESULTS / "traffic.json"
+
+
+def test_the_page_says_that_it_is_a_model(counts: Path, tmp_path: Path) -> None:
+    assert predict.main(["--counts", str(counts), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "model.md").read_text()
+    assert f"**This is {predict.KIND}.**" in text
+    assert json.loads((tmp_path / "model.json").read_text())["kind"] == predict.KIND
+    assert "DeepSeek-V3, TP 8 | A100 | the weights do not fit" in text
+    assert (tmp_path / "model.png").stat().st_size > 10_000
+
+
+def test_a_missed_goal_is_told(
+    counts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(m, "LAUNCH", 1.0)
+    assert predict.main(["--counts", str(counts), "--out", str(tmp_path)]) == 1
+    assert "missed" in capsys.readouterr().err
+
+
+def test_no_counts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        predict.main(["--counts", str(tmp_path / "nothing.json")])
+    assert "expected a file that `make traffic` wrote" in capsys.readouterr().err.splitlines()[-1]
