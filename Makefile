@@ -9,7 +9,7 @@ VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm quality codegen traffic test test-vllm lint clean
+.PHONY: help demo demo-vllm quality codegen traffic bench test test-vllm lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -25,6 +25,9 @@ quality: $(VENV)/.demo ## compare what methods keep of the meaning, an hour on 2
 
 codegen: $(VENV)/.dev ## compile every kernel for six GPUs and write bench/results/codegen.md (ten minutes)
 	$(BIN)/python -m bench.codegen $(ARGS)
+
+bench: $(VENV)/.dev ## time an event on this CPU beside other ways to do it: bench/results/speed.md (ten minutes)
+	$(BIN)/python -m bench.speed $(ARGS)
 
 traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator, and what a model makes of them
 	$(BIN)/python -m bench.traffic $(ARGS)

@@ -5,8 +5,8 @@ sequences of a batch at once, one host read of the lengths per event and none pe
 
 Every event takes the same arguments: ``queries`` one ``[S, N, H*G, D]`` per layer, ``k_pools`` and ``v_pools`` one
 ``[B, P, H, D]`` (contiguous) per layer, ``block_tables`` int32 ``[S, max_blocks]``, ``window_starts`` and ``seq_lens``
-int32 ``[S]`` in tokens (every window fits), ``window`` and ``keep`` in tokens. It changes the pools in place and returns
-the new lengths, int32 ``[S]``.
+int32 ``[S]`` in tokens (every window fits), ``window`` and ``keep`` in tokens. It changes the pools in place and
+returns the new lengths, int32 ``[S]``.
 
 A scorer takes one layer's ``query [S, N, H*G, D]`` and ``keys [S, H, W, D]`` and returns ``[S, H, W]``, higher is kept.
 """

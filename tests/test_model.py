@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from bench.traffic import model as m
 from bench.traffic import predict
 from bench.traffic.model import Event, Gpu, Measured, Model
-
 from kara_kernels.engine import Policy
 
 # 10 bytes a second once sustained, 10 operations, memory of 1000 bytes.
