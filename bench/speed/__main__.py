@@ -126,16 +126,16 @@ def page(result: dict[str, Any]) -> str:
     parts = [
         "# One compression event on a CPU\n",
         f"Made by `make bench` on {result['machine']}, {result['threads']} thread(s), torch {result['torch']}: "
-        f"float32, half of a window kept, a tail of {TAIL}, pages of {PAGE}; shapes are layers x KV heads x head dimension. One "
-        "process, jobs in turns; medians in milliseconds. The other ways are independent formulations in "
+        f"float32, half of a window kept, a tail of {TAIL}, pages of {PAGE}; shapes are layers x KV heads x head "
+        "dimension. One process, jobs in turns; medians in milliseconds. The other ways are independent formulations in "
         "`bench/baselines.py`, written from what was published about them.\n",
         "## Goals\n",
         f"- An event at least {GOAL_EVENT:.0f} times faster than the predecessor's way with the same queries: met in "
         f"{met('event_ratio', GOAL_EVENT)}. Both multiply the same matrices, which takes most of the time of either.",
         "- Bidirectional scoring with redundancy not slower than R-KV's scorer with its 8 queries. With every query, "
         f"{case_times(rows)} times as many as R-KV has: met in {met('kara scorer ratio', GOAL_SCORER)}. With "
-        f"queries as the engine shim records them by default: {met('kara scorer, recorded ratio', GOAL_SCORER)}. With 8 "
-        f"queries too: {met('kara scorer, 8 ratio', GOAL_SCORER)}.\n",
+        f"queries as the engine shim records them by default: {met('kara scorer, recorded ratio', GOAL_SCORER)}. "
+        f"With 8 queries too: {met('kara scorer, 8 ratio', GOAL_SCORER)}.\n",
         "kvpress is not among them: its release needs an older transformers than this project's, and its presses want "
         "a model's attention modules around them.\n",
         "![Milliseconds of an event](speed.png)\n",

@@ -68,8 +68,8 @@ def page(result: dict[str, Any]) -> str:
         f"Assumptions: {m.BANDWIDTH_SHARE:.0%} of peak bandwidth, {m.MATRIX_SHARE:.0%} of peak matrix rate, "
         f"{m.ISSUE_SHARE:.0%} of peak issue, {m.LAUNCH * 1e6:.0f} us a launch, {m.KERNELS_PER_LAYER} kernels a layer "
         f"with {m.KERNEL_GAP * 1e6:.0f} us between them, {m.MEMORY_SHARE:.0%} of memory for weights and cache. "
-        "Constants of GPUs and models and their sources: `bench/traffic/model.py`. Left out: all-reduces, and that an event may "
-        "run beside a step.\n",
+        "Constants of GPUs and models and their sources: `bench/traffic/model.py`. Left out: all-reduces, and that an "
+        "event may run beside a step.\n",
         goal + "\n",
         f"![Predicted throughput, {KIND}](model.png)\n",
         "## Predicted microseconds of an event, one sequence, all layers\n",
