@@ -41,13 +41,15 @@ class Layers(Sequence[Tensor]):
         if isinstance(tensors, Tensor) and tensors.dim() != 5:
             raise ValueError(f"{name}: expected 4 dimensions, or 5 with a leading L, got shape {list(tensors.shape)}")
         self.stacked = tensors if isinstance(tensors, Tensor) else None
-        self.tensors = tuple(tensors.unbind(0)) if isinstance(tensors, Tensor) else tuple(tensors)
+        self._listed = () if isinstance(tensors, Tensor) else tuple(tensors)
         self._table: Tensor | None = None
+        self._kernels_can_read = False
         self.pool: PagedCache | None = None  # the pool this was checked with
-        if not self.tensors:
+        if not len(self):
             raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
-        first = self.tensors[0]
-        for layer, tensor in enumerate(self.tensors):
+        # Layers of a stacked tensor are cut when they are asked for: 36 views take longer than a launch.
+        self._first = first = self._listed[0] if self.stacked is None else self.stacked[0]
+        for layer, tensor in enumerate(self._listed):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}[{layer}]: expected a tensor, got {type(tensor).__name__}")
             for what in ("shape", "dtype", "device"):
@@ -62,13 +64,17 @@ class Layers(Sequence[Tensor]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
     def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        return self.tensors[index]
+        return self._first if index == 0 else self.tensors[index]
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self._listed) if self.stacked is None else self.stacked.shape[0]
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
+
+    @functools.cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._listed if self.stacked is None else tuple(self.stacked.unbind(0))
 
     @property
     def table(self) -> Tensor | None:
@@ -81,8 +87,10 @@ class Layers(Sequence[Tensor]):
     @functools.cached_property
     def alignment(self) -> int:
         """Bytes, up to 16, that every layer's base address is a multiple of: it decides how wide loads may be."""
-        bits = 16
-        for tensor in self.tensors:
+        bits = 16 | self._first.data_ptr()
+        if len(self) > 1:
+            bits |= self.stride_layer * self._first.element_size()
+        for tensor in self._listed:
             bits |= tensor.data_ptr()
         return bits & -bits
 
@@ -92,13 +100,16 @@ class Layers(Sequence[Tensor]):
 
     def require_kernel_layout(self, name: str) -> None:
         """Kernels read rows of ``D`` contiguous elements and one set of strides for all layers."""
-        first = self.tensors[0]
+        if self._kernels_can_read:  # a pool's answer does not change, and asking 36 tensors takes longer than a launch
+            return
+        first = self._first
         check_unit_stride(name, first)
-        for layer, tensor in enumerate(self.tensors):
+        for layer, tensor in enumerate(self._listed):
             if tensor.stride() != first.stride():
                 raise ValueError(
                     f"{name}[{layer}]: expected strides {first.stride()} as in {name}[0], got {tensor.stride()}"
                 )
+        self._kernels_can_read = True
 
 
 class PagedCache:
