@@ -127,8 +127,8 @@ def page(result: dict[str, Any]) -> str:
         "# One compression event on a CPU\n",
         f"Made by `make bench` on {result['machine']}, {result['threads']} thread(s), torch {result['torch']}: "
         f"float32, half of a window kept, a tail of {TAIL}, pages of {PAGE}; shapes are layers x KV heads x head "
-        "dimension. One process, jobs in turns; medians in milliseconds. The other ways are independent formulations in "
-        "`bench/baselines.py`, written from what was published about them.\n",
+        "dimension. One process, jobs in turns; medians in milliseconds. The other ways are independent formulations "
+        "in `bench/baselines.py`, written from what was published about them.\n",
         "## Goals\n",
         f"- An event at least {GOAL_EVENT:.0f} times faster than the predecessor's way with the same queries: met in "
         f"{met('event_ratio', GOAL_EVENT)}. Both multiply the same matrices, which takes most of the time of either.",
