@@ -105,3 +105,21 @@ def test_a_cuda_graph_replays_it(pool: str) -> None:
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(moved, engine.contents(), strict=True))
+
+
+def test_nothing_compiles_after_a_warm_up_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is with lengths of zero: every sequence is skipped, every kernel compiled."""
+    from triton.compiler.compiler import CompiledKernel
+
+    engine = Engine()
+    lengths, starts = engine.lengths.clone(), engine.starts.clone()
+    engine.lengths.zero_()
+    engine.starts.zero_()
+    engine.compress()
+    torch.cuda.synchronize()
+    monkeypatch.setattr(CompiledKernel, "__init__", lambda *arguments: pytest.fail("compiled after the warm-up"))
+    engine.lengths.copy_(lengths)
+    engine.starts.copy_(starts)
+    engine.compress()
+    engine.query = engine.query[:, :, :200].contiguous()
+    engine.compress()
