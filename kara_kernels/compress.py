@@ -169,10 +169,22 @@ def compress_window(
     batch, lengths, ``N`` and ``keep`` may then change without compiling anew. For CUDA graphs pass a
     :class:`PagedCache` and one stacked ``query``: lists of tensors cost an upload of their addresses per call.
 
+    Under ``torch.compile`` the call is one node of the graph. Queries and caches must be tensors there, for many layers
+    stacked ones; lists, a :class:`PagedCache` and ``reduce_scores`` are a TypeError.
+
     Method: Kara, sliding-window KV cache compression (arXiv 2607.01237); what the paper leaves open is marked where
     it is computed. The defaults are the method as published; what kept most of the meaning in this library's quality
     bench is ``**Policy().selection`` of :mod:`kara_kernels.engine`, which every integration uses.
     """
+    if torch.compiler.is_compiling():
+        from ._operator import in_graph  # it knows this module
+
+        return CompressedWindow(*in_graph(
+            query, k_cache, v_cache, block_tables, seq_lens, window=window, keep=keep, scores=scores,
+            window_starts=window_starts, protected_lens=protected_lens, chunk_fraction=chunk_fraction,
+            max_chunk=max_chunk, attention=attention, reduction=reduction, value_norm=value_norm, pool=pool,
+            redundancy=redundancy, scale=scale, k_scale=k_scale, reduce_scores=reduce_scores, backend=backend,
+        ))  # fmt: skip
     request = _checked(
         query, k_cache, v_cache, block_tables, seq_lens, window, keep, scores, window_starts, protected_lens,
         chunk_fraction, max_chunk, attention, reduction, value_norm, pool, redundancy, scale, k_scale, reduce_scores,

@@ -123,3 +123,32 @@ def test_nothing_compiles_after_a_warm_up_call(monkeypatch: pytest.MonkeyPatch) 
     engine.compress()
     engine.query = engine.query[:, :, :200].contiguous()
     engine.compress()
+
+
+def test_torch_compile_makes_one_graph_of_it() -> None:
+    engine = Engine()
+    cache = [torch.stack(list(half)) for half in (engine.cache.k, engine.cache.v or ())]
+    twin = [half.clone() for half in cache]
+
+    def step(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> CompressedWindow:
+        return compress_window(
+            query * 1, k, v, engine.tables, engine.lengths, window=WINDOW, keep=100, window_starts=engine.starts
+        )
+
+    expected = step(engine.query, *cache)
+    result = torch.compile(step, fullgraph=True)(engine.query, *twin)
+    assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cache, twin, strict=True))
+
+
+def test_the_operator_is_what_it_says() -> None:
+    import kara_kernels._operator  # noqa: F401
+
+    engine = Engine()
+    k, v = (torch.stack(list(half)) for half in (engine.cache.k, engine.cache.v or ()))
+    torch.library.opcheck(
+        torch.ops.kara_kernels.compress_window.default, (engine.query, k, v, engine.tables, engine.lengths),
+        {"window": WINDOW, "keep": 100, "scores": None, "window_starts": engine.starts, "protected_lens": None,
+         "chunk_fraction": 0.3, "max_chunk": 8, "attention": "bidirectional", "reduction": "mean", "value_norm": False,
+         "pool": "head", "redundancy": 0.0, "scale": None, "k_scale": None, "k_scales": None, "backend": "auto"},
+    )  # fmt: skip
