@@ -4,10 +4,10 @@ Dynamo cannot look into checks that read addresses, nor need it: under `torch.co
 changes the caches in place. Eager calls never come here: an operator's dispatch costs more than the call's own checks.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from . import compress
 
 SCHEMA = (
     "compress_window(Tensor? query, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor block_tables, Tensor seq_lens, *, "
@@ -20,15 +20,18 @@ library = torch.library.Library("kara_kernels", "DEF")
 library.define(SCHEMA)
 
 
-@torch.library.impl(library, "compress_window", "CompositeExplicitAutograd")
-def _run(query, k_cache, v_cache, block_tables, seq_lens, *, k_scale, k_scales, scores, **options):
-    result = compress.compress_window(
-        query, k_cache, v_cache, block_tables, seq_lens, scores=scores,
-        k_scale=k_scale if k_scales is None else k_scales, **options,
-    )  # fmt: skip
-    # An operator's results are tensors of their own: no expanded views, nothing of the caller's.
-    pooled = result.scores.clone() if scores is not None else result.scores
-    return result.seq_lens, result.keep_indices.contiguous(), pooled.contiguous()
+def implement(compress_window: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+    """What the node runs; called once, by the module that has it."""
+
+    def run(query, k_cache, v_cache, block_tables, seq_lens, *, k_scale, k_scales, scores, **options):
+        lengths, keep_indices, pooled = compress_window(
+            query, k_cache, v_cache, block_tables, seq_lens, scores=scores,
+            k_scale=k_scale if k_scales is None else k_scales, **options,
+        )  # fmt: skip
+        # An operator's results are tensors of their own: no expanded views, nothing of the caller's.
+        return lengths, keep_indices.contiguous(), (pooled if scores is None else pooled.clone()).contiguous()
+
+    library.impl("compress_window", run, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("kara_kernels::compress_window", lib=library)

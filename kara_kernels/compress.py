@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._operator import implement, in_graph
 from .ops._triton import resolve_backend
 from .ops.chunks import launch_keep
 from .ops.compact import launch_compact
@@ -177,8 +178,6 @@ def compress_window(
     bench is ``**Policy().selection`` of :mod:`kara_kernels.engine`, which every integration uses.
     """
     if torch.compiler.is_compiling():
-        from ._operator import in_graph  # it knows this module
-
         return CompressedWindow(*in_graph(
             query, k_cache, v_cache, block_tables, seq_lens, window=window, keep=keep, scores=scores,
             window_starts=window_starts, protected_lens=protected_lens, chunk_fraction=chunk_fraction,
@@ -336,3 +335,6 @@ def _reduced(r: _Request, scores: Tensor) -> Tensor:
     check_tensor("reduce_scores(...)", reduced, given.shape, (torch.float32,), given.device)
     check_unit_stride("reduce_scores(...)", reduced)
     return reduced if r.many else reduced[None]
+
+
+implement(compress_window)

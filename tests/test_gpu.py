@@ -142,8 +142,6 @@ def test_torch_compile_makes_one_graph_of_it() -> None:
 
 
 def test_the_operator_is_what_it_says() -> None:
-    import kara_kernels._operator  # noqa: F401
-
     engine = Engine()
     k, v = (torch.stack(list(half)) for half in (engine.cache.k, engine.cache.v or ()))
     torch.library.opcheck(

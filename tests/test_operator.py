@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import kara_kernels._operator  # noqa: F401
 from kara_kernels import CompressedWindow, PagedCache, compress_window
 
 
