@@ -15,10 +15,10 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(VENV)/.demo ## watch a language model decode while its KV cache shrinks (ARGS="--help" for options)
-	$(BIN)/python -m kara_kernels.demo $(ARGS)
+	$(BIN)/python -m demos.generate $(ARGS)
 
 demo-vllm: $(VLLM_PYTHON) ## serve with vLLM, without and with Kara, and compare (ARGS="--help" for options)
-	$(VLLM_PYTHON) -m kara_kernels.demo.vllm $(ARGS)
+	$(VLLM_PYTHON) -m demos.serve $(ARGS)
 
 quality: $(VENV)/.demo ## compare what methods keep of the meaning, an hour on 2 cores (ARGS="--quick": 5 minutes)
 	$(BIN)/python -m bench.quality $(ARGS)
@@ -64,6 +64,6 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.demo
 
 # 3.5 GB once per user, in ~/.cache/kara_kernels; this checkout adds only itself.
-$(VENV)/vllm/bin/python: $(VENV)/.venv pyproject.toml kara_kernels/demo/environment.py
-	$(BIN)/python -m kara_kernels.demo.environment $(VENV)/vllm
+$(VENV)/vllm/bin/python: $(VENV)/.venv pyproject.toml demos/environment.py
+	$(BIN)/python -m demos.environment $(VENV)/vllm
 	@touch -h $@

@@ -6,13 +6,13 @@ Names are imported on first use: the package's own command line answers before t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compress import CompressedWindow, compress_window
     from .paged import PagedCache
+    from .windows.compress import CompressedWindow, compress_window
 
 __all__ = ["CompressedWindow", "PagedCache", "compress_window"]
 __version__ = "0.1.0"
 
-_ROOMS = {"CompressedWindow": "compress", "PagedCache": "paged", "compress_window": "compress"}
+_ROOMS = {"CompressedWindow": "windows.compress", "PagedCache": "paged", "compress_window": "windows.compress"}
 
 
 def __getattr__(name: str) -> Any:

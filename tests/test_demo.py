@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from kara_kernels.demo import DemoError, __main__, model
+from demos import DemoError, model
+from demos.generate import __main__
 
 for needed in ("transformers", "matplotlib", "rich"):
     pytest.importorskip(needed)
@@ -130,7 +131,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
-        [sys.executable, "-m", "kara_kernels.demo", *arguments],
+        [sys.executable, "-m", "demos.generate", *arguments],
         env=env,
         text=True,
         capture_output=True,
@@ -153,7 +154,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
     assert __main__.main([*arguments]) == code
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith("python -m kara_kernels.demo: error: ")
+    assert captured.err.startswith("python -m demos.generate: error: ")
     assert "Traceback" not in captured.err
     return captured.err
 
@@ -280,7 +281,7 @@ def test_a_single_token(tiny: Path) -> None:
 
 
 def test_slices_end_where_windows_fall_due() -> None:
-    from kara_kernels.demo.run import SLICE, slices
+    from demos.generate.run import SLICE, slices
 
     for fed, window, tail in ((0, 4, 2), (5, 4, 2), (500, 128, 32), (300, 7, 0), (200, 1, 3), (90, 300, 9)):
         cuts = list(slices(fed, window, tail))
@@ -345,8 +346,8 @@ def test_a_bad_option_is_one_line(capsys: pytest.CaptureFixture[str], arguments:
 
 def test_options_are_judged_before_anything_slow_is_imported() -> None:
     script = (
-        "import sys; from kara_kernels.demo.__main__ import main; assert main(['--keep', '999']) == 2; "
-        "assert not {'transformers', 'matplotlib', 'kara_kernels.demo.run'} & set(sys.modules)"
+        "import sys; from demos.generate.__main__ import main; assert main(['--keep', '999']) == 2; "
+        "assert not {'transformers', 'matplotlib', 'demos.generate.run'} & set(sys.modules)"
     )
     subprocess.run(
         [sys.executable, "-c", script],
@@ -376,7 +377,7 @@ def test_interrupting_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
 
     monkeypatch.setattr(__main__, "_check_extras", interrupt)
     assert __main__.main([]) == 130
-    assert capsys.readouterr().err.strip() == "python -m kara_kernels.demo: interrupted"
+    assert capsys.readouterr().err.strip() == "python -m demos.generate: interrupted"
 
 
 def test_fetching_offline_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

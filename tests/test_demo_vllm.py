@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from kara_kernels.demo import DemoError, environment
-from kara_kernels.demo.vllm import __main__, server
-from kara_kernels.demo.vllm.server import Settings
+from demos import DemoError, environment
+from demos.serve import __main__, server
+from demos.serve.server import Settings
 
 for needed in ("matplotlib", "rich"):
     pytest.importorskip(needed)
 
-from kara_kernels.demo.vllm import picture, report  # noqa: E402
-from kara_kernels.demo.vllm.report import Stream, Watched  # noqa: E402
+from demos.serve import picture, report  # noqa: E402
+from demos.serve.report import Stream, Watched  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Settings(
@@ -252,7 +252,7 @@ def test_a_wrong_option_is_one_line(
 
 def test_help_needs_no_vllm() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kara_kernels.demo.vllm", "--help"],
+        [sys.executable, "-m", "demos.serve", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -306,7 +306,7 @@ def test_an_unfinished_environment_is_built_again(installer: Installer, tmp_path
     assert environment.main([str(tmp_path / "layer")]) == 1
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.splitlines()[-1] == "python -m kara_kernels.demo.environment: error: no network"
+    assert told.err.splitlines()[-1] == "python -m demos.environment: error: no network"
     installer.fail = ""
     assert environment.main([str(tmp_path / "layer")]) == 0
 

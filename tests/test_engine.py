@@ -1082,7 +1082,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoWaiting]:
         keep_indices = tables.new_empty(len(k), len(tables), k[0].shape[2], keep)
         return CompressedWindow(lengths, keep_indices, keep_indices.float())
 
-    monkeypatch.setattr(sys.modules["kara_kernels.engine.execute"], "compress_window", shapes_only)
+    monkeypatch.setattr(sys.modules["kara_kernels.windows.execute"], "compress_window", shapes_only)
     monkeypatch.setattr(paged, "_check_overlap", lambda k, v: None)  # meta tensors have no addresses
     with NoHiddenUploads(), NoWaiting() as mode:
         yield mode

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from kara_kernels.demo import DemoError
+from demos import DemoError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -51,8 +51,8 @@ def _run(options: argparse.Namespace) -> None:
     import torch
 
     import kara_kernels.integrations.transformers  # noqa: F401, registers the attention that models are loaded with
-    from kara_kernels.demo.model import load
-    from kara_kernels.demo.report import Screen
+    from demos.generate.report import Screen
+    from demos.model import load
 
     from . import report
     from .run import Plan, Store, facts, measure_all

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from kara_kernels.demo.picture import BLUE, INK, ORANGE, PALE, STYLE
+from demos.generate.picture import BLUE, INK, ORANGE, PALE, STYLE
 
 from .methods import DEFAULT, METHODS
 from .statistics import Table, by_text, mean, recall_tables

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import kara_kernels
-from kara_kernels.demo.model import cache_root
+from demos.model import cache_root
 
 from . import texts
 from .decode import decoding, write

@@ -13,9 +13,9 @@ lengths and slots of a sequence are its logical ones minus ``ledger.dropped``; p
 it in twenty lines.
 """
 
-from .execute import PackedCache, execute, warm_up
-from .plan import Held, Ledger, Plan
-from .policy import Policy
-from .queries import QueryRing, Span, ring_bytes
+from ..windows.execute import PackedCache, execute, warm_up
+from ..windows.plan import Held, Ledger, Plan
+from ..windows.policy import Policy
+from ..windows.queries import QueryRing, Span, ring_bytes
 
 __all__ = ["Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "execute", "ring_bytes", "warm_up"]

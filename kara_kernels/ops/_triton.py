@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..paged import check_choice
+from ..checks import check_choice
 
 try:
     import triton

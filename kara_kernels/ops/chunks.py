@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..paged import check_chunks, check_scores, require_rows
+from ..checks import check_chunks, check_scores, require_rows
 from ._triton import resolve_backend, tl, triton, window_of
-from .score import PartialRows, row_scores
+from .pool import PartialRows, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
 
 # ------------------------------------------------------------------------------------------------- device code

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..paged import WORDS, PagedCache, check_compact_blocks, check_unit_stride, per_layer
+from ..arguments import check_compact_blocks
+from ..checks import check_unit_stride
+from ..paged import WORDS, PagedCache, per_layer
 from ._triton import layer_pointer, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code

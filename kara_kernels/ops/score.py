@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..paged import FP8_DTYPES, Layers, PagedCache, check_score_window, per_layer
+from ..arguments import check_score_window
+from ..checks import FP8_DTYPES
+from ..paged import Layers, PagedCache, per_layer
+from ._rows import FP8_NAMES, load_rows
 from ._triton import (
     INTERPRETED,
     SHARED_MEMORY,
@@ -34,46 +37,11 @@ from ._triton import (
     triton,
     window_of,
 )
+from .pool import PartialRows, launch_pool
 
-FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 # ------------------------------------------------------------------------------------------------- device code
-
-
-@triton.jit
-def _fp8_to_float(bits, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """fp8 bytes to ``DTYPE``, exactly: placed in a wider float whose exponent bias differs by a power of two.
-
-    Decoding by hand runs on every target, also on those without fp8 instructions (sm_80).
-    """
-    bits = bits.to(tl.int32)
-    if FP8 == "e5m2":
-        half = (bits << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)  # float16's own top byte
-    elif FP8 == "e5m2fnuz":  # its largest exponent is a number where float16's is not: by way of float32
-        half = (((bits & 0x80) << 24) | ((bits & 0x7F) << 21)).to(tl.float32, bitcast=True) * 2.596148429267414e33
-    else:
-        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        half = half * (256.0 if FP8 == "e4m3fn" else 128.0)  # float16's bias of 15 against 7 and 8
-    if FP8 == "e4m3fn":
-        half = tl.where((bits & 0x7F) == 0x7F, float("nan"), half)
-    if FP8 == "e4m3fnuz" or FP8 == "e5m2fnuz":  # no negative zero: that pattern is the NaN
-        half = tl.where(bits == 0x80, float("nan"), half)
-    return half.to(DTYPE)
-
-
-@triton.jit
-def _load_keys(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h,
-               W: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-               FP8: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Keys or values of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside of window and ``DIM``."""
-    token = start + offs_w
-    block = tl.load(table + token // P, mask=offs_w < W, other=0).to(tl.int64)
-    row = base + block * stride_b + (token % P).to(tl.int64) * stride_p + head * stride_h
-    keys = tl.load(row[None, :] + offs_d[:, None], mask=(offs_w < W)[None, :] & (offs_d < DIM)[:, None], other=0.0)
-    if FP8 is not None:
-        keys = _fp8_to_float(keys, FP8, DTYPE)
-    return keys.to(DTYPE)
 
 
 @triton.jit
@@ -113,7 +81,7 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
     mean = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = _load_keys(
+        keys = load_rows(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
         mean += tl.sum(_unit(keys), 1)
@@ -122,7 +90,7 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
     total = tl.zeros([], tl.float32)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = _load_keys(
+        keys = load_rows(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
         cosine = tl.where(offs_w < W, _sum_products(_unit(keys), mean[:, None]), float("-inf"))
@@ -131,7 +99,7 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
         peak = higher
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = _load_keys(
+        keys = load_rows(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
         cosine = _sum_products(_unit(keys), mean[:, None])
@@ -155,7 +123,7 @@ def _value_norms(out, base, table, start, head, stride_b, stride_p, stride_h,
     offs_d = tl.arange(0, BLOCK_D)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        values = _load_keys(
+        values = load_rows(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
         largest = tl.max(tl.abs(values), 0)
@@ -172,11 +140,11 @@ def _columns_whole(out, q_base, k_base, table, start, head, scale, num_queries, 
     """All keys stay on chip, so a softmax row is whole in one tile: one pass."""
     offs_w = tl.arange(0, BLOCK_W)
     d0 = tl.arange(0, D0)
-    k0 = _load_keys(k_base, table, start, offs_w, d0, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+    k0 = load_rows(k_base, table, start, offs_w, d0, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
     k1 = k0  # unused where one power of two is all of D
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
-        k1 = _load_keys(k_base, table, start, offs_w, d1, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+        k1 = load_rows(k_base, table, start, offs_w, d1, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
@@ -203,7 +171,7 @@ def _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m,
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         q = _load_queries(q_base, offs_m, row_last, offs_d, stride_q_n, stride_q_h, G, D, DTYPE)
-        k = _load_keys(
+        k = load_rows(
             k_base, table, start, offs_w, offs_d, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE
         )
         logits = tl.dot(q, k, logits, input_precision=PRECISION)
@@ -303,68 +271,6 @@ def score_kernel(
                                   CAUSAL, SQUARES, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0)  # fmt: skip
 
 
-@triton.jit
-def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr, SQUARES: tl.constexpr,
-               VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Scores of one KV head from its partial rows, added in ascending order."""
-    inside = offs_w < W
-    sums = num_tiles - VALUE_NORM - REDUNDANCY
-    total = tl.zeros([BLOCK_W], tl.float32)
-    for tile in range(0, sums):
-        total += tl.load(partials + tile * W + offs_w, mask=inside, other=0.0)
-    total = total * tl.cast(inverse, tl.float32)
-    if SQUARES:
-        total = tl.sqrt_rn(total)
-    if VALUE_NORM:
-        total *= tl.load(partials + sums * W + offs_w, mask=inside, other=0.0)
-    if REDUNDANCY:
-        alike = tl.load(partials + (num_tiles - 1) * W + offs_w, mask=inside, other=0.0)
-        total -= tl.cast(redundancy, tl.float32) * alike
-    return total
-
-
-@triton.jit(do_not_specialize=["num_tiles", "stride_p_l", "stride_p_s", "stride_p_h"])
-def pool_kernel(
-    scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
-    stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr, W: tl.constexpr,
-    SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Grid ``(lists of a layer, S, pooled layers)``: scores ``[pooled L, S, pooled H, W]``, means over ``HEADS`` and
-    ``LAYERS``.
-
-    Means are taken in float64 and rounded once, so that they do not depend on the order of addition. Computed scores
-    of a sequence whose window does not fit are zero.
-    """
-    offs_w = tl.program_id(0) % tl.cdiv(W, BLOCK_W) * BLOCK_W + tl.arange(0, BLOCK_W)
-    list_ = (tl.program_id(0) // tl.cdiv(W, BLOCK_W)).to(tl.int64)
-    lists = tl.num_programs(0) // tl.cdiv(W, BLOCK_W)
-    seq = tl.program_id(1).to(tl.int64)
-    layer = tl.program_id(2).to(tl.int64)
-    fits = True
-    if COMPUTED:
-        _, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
-    out = scores_ptr + ((layer * tl.num_programs(1) + seq) * lists + list_) * W + offs_w
-    if fits:
-        partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
-        if LAYERS * HEADS == 1:
-            pooled = row_scores(
-                partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
-            )
-        else:
-            total = tl.zeros([BLOCK_W], tl.float64)
-            for row in range(0, LAYERS * HEADS):
-                source = partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h
-                scores = row_scores(
-                    source, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
-                )
-                total += scores.to(tl.float64)
-            pooled = (total / (LAYERS * HEADS)).to(tl.float32)
-        tl.store(out, pooled, mask=offs_w < W)
-    else:
-        tl.store(out, tl.zeros([BLOCK_W], tl.float32), mask=offs_w < W)
-
-
 # --------------------------------------------------------------------------------------------- how it is launched
 
 
@@ -415,17 +321,6 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
     return ScoreConfig(False, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)
 
 
-@dataclass(frozen=True)
-class PartialRows:
-    """What lies in the partial rows of a KV head and how they become its scores; see ``row_scores``."""
-
-    tiles: int = 1
-    inverse: float = 1.0  # of how many rows a column sum is the mean
-    squares: bool = False
-    value_norm: bool = False
-    redundancy: float = 0.0
-
-
 def plan_score(
     query: Layers, k_cache: Layers, window: int, reduction: str, value_norm: bool, redundancy: float
 ) -> tuple[ScoreConfig, PartialRows]:
@@ -474,23 +369,6 @@ def launch_score(
         BLOCK_M=config.block_m, BLOCK_W=config.block_w, D0=config.d0, D1=config.d1, ROWS=config.rows,
         BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_DV=triton.next_power_of_2(v.shape[3]), BLOCK_R=16,
         num_warps=config.num_warps, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def launch_pool(
-    scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor | None, protected: Tensor | None,
-    rows: PartialRows, computed: bool,
-) -> None:  # fmt: skip
-    """``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged where the extent is 1."""
-    layers, sequences, heads, tiles, window = partials.shape
-    pooled_layers, _, lists, _ = scores.shape
-    block = min(256, triton.next_power_of_2(window))
-    pool_kernel[(lists * triton.cdiv(window, block), sequences, pooled_layers)](
-        scores, partials, starts, seq_lens, protected, tiles, rows.inverse, rows.redundancy,
-        partials.stride(0), partials.stride(1), partials.stride(2),
-        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window, SQUARES=rows.squares,
-        VALUE_NORM=int(rows.value_norm), REDUNDANCY=int(rows.redundancy > 0), BLOCK_W=block, num_warps=2,
-        enable_fp_fusion=True,
     )  # fmt: skip
 
 

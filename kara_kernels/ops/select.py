@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..paged import check_count, check_scores, require_rows
+from ..checks import check_count, check_scores, require_rows
 from ._triton import resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..paged import check_chunks, check_scores
+from ..checks import check_chunks, check_scores
 from .select import by_rows, order_keys, positions_of_best, unique_rank
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..paged import WORDS, PagedCache, check_compact_blocks, per_layer
+from ..arguments import check_compact_blocks
+from ..paged import WORDS, PagedCache, per_layer
 
 TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tail's length, and stays in cache
 

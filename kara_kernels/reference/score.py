@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..paged import FP8_DTYPES, Layers, check_score_window, per_layer, slices
+from ..arguments import check_score_window
+from ..checks import FP8_DTYPES, slices
+from ..paged import Layers, per_layer
 
 # Logits are made a slice of rows at a time, which bounds the memory for any window: 1 MB of them stays in a core's
 # cache (a 256-token window of 9 heads took 37 ms instead of 42 over 30 layers). Keys are made float32 some heads at a

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..paged import check_count, check_scores, slices
+from ..checks import check_count, check_scores, slices
 
 SLICE_ELEMENTS = 1 << 20  # scores in work at once: about a dozen int64 temporaries of it, 100 MB
 

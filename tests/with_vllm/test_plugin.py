@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from kara_kernels.integrations.vllm import register, settings
-from kara_kernels.integrations.vllm.runner import KaraRunner
+from kara_kernels.integrations.vllm.windows.runner import KaraRunner
 
 
 def configure(model, kara, **options):

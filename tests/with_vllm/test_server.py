@@ -9,7 +9,7 @@ import pytest
 from harness import KARA, prompts
 from openai import OpenAI
 
-from kara_kernels.demo.vllm.server import MODEL, Settings, serving
+from demos.serve.server import MODEL, Settings, serving
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from collections import defaultdict
 import pytest
 from harness import engine, greedy, prompts
 
-from kara_kernels.demo.model import packaged_model
+from demos.model import packaged_model
 
 REQUESTS = 4
 KARA = {"window": 256, "keep": 128}

@@ -34,9 +34,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache, compress_window
+from kara_kernels.checks import check_choice, check_count, check_window
 from kara_kernels.engine import Policy
 from kara_kernels.integrations.transformers.rotary import find_rotation
-from kara_kernels.paged import check_choice, check_count, check_window
 
 _DEFAULTS = Policy().selection
 _SELECTION = ("attention", *_DEFAULTS)

@@ -4,11 +4,11 @@ vLLM finds :func:`register` through the entry point group ``vllm.general_plugins
 hooks one method, the end of vLLM's own configuration, and does nothing there unless the key ``kara`` is set. Then
 
 - :mod:`.settings` checks the settings and what else is configured, and names scheduler and worker to vLLM;
-- :mod:`.scheduler` plans and commits, keeps the books of blocks, before vLLM's scheduler runs;
-- :mod:`.runner` records queries, executes the plans before the step, and shifts lengths and slots, inside of
-  :mod:`.worker`'s workers;
+- :mod:`.windows.scheduler` plans and commits, keeps the books of blocks, before vLLM's scheduler runs;
+- :mod:`.windows.runner` records queries, executes the plans before the step, and shifts lengths and slots, inside of
+  :mod:`.windows.worker`'s workers;
 - :mod:`.layout` finds out where a cache's rows lie;
-- :mod:`.metrics` shows it on vLLM's own ``/metrics``.
+- :mod:`.stats` shows it on vLLM's own ``/metrics``.
 
 No file of vLLM is changed. Supported versions: see :data:`.settings.SUPPORTED`.
 """

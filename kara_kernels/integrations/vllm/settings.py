@@ -16,10 +16,10 @@ logger = init_logger("vllm.kara")  # below vLLM's own logger, so that its handle
 SUPPORTED = ("0.32",)
 """Minor versions of vLLM that this plugin was written against and is tested with."""
 
-_SCHEDULER = "kara_kernels.integrations.vllm.scheduler.KaraScheduler"
+_SCHEDULER = "kara_kernels.integrations.vllm.windows.scheduler.KaraScheduler"
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "kara_kernels.integrations.vllm.worker.KaraCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "kara_kernels.integrations.vllm.worker.KaraGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "kara_kernels.integrations.vllm.windows.worker.KaraCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "kara_kernels.integrations.vllm.windows.worker.KaraGPUWorker",
 }
 
 
@@ -84,7 +84,7 @@ def apply(config: Any) -> None:
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if config.cache_config.block_size is not None:
         check_block_size(settings.policy, config.cache_config.block_size)
-    from .metrics import observe_with_vllm
+    from .stats import observe_with_vllm
 
     observe_with_vllm(config)
     said = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(settings.policy).items())

@@ -9,34 +9,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._operator import implement, in_graph
-from .ops._triton import resolve_backend
-from .ops.chunks import launch_keep
-from .ops.compact import launch_compact
-from .ops.score import PartialRows, launch_pool, launch_score, plan_score
-from .paged import (
-    Layers,
-    PagedCache,
+from ..arguments import check_contents, check_query, check_scoring, check_values, key_scales
+from ..checks import (
     check_block_tables,
     check_choice,
-    check_contents,
     check_count,
     check_flag,
     check_lengths,
     check_number,
-    check_query,
-    check_scoring,
     check_tensor,
     check_unit_stride,
-    check_values,
     check_window,
     contents_are_checked,
-    key_scales,
-    per_layer,
 )
-from .reference.chunks import expand_chunks
-from .reference.compact import compact_sequence
-from .reference.score import score_sequence
+from ..ops._triton import resolve_backend
+from ..ops.chunks import launch_keep
+from ..ops.compact import launch_compact
+from ..ops.pool import PartialRows, launch_pool
+from ..ops.score import launch_score, plan_score
+from ..paged import Layers, PagedCache, per_layer
+from ..reference.chunks import expand_chunks
+from ..reference.compact import compact_sequence
+from ..reference.score import score_sequence
+from .graph import implement, in_graph
 
 POOLS = ("head", "layer", "model")
 

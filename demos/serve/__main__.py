@@ -1,4 +1,4 @@
-"""Command line of the serving demo: ``python -m kara_kernels.demo.vllm``. Errors and exit codes as in ``demo``."""
+"""Command line of the serving demo: ``python -m demos.serve``. Errors and exit codes as in ``demo``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import DemoError
-from ..__main__ import Parser, add_outputs, check_model, check_output, check_outputs
+from ..generate.__main__ import Parser, add_outputs, check_model, check_output, check_outputs
 
-PROG = "python -m kara_kernels.demo.vllm"
+PROG = "python -m demos.serve"
 POLICY = ("window", "keep", "tail")
 OTHERS = ("trace",)  # settings of the plugin that are not of the policy
 
@@ -130,7 +130,7 @@ def _policy(options: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(more, dict):
         raise DemoError(f"--policy must be a JSON object, got {options.policy}", 2)
     settings = {name: getattr(options, name) for name in POLICY} | more
-    from ...engine.policy import Policy
+    from kara_kernels.engine import Policy
 
     try:
         policy = Policy.from_settings({name: value for name, value in settings.items() if name not in OTHERS})

@@ -23,9 +23,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kara_kernels.engine import PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
-from .layout import paged_view
+from ..layout import paged_view
+from ..settings import check_block_size, settings_of
 from .scheduler import KaraSpec, Step
-from .settings import check_block_size, settings_of
 
 logger = init_logger("vllm.kara")
 

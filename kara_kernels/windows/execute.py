@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compress import compress_window
 from ..paged import PagedCache
+from .compress import compress_window
 from .plan import Plan
 from .policy import Policy
 from .queries import QueryRing, upload

@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from kara_kernels.engine import Held, Ledger, Plan
 
-from .settings import check_block_size, settings_of
+from ..settings import check_block_size, settings_of
 
 
 @dataclass

@@ -20,9 +20,11 @@ import torch
 import transformers
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from ..integrations.transformers import KaraCache
-from . import DemoError, report
-from .model import load
+from kara_kernels.integrations.transformers import KaraCache
+
+from .. import DemoError
+from ..model import load
+from . import report
 
 # Tokens per forward of the teacher-forced text: each cache holds SLICE x vocabulary logits at a time.
 SLICE = 64

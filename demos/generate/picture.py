@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from . import DemoError
+from .. import DemoError
 
 # Okabe and Ito's palette: told apart with every common colour blindness, and in grey too.
 INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"

@@ -1,4 +1,4 @@
-"""Command line of the demo: ``python -m kara_kernels.demo``.
+"""Command line of the demo: ``python -m demos.generate``.
 
 Options are checked before transformers and matplotlib are imported, so ``--help`` and mistakes answer soon.
 Whatever goes wrong is one line on standard error: exit code 2 for a bad option, 1 for what failed later, 130
@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import DemoError
+from .. import DemoError
 
-PROG = "python -m kara_kernels.demo"
+PROG = "python -m demos.generate"
 PROMPT = "Describe a day in the life of a baker, hour by hour, from two in the morning to nine at night."
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 

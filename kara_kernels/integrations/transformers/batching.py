@@ -34,8 +34,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache
+from kara_kernels.checks import check_choice
 from kara_kernels.engine import Held, Ledger, Policy, QueryRing, Span, execute
-from kara_kernels.paged import check_choice
 
 from .cache import check_config, not_plain
 

@@ -1,4 +1,4 @@
-"""The demonstration behind ``python -m kara_kernels.demo``.
+"""The demonstration behind ``python -m demos.generate``.
 
 It decodes the same prompt with the full cache and with :class:`KaraCache`, then measures how close the
 compressed cache stays to the full one. One module per question:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compress import POOLS
-from ..paged import MAX_WINDOW, REDUCTIONS, check_choice, check_count, check_flag, check_number
+from ..checks import MAX_WINDOW, REDUCTIONS, check_choice, check_count, check_flag, check_number
+from .compress import POOLS
 
 QUERY_HEADS = ("all", "mean")
 

@@ -16,9 +16,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ... import __version__
+from kara_kernels import __version__
+
 from .. import DemoError
-from ..report import READABLE, Screen
+from ..generate.report import READABLE, Screen
 from .server import Settings
 
 SCHEMA = 1

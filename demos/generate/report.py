@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .. import __version__
-from . import DemoError
+from kara_kernels import __version__
+
+from .. import DemoError
 
 SCHEMA = 1
 READABLE = 96  # columns; longer lines of prose are hard to follow

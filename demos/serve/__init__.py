@@ -1,4 +1,4 @@
-"""The demonstration behind ``python -m kara_kernels.demo.vllm``: the same load for vLLM without and with Kara.
+"""The demonstration behind ``python -m demos.serve``: the same load for vLLM without and with Kara.
 
     __main__.py   what may be asked: options, checks, exit codes
     prompts.py    what the clients ask
@@ -8,5 +8,5 @@
     report.py     what came out: figures, table and the JSON file
     picture.py    the same as one picture
 
-It runs in the Python that has vLLM; ``kara_kernels.demo.environment`` makes one for CPUs.
+It runs in the Python that has vLLM; ``demos.environment`` makes one for CPUs.
 """

@@ -1,4 +1,4 @@
-"""A Python that runs vLLM on a CPU: ``python -m kara_kernels.demo.environment FOLDER`` prints its path.
+"""A Python that runs vLLM on a CPU: ``python -m demos.environment FOLDER`` prints its path.
 
 What is large, vLLM and PyTorch, is installed once per user, under ``$XDG_CACHE_HOME`` (or ``~/.cache``), in a
 virtual environment named by a hash of what it holds. FOLDER becomes a second, tiny one: it sees the packages
@@ -39,7 +39,7 @@ UNFIT = ("torchvision", "torchaudio", "torchcodec")
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyPI has no CPU build of torch for Linux
 DISK_NEEDED = 8 << 30  # 3.5 GB stay; pip unpacks wheels of 1 GB beside them
 COMPLETE = ".complete"
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def say(line: str) -> None:
@@ -135,14 +135,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m kara_kernels.demo.environment FOLDER", file=sys.stderr)
+        print("usage: python -m demos.environment FOLDER", file=sys.stderr)
         return 0 if "--help" in arguments else 2
     try:
         if sys.platform != "linux" or sys.version_info < (3, 11):
             raise DemoError("vLLM's CPU wheels need Linux and Python 3.11 or newer")
         print(layer(Path(arguments[0]).absolute(), packages()))
     except (DemoError, OSError) as error:
-        print(f"python -m kara_kernels.demo.environment: error: {error}", file=sys.stderr)
+        print(f"python -m demos.environment: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,0 +1,196 @@
+"""Checks that need a pool: queries, keep lists, key scales, and what block tables lead to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    FP8_DTYPES,
+    REDUCTIONS,
+    SCORED_DTYPES,
+    check_block_tables,
+    check_choice,
+    check_lengths,
+    check_number,
+    check_tensor,
+    check_window,
+    contents_are_checked,
+)
+from .paged import Layers, PagedCache
+
+
+def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, window: int, many: bool) -> Tensor:
+    """int32 ``[S, H, K]``, or ``[L, S, H, K]`` for many layers, as ``[L, S, H, K]``."""
+    layers, heads = len(cache.k), cache.shape[2]
+    shape = (layers, sequences, heads, None) if many else (sequences, heads, None)
+    keep = check_tensor("keep_indices", keep_indices, shape, (torch.int32,), cache.k[0].device)
+    if not 1 <= keep.shape[-1] <= window:
+        raise ValueError(f"keep_indices: expected 1..{window} indices per row, got {keep.shape[-1]}")
+    keep = keep if many else keep[None]
+    if contents_are_checked(keep.device):
+        ascending = (keep[..., 1:] > keep[..., :-1]).all(-1) & (keep[..., 0] >= 0) & (keep[..., -1] < window)
+        left_alone = (keep == -1).all(-1)
+        bad = ~(ascending | left_alone) | (left_alone != left_alone[:1, :, :1])
+        if bool(bad.any()):
+            row = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"keep_indices{row}: expected ascending indices in 0..{window - 1}, or -1 throughout a sequence, "
+                f"got {keep[tuple(row)].tolist()[:8]}"
+            )
+    return keep
+
+
+def check_scoring(queries: int, window: int, scale: object, attention: str, reduction: str, redundancy: object) -> None:
+    check_choice("attention", attention, ("bidirectional", "causal"))
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_number("redundancy", redundancy, 0.0, 3.4e38)
+    if scale is not None:
+        check_number("scale", scale, -3.4e38, 3.4e38)
+    if attention == "causal" and queries > window:
+        raise ValueError(
+            f"query: expected at most {window} queries with attention='causal' (query i is window token W - N + i), "
+            f"got {queries}"
+        )
+
+
+def check_query(query: Layers | None, cache: PagedCache, sequences: int) -> Layers:
+    """``L`` tensors ``[S, N, H*G, D]`` of a dtype that can be scored, matching the pool."""
+    _, _, heads, dim = cache.shape
+    if query is None:
+        raise TypeError("query: expected a tensor or one per layer, got None (only given scores replace it)")
+    first = query[0]
+    if len(query) != len(cache.k):
+        raise ValueError(f"query: expected {len(cache.k)} layers as in k_cache, got {len(query)}")
+    check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, cache.k[0].device)
+    if first.shape[1] < 1:
+        raise ValueError(f"query: expected at least one query per sequence, got shape {list(first.shape)}")
+    if first.shape[2] < heads or first.shape[2] % heads:
+        raise ValueError(f"query: expected a multiple of {heads} KV heads in dimension H*G, got {first.shape[2]}")
+    if cache.k[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
+        raise TypeError(
+            f"k_cache: expected a dtype that can be scored (float16, bfloat16, float32 or float8), got "
+            f"{cache.k[0].dtype}; view fp8 bytes as their float8 dtype, or pass scores="
+        )
+    return query
+
+
+def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: torch.device) -> float | Tensor:
+    """``k_scale`` as a float, or as a float view ``[L, H]``; one dimension means layers, or heads of one layer."""
+    if k_scale is None:
+        return 1.0
+    if not isinstance(k_scale, Tensor):
+        return check_number("k_scale", k_scale, -3.4e38, 3.4e38)
+    if not k_scale.is_floating_point():
+        raise TypeError(f"k_scale: expected a floating point tensor, got {k_scale.dtype}")
+    if k_scale.device != device:
+        raise ValueError(f"k_scale: expected device {device}, got {k_scale.device}")
+    shaped = k_scale.reshape(1, 1) if k_scale.numel() == 1 else k_scale
+    if shaped.dim() == 1:
+        shaped = shaped[:, None] if layers > 1 else shaped[None, :]
+    try:
+        return shaped.expand(layers, heads)
+    except RuntimeError:
+        raise ValueError(
+            f"k_scale: expected one element, [{layers}] per layer or [{layers}, {heads}] per layer and KV head, "
+            f"got shape {list(k_scale.shape)}"
+        ) from None
+
+
+def check_values(cache: PagedCache) -> None:
+    """Values whose length can be taken, if there are any."""
+    if cache.v is not None and cache.v[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
+        raise TypeError(
+            f"v_cache: expected float16, bfloat16, float32 or float8 to take lengths of, got {cache.v[0].dtype}"
+        )
+
+
+def check_score_window(
+    query: Layers | None, cache: PagedCache, block_tables: object, window_starts: object, window: int,
+    scale: float | None, k_scale: float | Tensor | None, attention: str, reduction: str, redundancy: float,
+) -> tuple[Layers, Tensor, Tensor, float | Tensor]:  # fmt: skip
+    """Arguments of ``score_window`` as (queries, block tables, starts, key scales)."""
+    check_window(window)
+    device, (_, _, heads, _) = cache.k[0].device, cache.shape
+    table = check_block_tables(block_tables, device)
+    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
+    queries = check_query(query, cache, table.shape[0])
+    check_scoring(queries[0].shape[1], window, scale, attention, reduction, redundancy)
+    check_values(cache)
+    scales = key_scales(k_scale, len(cache.k), heads, device)
+    if contents_are_checked(device):
+        everywhere = torch.ones_like(starts, dtype=torch.bool)
+        check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
+    return queries, table, starts, scales
+
+
+def check_compact_blocks(
+    cache: PagedCache, block_tables: object, window_starts: object, seq_lens: object, keep_indices: object,
+    window: int, many: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Arguments of ``compact_blocks`` as (block tables, starts, lengths, keep indices ``[L, S, H, K]``)."""
+    check_window(window)
+    device = cache.k[0].device
+    table = check_block_tables(block_tables, device)
+    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
+    lengths = check_lengths("seq_lens", seq_lens, table.shape[0], device)
+    keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
+    if contents_are_checked(device):
+        check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths, window)
+    return table, starts, lengths, keep
+
+
+def check_contents(
+    cache: PagedCache,
+    block_tables: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    active: Tensor,
+    seq_lens: Tensor | None = None,
+    window: int = 0,
+    written: bool = True,
+) -> None:
+    """Block ids and lengths that tokens ``starts..ends`` of the ``active`` sequences would be reached through.
+
+    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. From a start on, ``window`` tokens must
+    lie before the end. With ``written`` no block may be used by two sequences: only blocks that a sequence owns alone
+    may be rewritten. Only called where reading contents is free or asked for.
+    """
+    blocks, page, _, _ = cache.shape
+    capacity = block_tables.shape[1] * page
+    for name, values, rows in (("seq_lens", seq_lens, None), ("window_starts + window", ends, active)):
+        if values is None:
+            continue
+        beyond = values > capacity if rows is None else (values > capacity) & rows
+        if bool(beyond.any()):
+            s = int(beyond.nonzero()[0])
+            raise ValueError(
+                f"{name}[{s}]: expected at most {capacity} (the block table's capacity), got {int(values[s])}"
+            )
+    negative = (starts < 0) & active
+    if bool(negative.any()):
+        s = int(negative.nonzero()[0])
+        raise ValueError(f"window_starts[{s}]: expected 0 or more, got {int(starts[s])}")
+    late = (starts > ends - window) & active
+    if bool(late.any()):
+        s = int(late.nonzero()[0])
+        raise ValueError(
+            f"window_starts[{s}]: expected at most {int(ends[s]) - window}, a window of {window} before the "
+            f"sequence's end, got {int(starts[s])}"
+        )
+    column = torch.arange(block_tables.shape[1], device=block_tables.device)
+    used = active[:, None] & (column >= (starts // page)[:, None]) & (column <= ((ends - 1) // page)[:, None])
+    bad = used & ((block_tables < 0) | (block_tables >= blocks))
+    if bool(bad.any()):
+        s, b = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"block_tables[{s}, {b}]: expected a block id in 0..{blocks - 1}, got {int(block_tables[s, b])}"
+        )
+    if written:
+        ids, counts = block_tables[used].unique(return_counts=True)
+        if bool((counts > 1).any()):
+            block = int(ids[counts > 1][0])
+            raise ValueError(
+                f"block_tables: expected blocks that one sequence owns alone from its window on, "
+                f"got block {block} twice"
+            )

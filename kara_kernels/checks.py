@@ -1,0 +1,127 @@
+"""Checks of values and tensors: the ground of the house. Nothing here knows what a cache is.
+
+Every check raises before anything is written, naming argument, expected and got. What only the *contents* of a tensor
+can tell (block ids, lengths) is checked where reading them is free, on the CPU; on a GPU it would stall the stream, so
+there it is the caller's promise unless ``KARA_KERNELS_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "rms")
+MAX_WINDOW = 4096  # the selection kernel holds a whole row in registers; 4096 is what fits without spills
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+SCORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_count(name: str, value: object, low: int, high: int) -> int:
+    """An int (no bool) in ``low..high``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low}..{high}, got {value}")
+    return value
+
+
+def check_window(window: int) -> int:
+    return check_count("window", window, 1, MAX_WINDOW)
+
+
+def check_number(name: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not low <= value <= high:  # also false for NaN
+        raise ValueError(f"{name}: expected {low}..{high}, got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_tensor(
+    name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
+) -> Tensor:
+    """A tensor of this shape (None: any extent), one of these dtypes, on this device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.dim() != len(shape) or any(want not in (None, n) for want, n in zip(shape, value.shape, strict=True)):
+        want_text = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape [{want_text}], got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    return value
+
+
+def check_unit_stride(name: str, tensor: Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name}: expected stride 1 in the last dimension, got {tensor.stride(-1)}")
+
+
+def check_block_tables(block_tables: object, device: torch.device, sequences: int | None = None) -> Tensor:
+    table = check_tensor("block_tables", block_tables, (sequences, None), (torch.int32,), device)
+    if table.stride(1) != 1 and table.shape[1] > 1:
+        raise ValueError(f"block_tables: expected stride 1 along blocks, got {table.stride(1)}")
+    return table
+
+
+def check_lengths(name: str, value: object, sequences: int, device: torch.device) -> Tensor:
+    """int32 ``[S]``, contiguous."""
+    lengths = check_tensor(name, value, (sequences,), (torch.int32,), device)
+    if lengths.stride(0) != 1 and sequences > 1:
+        raise ValueError(f"{name}: expected stride 1, got {lengths.stride(0)}")
+    return lengths
+
+
+def check_scores(scores: object) -> Tensor:
+    """float32 ``[..., W]`` with ``1 <= W <= MAX_WINDOW``."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores: expected a tensor, got {type(scores).__name__}")
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores: expected dtype torch.float32, got {scores.dtype}")
+    if scores.dim() == 0 or not 1 <= scores.shape[-1] <= MAX_WINDOW:
+        raise ValueError(f"scores: expected [..., W] with W in 1..{MAX_WINDOW}, got shape {list(scores.shape)}")
+    return scores
+
+
+def require_rows(name: str, scores: Tensor) -> Tensor:
+    """``scores [..., W]`` as a view ``[rows, W]`` with its last dimension at stride 1."""
+    try:
+        rows = scores.view(-1, scores.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or (rows.stride(1) != 1 and rows.shape[1] > 1):
+        raise ValueError(
+            f"{name}: expected rows at one stride and the last dimension at stride 1, got shape "
+            f"{list(scores.shape)} with strides {scores.stride()}"
+        )
+    return rows
+
+
+def check_chunks(window: int, keep: int, chunk_budget: int, max_chunk: int) -> None:
+    check_count("keep", keep, 1, window)
+    check_count("chunk_budget", chunk_budget, 0, keep - 1)
+    check_count("max_chunk", max_chunk, 1, 2**31 - 1)
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """``0..total`` in pieces of ``size``: how the PyTorch path bounds its memory."""
+    return (slice(i, min(i + size, total)) for i in range(0, total, size))
+
+
+def contents_are_checked(device: torch.device) -> bool:
+    """On the CPU always; elsewhere it costs a stream synchronisation and is asked for by KARA_KERNELS_DEBUG=1."""
+    return device.type == "cpu" or os.environ.get("KARA_KERNELS_DEBUG", "0") == "1"

@@ -1,0 +1,1 @@
+"""Kara in vLLM: scheduler, runner and worker."""

@@ -1,0 +1,102 @@
+"""Scores of a KV head from its partial rows, and means of them where heads or layers share a keep list."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ._triton import tl, triton, window_of
+
+# ------------------------------------------------------------------------------------------------- device code
+
+
+@triton.jit
+def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr, SQUARES: tl.constexpr,
+               VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+    """Scores of one KV head from its partial rows, added in ascending order."""
+    inside = offs_w < W
+    sums = num_tiles - VALUE_NORM - REDUNDANCY
+    total = tl.zeros([BLOCK_W], tl.float32)
+    for tile in range(0, sums):
+        total += tl.load(partials + tile * W + offs_w, mask=inside, other=0.0)
+    total = total * tl.cast(inverse, tl.float32)
+    if SQUARES:
+        total = tl.sqrt_rn(total)
+    if VALUE_NORM:
+        total *= tl.load(partials + sums * W + offs_w, mask=inside, other=0.0)
+    if REDUNDANCY:
+        alike = tl.load(partials + (num_tiles - 1) * W + offs_w, mask=inside, other=0.0)
+        total -= tl.cast(redundancy, tl.float32) * alike
+    return total
+
+
+@triton.jit(do_not_specialize=["num_tiles", "stride_p_l", "stride_p_s", "stride_p_h"])
+def pool_kernel(
+    scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
+    stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
+    LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr, W: tl.constexpr,
+    SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(lists of a layer, S, pooled layers)``: scores ``[pooled L, S, pooled H, W]``, means over ``HEADS`` and
+    ``LAYERS``.
+
+    Means are taken in float64 and rounded once, so that they do not depend on the order of addition. Computed scores
+    of a sequence whose window does not fit are zero.
+    """
+    offs_w = tl.program_id(0) % tl.cdiv(W, BLOCK_W) * BLOCK_W + tl.arange(0, BLOCK_W)
+    list_ = (tl.program_id(0) // tl.cdiv(W, BLOCK_W)).to(tl.int64)
+    lists = tl.num_programs(0) // tl.cdiv(W, BLOCK_W)
+    seq = tl.program_id(1).to(tl.int64)
+    layer = tl.program_id(2).to(tl.int64)
+    fits = True
+    if COMPUTED:
+        _, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
+    out = scores_ptr + ((layer * tl.num_programs(1) + seq) * lists + list_) * W + offs_w
+    if fits:
+        partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
+        if LAYERS * HEADS == 1:
+            pooled = row_scores(
+                partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
+            )
+        else:
+            total = tl.zeros([BLOCK_W], tl.float64)
+            for row in range(0, LAYERS * HEADS):
+                source = partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h
+                scores = row_scores(
+                    source, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
+                )
+                total += scores.to(tl.float64)
+            pooled = (total / (LAYERS * HEADS)).to(tl.float32)
+        tl.store(out, pooled, mask=offs_w < W)
+    else:
+        tl.store(out, tl.zeros([BLOCK_W], tl.float32), mask=offs_w < W)
+
+
+# --------------------------------------------------------------------------------------------- how it is launched
+
+
+@dataclass(frozen=True)
+class PartialRows:
+    """What lies in the partial rows of a KV head and how they become its scores; see ``row_scores``."""
+
+    tiles: int = 1
+    inverse: float = 1.0  # of how many rows a column sum is the mean
+    squares: bool = False
+    value_norm: bool = False
+    redundancy: float = 0.0
+
+
+def launch_pool(
+    scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor | None, protected: Tensor | None,
+    rows: PartialRows, computed: bool,
+) -> None:  # fmt: skip
+    """``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged where the extent is 1."""
+    layers, sequences, heads, tiles, window = partials.shape
+    pooled_layers, _, lists, _ = scores.shape
+    block = min(256, triton.next_power_of_2(window))
+    pool_kernel[(lists * triton.cdiv(window, block), sequences, pooled_layers)](
+        scores, partials, starts, seq_lens, protected, tiles, rows.inverse, rows.redundancy,
+        partials.stride(0), partials.stride(1), partials.stride(2),
+        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window, SQUARES=rows.squares,
+        VALUE_NORM=int(rows.value_norm), REDUNDANCY=int(rows.redundancy > 0), BLOCK_W=block, num_warps=2,
+        enable_fp_fusion=True,
+    )  # fmt: skip
