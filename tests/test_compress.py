@@ -23,13 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from worlds import FP8, Plan, Sequenced, World, plans
 
 from kara_kernels import CompressedWindow, compress_window
+from kara_kernels.options import PAPER, RECOMMENDED
 
 # The backend fixture is a constant, so examples may share it; interpreted examples are slow by nature.
 quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 few = settings(max_examples=25, deadline=None, suppress_health_check=quiet)
 many = settings(max_examples=40, deadline=None, suppress_health_check=quiet)
 
-DEFAULTS = {"chunk_fraction": 0.3, "max_chunk": 8, "pool": "head", "redundancy": 0.0}
 POOLS = ("head", "layer", "model")
 MOVED_DTYPES = (*worlds.FLOATS, *FP8, torch.uint8, torch.int8)
 
@@ -38,7 +38,7 @@ MOVED_DTYPES = (*worlds.FLOATS, *FP8, torch.uint8, torch.int8)
 
 
 def compress(world: World, keep: int, backend: str, **options: Any) -> CompressedWindow:
-    """Every layer of the world in one call, one layer as plain tensors. Options override the arguments."""
+    """Every layer of the world in one call, one layer as plain tensors: the paper's method unless options differ."""
     single = world.plan.layers == 1
     values = world.v_caches
     arguments = {
@@ -52,6 +52,7 @@ def compress(world: World, keep: int, backend: str, **options: Any) -> Compresse
         "window_starts": world.window_starts,
         "protected_lens": world.protected_lens,
         "backend": backend,
+        **PAPER,
     }
     return call({**arguments, **options})
 
@@ -98,6 +99,10 @@ def check(
     ]
     assert kept.tolist() == expected
     assert result.seq_lens.tolist() == world.assert_compacted(before, expected)
+    assert result.frontiers.dtype == torch.int32
+    protected = [0] * len(world.starts) if world.protected_lens is None else world.protected_lens.tolist()
+    ends = zip(world.starts, world.skipped, protected, strict=True)
+    assert result.frontiers.tolist() == [max(floor, 0) if skip else start + keep for start, skip, floor in ends]
 
 
 def check_scores(
@@ -414,18 +419,52 @@ def test_one_layer_in_a_list_keeps_its_leading_dimension(backend: str) -> None:
 def test_the_result_is_a_named_tuple(backend: str) -> None:
     result = compress(World(ONE_LAYER), 3, backend)
     assert isinstance(result, CompressedWindow)
-    assert CompressedWindow._fields == ("seq_lens", "keep_indices", "scores")
+    assert CompressedWindow._fields == ("seq_lens", "keep_indices", "scores", "frontiers")
     assert result[0] is result.seq_lens
 
 
-def test_defaults_are_those_of_the_specification(backend: str) -> None:
+def test_the_defaults_are_the_recommended_options(backend: str) -> None:
+    """Value norms are among them where there are values, and cannot be where there are none."""
     plan = Plan((Sequenced(2),), layers=2, heads=2, window=40, queries=8, dim=8, v_dim=8, seed=11)
-    by_default, spelled_out = World(plan), World(plan)
-    before = by_default.snapshot()
-    result = compress(by_default, 13, backend)
-    check(by_default, before, result, 13, chunk_fraction=0.3, max_chunk=8)
-    options = {**DEFAULTS, "attention": "bidirectional", "scale": plan.dim**-0.5}
-    assert same_result(compress(spelled_out, 13, backend, **options), result)
+    for values in (True, False):
+        by_default, spelled_out = World(plan), World(plan)
+        arguments = {"query": by_default.query, "k_cache": by_default.k_caches, "window": 40, "keep": 13}
+        rest = {"block_tables": by_default.block_tables, "seq_lens": by_default.seq_lens, "backend": backend}
+        given_values = by_default.v_caches if values else None
+        result = call({**arguments, "v_cache": given_values, **rest, "window_starts": by_default.window_starts})
+        options = {**RECOMMENDED, "value_norm": values, "attention": "bidirectional", "scale": plan.dim**-0.5}
+        without = {} if values else {"v_cache": None}
+        assert same_result(compress(spelled_out, 13, backend, **options, **without), result)
+        paper = compress(World(plan), 13, backend, **without)
+        assert not torch.equal(paper.scores, result.scores)
+
+
+def test_frontiers_keep_survivors_from_being_compressed_again(backend: str) -> None:
+    """Three rounds of decoding; with the prompt's length alone the second would eat what the first had kept."""
+    torch.manual_seed(0)
+    page, window, keep, prompt = 4, 8, 4, 6
+    k_cache = torch.randn(16, page, 1, 4)
+    v_cache, query = torch.randn_like(k_cache), torch.randn(1, 3, 2, 4)
+    tables = torch.arange(16, dtype=torch.int32)[None]
+    length, frontiers = prompt, torch.tensor([prompt], dtype=torch.int32)
+    for round_ in range(3):
+        length += window
+        before = k_cache.flatten(0, 1)[:length].clone()
+        result = compress_window(
+            query, k_cache, v_cache, tables, torch.tensor([length], dtype=torch.int32), window=window, keep=keep,
+            window_starts=frontiers, protected_lens=frontiers, backend=backend,
+        )  # fmt: skip
+        length = prompt + (round_ + 1) * keep
+        assert result.seq_lens.tolist() == result.frontiers.tolist() == [length]
+        assert torch.equal(k_cache.flatten(0, 1)[: int(frontiers)], before[: int(frontiers)])
+        frontiers = result.frontiers
+        # Nothing decoded since: there is nothing to compress, and a call that tries is skipped.
+        again = compress_window(
+            query, k_cache, v_cache, tables, result.seq_lens, window=window, keep=keep, protected_lens=frontiers,
+            backend=backend,
+        )  # fmt: skip
+        assert torch.equal(again.seq_lens, result.seq_lens)
+        assert torch.equal(again.frontiers, frontiers)
 
 
 def test_default_chunks_by_hand(backend: str) -> None:
@@ -561,8 +600,8 @@ def test_a_start_far_beyond_the_sequence_is_no_window(backend: str, limit: str) 
     world = World(ONE_LAYER)
     world.skipped[1] = True
     before = world.snapshot()
-    options = {limit: torch.tensor([int(getattr(world, limit)[0]), 2**31 - 1], dtype=torch.int32)}
-    result = compress(world, 3, backend, **options)
+    setattr(world, limit, torch.tensor([int(getattr(world, limit)[0]), 2**31 - 1], dtype=torch.int32))
+    result = compress(world, 3, backend)
     check(world, before, result, 3)
     assert (result.scores[1] == 0).all()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kara_kernels import CompressedWindow, PagedCache, compress_window
+from kara_kernels.options import RECOMMENDED
 
 
 def inputs(layers: int | None) -> dict[str, torch.Tensor]:
@@ -56,8 +57,7 @@ def arguments(scores: torch.Tensor | None) -> tuple[tuple, dict]:
         given["query"] = None  # type: ignore[assignment]
     keywords = {
         "window": 16, "keep": 8, "scores": scores, "window_starts": None, "protected_lens": None,
-        "chunk_fraction": 0.3, "max_chunk": 8, "attention": "bidirectional", "reduction": "mean", "value_norm": False,
-        "pool": "head", "redundancy": 0.0, "scale": None, "k_scale": None, "k_scales": None, "backend": "auto",
+        "query_rows": None, "scale": None, "k_scale": None, "k_scales": None, "backend": "auto", **RECOMMENDED,
     }  # fmt: skip
     return tuple(given.values()), keywords
 

@@ -4,50 +4,68 @@ Dynamo cannot look into checks that read addresses, nor need it: under `torch.co
 changes the caches in place. Eager calls never come here: an operator's dispatch costs more than the call's own checks.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..options import OPTIONS
+from .request import check_request
+from .run import run
+
+_KINDS = {"str": "str", "int": "int", "float": "float", "bool | None": "bool?"}
 SCHEMA = (
     "compress_window(Tensor? query, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor block_tables, Tensor seq_lens, *, "
-    "int window, int keep, Tensor? scores, Tensor? window_starts, Tensor? protected_lens, float chunk_fraction, "
-    "int max_chunk, str attention, str reduction, bool value_norm, str pool, float redundancy, float? scale, "
-    "float? k_scale, Tensor? k_scales, str backend) -> (Tensor, Tensor, Tensor)"
+    "int window, int keep, Tensor? scores, Tensor? window_starts, Tensor? protected_lens, Tensor? query_rows, "
+    "float? scale, float? k_scale, Tensor? k_scales, str backend, "
+    + ", ".join(f"{_KINDS[str(option.type)]} {name}" for name, option in OPTIONS.items())
+    + ") -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_DEFAULTS = {name: option.default for name, option in OPTIONS.items()}
 
 library = torch.library.Library("kara_kernels", "DEF")
 library.define(SCHEMA)
 
 
-def implement(compress_window: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-    """What the node runs; called once, by the module that has it."""
-
-    def run(query, k_cache, v_cache, block_tables, seq_lens, *, k_scale, k_scales, scores, **options):
-        lengths, keep_indices, pooled = compress_window(
-            query, k_cache, v_cache, block_tables, seq_lens, scores=scores,
-            k_scale=k_scale if k_scales is None else k_scales, **options,
-        )  # fmt: skip
-        # An operator's results are tensors of their own: no expanded views, nothing of the caller's.
-        return lengths, keep_indices.contiguous(), (pooled if scores is None else pooled.clone()).contiguous()
-
-    library.impl("compress_window", run, "CompositeExplicitAutograd")
+@torch.library.impl(library, "compress_window", "CompositeExplicitAutograd")
+def _run(
+    query: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, block_tables: Tensor, seq_lens: Tensor, *,
+    window: int, keep: int, scores: Tensor | None, window_starts: Tensor | None, protected_lens: Tensor | None,
+    query_rows: Tensor | None, scale: float | None, k_scale: float | None, k_scales: Tensor | None, backend: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    request = check_request(
+        query, k_cache, v_cache, block_tables, seq_lens, window=window, keep=keep, scores=scores,
+        window_starts=window_starts, protected_lens=protected_lens, query_rows=query_rows, scale=scale,
+        k_scale=k_scale if k_scales is None else k_scales, reduce_scores=None, options=options,
+    )  # fmt: skip
+    lengths, keep_indices, pooled, frontiers = run(request, backend)
+    # An operator's results are tensors of their own: no expanded views, nothing of the caller's.
+    pooled = pooled if scores is None else pooled.clone()
+    return lengths, keep_indices.contiguous(), pooled.contiguous(), frontiers
 
 
 @torch.library.register_fake("kara_kernels::compress_window", lib=library)
-def _shapes(query, k_cache, v_cache, block_tables, seq_lens, *, window, keep, **options):
+def _shapes(
+    query: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, block_tables: Tensor, seq_lens: Tensor, *,
+    window: int, keep: int, **others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     lists = (*k_cache.shape[:-4], block_tables.shape[0], k_cache.shape[-2])
     return (
         torch.empty_like(seq_lens),
         seq_lens.new_empty(*lists, keep),
         seq_lens.new_empty(*lists, window, dtype=torch.float32),
+        torch.empty_like(seq_lens),
     )
 
 
 def in_graph(
     query: object, k_cache: object, v_cache: object, block_tables: Tensor, seq_lens: Tensor, *, k_scale: object,
-    reduce_scores: object, **options,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    reduce_scores: object, options: Mapping[str, Any], **others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The node of a graph. Tensors alone can be seen through by a compiler: lists and pools raise TypeError."""
     for name, value in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
         if value is not None and not isinstance(value, Tensor):
@@ -56,5 +74,6 @@ def in_graph(
         raise TypeError("reduce_scores: expected None under torch.compile, got a callable")
     scales = (None, k_scale) if isinstance(k_scale, Tensor) else (k_scale, None)
     return torch.ops.kara_kernels.compress_window(
-        query, k_cache, v_cache, block_tables, seq_lens, k_scale=scales[0], k_scales=scales[1], **options
-    )
+        query, k_cache, v_cache, block_tables, seq_lens, k_scale=scales[0], k_scales=scales[1],
+        **others, **{**_DEFAULTS, **options},
+    )  # fmt: skip

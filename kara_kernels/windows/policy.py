@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import MAX_WINDOW, REDUCTIONS, check_choice, check_count, check_flag, check_number
-from .compress import POOLS
+from ..checks import MAX_WINDOW, check_choice, check_count, check_number
+from ..options import OPTIONS, Scoring, Selection
 
 QUERY_HEADS = ("all", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(Scoring, Selection):
     """Settings of an engine's compression; every field has a default and is checked on construction.
 
+    The options of :class:`~kara_kernels.options.Scoring` and :class:`~kara_kernels.options.Selection` are fields too.
     Lengths are in tokens, counts in what they name.
 
     Raises:
@@ -37,18 +38,6 @@ class Policy:
     """Sequences compressed in one step at most; the others wait, those with most to compress go first."""
     min_freed_blocks: int = 1
     """A compression waits until it frees that many blocks, but never for more than one block of tokens."""
-    chunk_fraction: float = 0.1
-    """Share of ``keep`` that Token2Chunk may spend; see :func:`kara_kernels.compress_window`."""
-    max_chunk: int = 8
-    """Longest chunk, in tokens."""
-    pool: str = "head"
-    """Keep lists per ``"head"``, ``"layer"`` or ``"model"``."""
-    reduction: str = "rms"
-    """How the queries' attention is put together, ``"mean"`` or ``"rms"``."""
-    value_norm: bool = True
-    """Keys are weighed by the length of their values."""
-    redundancy: float = 0.0
-    """Weight of similarity to other keys."""
     query_stride: int = 2
     """Queries of every n-th decoded token are recorded to score with; 1: of all."""
     query_heads: str = "mean"
@@ -57,17 +46,17 @@ class Policy:
     """Upper bound of the query ring's memory per worker, in GiB; a ring that would be larger is refused."""
 
     def __post_init__(self) -> None:
+        Scoring.__post_init__(self)
+        Selection.__post_init__(self)
         check_count("window", self.window, 2, MAX_WINDOW)
         check_count("keep", self.keep, 1, self.window - 1)
         for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 1)):
             check_count(name, getattr(self, name), low, 2**31 - 1)
-        check_number("chunk_fraction", self.chunk_fraction, 0.0, 1.0)
-        check_count("max_chunk", self.max_chunk, 1, 2**31 - 1)
-        check_choice("pool", self.pool, POOLS)
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        check_flag("value_norm", self.value_norm)
-        check_number("redundancy", self.redundancy, 0.0, 3.4e38)
         check_count("query_stride", self.query_stride, 1, self.window)
+        if self.attention == "causal" and self.query_stride != 1:
+            raise ValueError(
+                f"query_stride: expected 1 with attention='causal' (query i is window token i), got {self.query_stride}"
+            )
         check_choice("query_heads", self.query_heads, QUERY_HEADS)
         check_number("max_query_gib", self.max_query_gib, 0.0, 1e6)
 
@@ -107,5 +96,4 @@ class Policy:
     @property
     def selection(self) -> dict[str, Any]:
         """The options of :func:`kara_kernels.compress_window` that decide which tokens stay."""
-        names = "chunk_fraction", "max_chunk", "pool", "reduction", "value_norm", "redundancy"
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in OPTIONS}
