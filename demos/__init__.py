@@ -1,13 +1,13 @@
-"""The demonstration behind ``python -m demos.generate``.
+"""Demonstrations and what they share. They live beside the package, not in it: run them from a checkout.
 
-It decodes the same prompt with the full cache and with :class:`KaraCache`, then measures how close the
-compressed cache stays to the full one. One module per question:
+generate/       python -m demos.generate: one prompt, decoded with the full cache and with KaraCache
+serve/          python -m demos.serve: the same load for vLLM without Kara and with it
+environment.py  python -m demos.environment FOLDER: a Python that runs vLLM on a CPU
 
-    __main__.py   what may be asked: options, checks, exit codes; nothing slow is imported before they passed
-    model.py      which model: a directory, a name, or the small one that a package ships
-    run.py        what happens: generation with both caches, teacher forcing of one text through all of them
-    report.py     what came out: tables, texts and the JSON file
-    picture.py    the same as one picture
+model.py        which model: a directory, a name, or the small one that a package ships
+screen.py       progress and the time left, on a terminal or in a log
+command.py      command lines: options of every demo, exit codes, one line for every error
+style.py        colours of the pictures
 """
 
 from __future__ import annotations

@@ -12,25 +12,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from .. import DemoError
+from ..style import BLUE, GREY, INK, ORANGE, PALE, SKY, STYLE
 
-# Okabe and Ito's palette: told apart with every common colour blindness, and in grey too.
-INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
-BLUE, ORANGE, SKY = "#0072B2", "#D55E00", "#56B4E9"
 CHUNK = 3  # from here on, kept neighbours are drawn and counted as a chunk
 ROWS = 10  # windows shown; more would be too thin to read
-STYLE = {
-    "font.size": 10,
-    "text.color": INK,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What came out: progress while it runs, tables and texts at the end, and the JSON file.
+"""What came out: tables and texts at the end, and the JSON file.
 
 :func:`collect` turns a finished run into one plain dictionary. Tables, picture and JSON file are made from it
 and from nothing else, so they cannot disagree. Its keys are stable within one value of ``schema``.
@@ -11,74 +11,19 @@ import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from kara_kernels import __version__
 
 from .. import DemoError
+from ..screen import READABLE, Screen
 
 SCHEMA = 1
-READABLE = 96  # columns; longer lines of prose are hard to follow
-
-
-class Screen:
-    """Standard output: live progress bars on a terminal, a line at every quarter elsewhere (logs, pipes)."""
-
-    def __init__(self) -> None:
-        self.console = Console(highlight=False)
-
-    def say(self, line: str) -> None:
-        self.console.print(Text(line, style="dim"), soft_wrap=True)
-
-    @contextmanager
-    def timed(self, phases: dict[str, float], name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        phases[name] = time.perf_counter() - started
-
-    @contextmanager
-    def phase(self, phases: dict[str, float], name: str, total: int) -> Iterator[Callable[..., None]]:
-        """Yields `advance(count, note)`."""
-        live = self.console.is_terminal
-        with self.timed(phases, name), (self._bar if live else self._lines)(name, total) as advance:
-            yield advance
-
-    @contextmanager
-    def _bar(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        columns = (
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]:>11}"),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=total, note="")
-            yield lambda count, note="": progress.update(task, advance=count, note=note)
-
-    @contextmanager
-    def _lines(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        done, started = 0, time.perf_counter()
-
-        def advance(count: int, note: str = "") -> None:
-            nonlocal done
-            quarter = done * 4 // total
-            done += count
-            if done * 4 // total > quarter:
-                seconds = time.perf_counter() - started
-                parts = [f"{done:,} of {total:,} tokens", f"{seconds:.0f} s", note]
-                print(f"{name}: {', '.join(part for part in parts if part)}", flush=True)
-
-        yield advance
 
 
 def collect(

@@ -24,12 +24,11 @@ from kara_kernels.integrations.transformers import KaraCache
 
 from .. import DemoError
 from ..model import load
+from ..screen import Advance, Screen
 from . import report
 
 # Tokens per forward of the teacher-forced text: each cache holds SLICE x vocabulary logits at a time.
 SLICE = 64
-
-Advance = Callable[..., None]
 
 
 @dataclass
@@ -190,7 +189,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     huggingface_hub.utils.enable_progress_bars()  # that of downloads, which is not
     if options.threads:
         torch.set_num_threads(options.threads)
-    screen = report.Screen()
+    screen = Screen()
     phases: dict[str, float] = {}
 
     device = options.device

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from .. import DemoError
-from ..generate.picture import BLUE, GREY, PALE, STYLE
+from ..style import BLUE, GREY, PALE, STYLE
 
 LOOKS = {"vllm": ("vLLM", GREY), "kara": ("vLLM + Kara", BLUE)}
 ROWS = 24  # requests shown; more would be too thin to read

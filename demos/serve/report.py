@@ -19,7 +19,7 @@ from rich.text import Text
 from kara_kernels import __version__
 
 from .. import DemoError
-from ..generate.report import READABLE, Screen
+from ..screen import READABLE, Screen
 from .server import Settings
 
 SCHEMA = 1

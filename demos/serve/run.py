@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import DemoError
-from ..generate.report import Screen
 from ..model import packaged_model
+from ..screen import Screen
 from . import report
 from .load import drive
 from .prompts import PROMPTS

@@ -1,0 +1,21 @@
+"""Colours and matplotlib settings that the pictures of demos and benches share."""
+
+from __future__ import annotations
+
+# Okabe and Ito's palette: told apart with every common colour blindness, and in grey too.
+INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
+BLUE, ORANGE, SKY = "#0072B2", "#D55E00", "#56B4E9"
+GREEN, PURPLE = "#009E73", "#CC79A7"
+STYLE = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
