@@ -219,14 +219,14 @@ def _checked(
         check_lengths("window_starts", window_starts, sequences, device)
     if protected_lens is not None:
         check_lengths("protected_lens", protected_lens, sequences, device)
+    check_scoring(scale, attention, reduction, redundancy)
     if scores is None:
-        queries = check_query(queries, cache, sequences)
+        queries = check_query(queries, cache, sequences, None, window, attention)
     else:
         queries = None
         shape = (layers, sequences, heads, window) if many else (sequences, heads, window)
         check_tensor("scores", scores, shape, (torch.float32,), device)
         scores = scores if many else scores[None]
-    check_scoring(queries[0].shape[1] if queries else 0, window, scale, attention, reduction, redundancy)
     check_flag("value_norm", value_norm)
     if value_norm and queries:
         if cache.v is None:
