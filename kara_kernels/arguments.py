@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .checks import (
     FP8_DTYPES,
+    MAX_WINDOW,
     REDUCTIONS,
     SCORED_DTYPES,
     check_block_tables,
@@ -41,30 +42,40 @@ def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, 
     return keep
 
 
-def check_scoring(queries: int, window: int, scale: object, attention: str, reduction: str, redundancy: object) -> None:
+def check_scoring(scale: object, attention: str, reduction: str, redundancy: object) -> None:
     check_choice("attention", attention, ("bidirectional", "causal"))
     check_choice("reduction", reduction, REDUCTIONS)
     check_number("redundancy", redundancy, 0.0, 3.4e38)
     if scale is not None:
         check_number("scale", scale, -3.4e38, 3.4e38)
-    if attention == "causal" and queries > window:
-        raise ValueError(
-            f"query: expected at most {window} queries with attention='causal' (query i is window token W - N + i), "
-            f"got {queries}"
-        )
 
 
-def check_query(query: Layers | None, cache: PagedCache, sequences: int) -> Layers:
-    """``L`` tensors ``[S, N, H*G, D]`` of a dtype that can be scored, matching the pool."""
+def check_query(
+    query: Layers | None, cache: PagedCache, sequences: int, query_rows: object = None, window: int = MAX_WINDOW,
+    attention: str = "bidirectional",
+) -> Layers:  # fmt: skip
+    """``L`` tensors ``[S, N, H*G, D]`` of a dtype that can be scored, matching the pool.
+
+    With ``query_rows`` int32 ``[S, N]`` they are ``[1, R, H*G, D]``, as ``per_layer`` hands them over, and the rows
+    are checked too. ``attention="causal"`` takes at most ``window`` queries.
+    """
     _, _, heads, dim = cache.shape
     if query is None:
         raise TypeError("query: expected a tensor or one per layer, got None (only given scores replace it)")
-    first = query[0]
     if len(query) != len(cache.k):
         raise ValueError(f"query: expected {len(cache.k)} layers as in k_cache, got {len(query)}")
-    check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, cache.k[0].device)
-    if first.shape[1] < 1:
-        raise ValueError(f"query: expected at least one query per sequence, got shape {list(first.shape)}")
+    first = query[0]
+    if query_rows is None:
+        check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, cache.k[0].device)
+        _check_queries("query", first, window, attention)
+    else:
+        if first.dim() != 4 or first.shape[0] != 1:  # what a caller made Layers of himself
+            raise ValueError(f"query: expected layers of [1, R, H*G, D] with query_rows, got shape {list(first.shape)}")
+        check_tensor("query", first[0], (None, None, dim), SCORED_DTYPES, cache.k[0].device)
+        if first.shape[1] < 1 and sequences:
+            raise ValueError(f"query: expected at least one row of queries, got shape {list(first.shape[1:])}")
+        rows = check_query_rows(query_rows, first.shape[1], sequences, first.device)
+        _check_queries("query_rows", rows, window, attention)
     if first.shape[2] < heads or first.shape[2] % heads:
         raise ValueError(f"query: expected a multiple of {heads} KV heads in dimension H*G, got {first.shape[2]}")
     if cache.k[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
@@ -73,6 +84,31 @@ def check_query(query: Layers | None, cache: PagedCache, sequences: int) -> Laye
             f"{cache.k[0].dtype}; view fp8 bytes as their float8 dtype, or pass scores="
         )
     return query
+
+
+def _check_queries(name: str, queries: Tensor, window: int, attention: str) -> None:
+    """``N``, the second dimension of ``queries``."""
+    count = queries.shape[1]
+    if count < 1:
+        raise ValueError(f"{name}: expected at least one query per sequence, got shape {list(queries.shape)}")
+    if attention == "causal" and count > window:
+        raise ValueError(
+            f"{name}: expected at most {window} queries with attention='causal' (query i is window token W - N + i), "
+            f"got {count}"
+        )
+
+
+def check_query_rows(query_rows: object, rows: int, sequences: int, device: torch.device) -> Tensor:
+    """int32 ``[S, N]``, stride 1 along ``N``, of rows in ``0..rows-1`` where contents are checked."""
+    chosen = check_tensor("query_rows", query_rows, (sequences, None), (torch.int32,), device)
+    if chosen.stride(1) != 1 and chosen.shape[1] > 1:
+        raise ValueError(f"query_rows: expected stride 1 along queries, got {chosen.stride(1)}")
+    if contents_are_checked(device):
+        bad = (chosen < 0) | (chosen >= rows)
+        if bool(bad.any()):
+            s, i = bad.nonzero()[0].tolist()
+            raise ValueError(f"query_rows[{s}, {i}]: expected a row of query in 0..{rows - 1}, got {int(chosen[s, i])}")
+    return chosen
 
 
 def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: torch.device) -> float | Tensor:
@@ -108,14 +144,15 @@ def check_values(cache: PagedCache) -> None:
 def check_score_window(
     query: Layers | None, cache: PagedCache, block_tables: object, window_starts: object, window: int,
     scale: float | None, k_scale: float | Tensor | None, attention: str, reduction: str, redundancy: float,
+    query_rows: object,
 ) -> tuple[Layers, Tensor, Tensor, float | Tensor]:  # fmt: skip
     """Arguments of ``score_window`` as (queries, block tables, starts, key scales)."""
     check_window(window)
     device, (_, _, heads, _) = cache.k[0].device, cache.shape
     table = check_block_tables(block_tables, device)
     starts = check_lengths("window_starts", window_starts, table.shape[0], device)
-    queries = check_query(query, cache, table.shape[0])
-    check_scoring(queries[0].shape[1], window, scale, attention, reduction, redundancy)
+    check_scoring(scale, attention, reduction, redundancy)
+    queries = check_query(query, cache, table.shape[0], query_rows, window, attention)
     check_values(cache)
     scales = key_scales(k_scale, len(cache.k), heads, device)
     if contents_are_checked(device):

@@ -148,28 +148,45 @@ def per_layer(
     query: Tensor | Sequence[Tensor] | None,
     k_cache: Tensor | Sequence[Tensor],
     v_cache: Tensor | Sequence[Tensor] | None,
+    query_rows: Tensor | None = None,
 ) -> tuple[Layers | None, PagedCache, bool]:
     """The arguments of one or of many layers in one form: queries, pool, and whether results carry a leading L.
 
     ``[B, P, H, D]`` caches with a ``[S, N, H*G, D]`` query are one layer. Sequences, or tensors with a leading
-    ``L``, are many.
+    ``L``, are many. With ``query_rows`` a layer's query is ``[R, H*G, D]`` and is handed back as ``[1, R, H*G, D]``.
     """
     if not isinstance(k_cache, Layers):  # first what decides how the rest is read
         k_cache = k_cache if isinstance(k_cache, Tensor) and k_cache.dim() == 4 else Layers("k_cache", k_cache)
     many = isinstance(k_cache, Layers)
     if isinstance(k_cache, Tensor):
-        if isinstance(query, Tensor) and query.dim() != 4:
-            raise ValueError(
-                f"query: expected [S, N, H*G, D] beside one layer's k_cache, got shape {list(query.shape)}"
-            )
         if v_cache is not None and not isinstance(v_cache, Tensor):
             raise TypeError(f"v_cache: expected a tensor as k_cache is one, got {type(v_cache).__name__}")
         if query is not None and not isinstance(query, Tensor):
             raise TypeError(f"query: expected a tensor as k_cache is one, got {type(query).__name__}")
-        query = None if query is None else query[None]
         k_cache, v_cache = k_cache[None], None if v_cache is None else v_cache[None]
-    queries = query if query is None or isinstance(query, Layers) else Layers("query", query)
-    return queries, PagedCache.of(k_cache, v_cache), many
+    return _query_layers(query, many, query_rows is not None), PagedCache.of(k_cache, v_cache), many
+
+
+def _query_layers(query: Tensor | Sequence[Tensor] | None, many: bool, by_row: bool) -> Layers | None:
+    """Queries as ``L`` tensors ``[S, N, H*G, D]``, or ``[1, R, H*G, D]`` where ``query_rows`` picks from them."""
+    if query is None or isinstance(query, Layers):
+        return query
+    letters, lead = ("R, H*G, D", 3) if by_row else ("S, N, H*G, D", 4)
+    with_rows = " with query_rows" if by_row else ""
+    if isinstance(query, Tensor):
+        if query.dim() != lead + many:
+            raise ValueError(
+                f"query: expected [{'L, ' if many else ''}{letters}]{with_rows} beside "
+                f"{'many layers' if many else 'one layer'} of k_cache, got shape {list(query.shape)}"
+            )
+        query = query if many else query[None]
+        return Layers("query", query[:, None] if by_row else query)
+    if by_row and isinstance(query, Sequence):
+        for layer, rows in enumerate(query):
+            if isinstance(rows, Tensor) and rows.dim() != lead:
+                raise ValueError(f"query[{layer}]: expected [{letters}]{with_rows}, got shape {list(rows.shape)}")
+        query = [rows[None] if isinstance(rows, Tensor) else rows for rows in query]  # what is no tensor Layers names
+    return Layers("query", query)
 
 
 def _check_pools(k: Layers, v: Layers | None) -> None:

@@ -225,6 +225,31 @@ def test_a_broken_sequence_does_not_leak_into_others(plan: Plan) -> None:
     assert same_bits(score(world)[1:], healthy[1:])
 
 
+@many
+@given(plan=plans(max_layers=2, more_queries=False), causal=st.booleans(), stacked=st.booleans())
+def test_queries_are_found_by_their_rows(plan: Plan, causal: bool, stacked: bool) -> None:
+    """As if each sequence's queries had been copied out of the shared buffer, to the bit."""
+    world = World(plan)
+    buffers, rows = worlds.queries_by_row(world)
+    rest = world.k_caches, world.block_tables, world.window_starts, plan.window
+    attention = "causal" if causal else "bidirectional"
+    copied = reference.score_window(world.query, *rest, attention=attention)
+    buffer = torch.stack(buffers) if stacked else buffers
+    assert same_bits(reference.score_window(buffer, *rest, attention=attention, query_rows=rows), copied)
+    one = reference.score_window(
+        buffers[-1], rest[0][-1], *rest[1:], attention=attention, query_rows=rows
+    )  # no layers, no leading L
+    assert same_bits(one, copied[-1])
+
+
+def test_sequences_may_share_queries_and_name_them_twice() -> None:
+    world = World(Plan(sequences=(Sequenced(2), Sequenced(5, tail=1)), heads=2, group=2, queries=4))
+    rows = torch.tensor([[1, 0, 1, 2], [1, 2, 2, 2]], dtype=torch.int32)
+    rest = world.k_caches[0], world.block_tables, world.window_starts, 4
+    copied = reference.score_window(torch.stack([world.query[0][1][row] for row in rows.tolist()]), *rest)
+    assert same_bits(reference.score_window(world.query[0][1], *rest, query_rows=rows), copied)
+
+
 def test_equal_keys_score_equally() -> None:
     world = World(Plan((Sequenced(3, tail=2),), window=8, queries=5, group=2, content="equal"))
     assert same_bits(score(world), torch.full((1, 1, 8), 0.125))

@@ -356,6 +356,23 @@ class World:
         return "nobody's"
 
 
+def queries_by_row(world: World) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The world's queries in buffers `[R, H*G, D]` that all sequences share, in any order, and their rows `[S, N]`.
+
+    Rows that nobody asks for hold NaN. The rows are a view with other columns beside it.
+    """
+    plan, generator = world.plan, torch.Generator().manual_seed(world.plan.seed)
+    count = len(world.starts) * plan.queries
+    order = torch.randperm(count + 3, generator=generator)[:count].view(-1, plan.queries)
+    buffers = []
+    for query in world.query:
+        buffers.append(query.new_full((count + 3, *query.shape[2:]), torch.nan))
+        buffers[-1][order] = query
+    wide = torch.full((len(world.starts), plan.queries + 2), 2**30, dtype=torch.int32)
+    wide[:, 1:-1] = order
+    return buffers, wide[:, 1:-1]
+
+
 # ---- strategies ------------------------------------------------------------------------------------------
 
 

@@ -388,6 +388,7 @@ def score_window(
     reduction: str = "mean",
     v_cache: Tensor | Sequence[Tensor] | None = None,
     redundancy: float = 0.0,
+    query_rows: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention mass that every key of each window receives from all queries, without the causal mask.
@@ -411,6 +412,9 @@ def score_window(
         v_cache: ``[B, P, H, Dv]``, or ``L`` of them: weighs each key by the Euclidean length of its value. Of an fp8
             cache the stored value counts, without its scale.
         redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``, after all of the above.
+        query_rows: int32 ``[S, N]``, stride 1 along ``N``. ``query`` is then ``[R, H*G, D]``, or ``L`` such tensors, or
+            ``[L, R, H*G, D]``; query ``i`` of sequence ``s`` is row ``query_rows[s, i]``, of every layer. So sequences
+            share a buffer of queries that is read where it lies. A row may be named more than once.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -419,30 +423,33 @@ def score_window(
         float32 on NVIDIA GPUs as three TF32 products.
 
     Raises:
-        TypeError, ValueError: before anything is launched. Block ids and starts are checked on the CPU and with
-            ``KARA_KERNELS_DEBUG=1`` only. A window that runs past its sequence cannot be noticed here.
+        TypeError, ValueError: before anything is launched. Contents (block ids, starts, ``query_rows`` in ``0..R-1``)
+            are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only. A window that runs past its sequence cannot
+            be noticed here.
     """
-    queries, cache, many = per_layer(query, k_cache, v_cache)
+    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
     device = cache.k[0].device
     if resolve_backend(backend, device) == "torch":
         return reference.score_window(
             query, k_cache, block_tables, window_starts, window,
             scale=scale, k_scale=k_scale, attention=attention, reduction=reduction, v_cache=v_cache,
-            redundancy=redundancy,
+            redundancy=redundancy, query_rows=query_rows,
         )  # fmt: skip
     queries, table, starts, scales = check_score_window(
-        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy
-    )
+        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy,
+        query_rows,
+    )  # fmt: skip
     queries.require_kernel_layout("query")
     cache.require_kernel_layout()
     layers, (_, _, heads, dim) = len(cache.k), cache.shape
-    config, rows = plan_score(queries, cache.k, window, reduction, v_cache is not None, redundancy)
+    by_row = {} if query_rows is None else {"query_rows": query_rows}
+    config, rows = plan_score(queries, cache.k, window, reduction, v_cache is not None, redundancy, **by_row)
     scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
     partials = scores.new_empty(layers, len(starts), heads, rows.tiles, window)
     if len(starts):
         launch_score(
             partials, queries, cache, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
-            attention, rows, config,
+            attention, rows, config, **by_row,
         )  # fmt: skip
         launch_pool(scores, partials, starts, None, None, rows, True)
     return scores if many else scores[0]

@@ -32,21 +32,25 @@ def score_window(
     reduction: str = "mean",
     v_cache: Tensor | Sequence[Tensor] | None = None,
     redundancy: float = 0.0,
+    query_rows: Tensor | None = None,
 ) -> Tensor:
     """Scores of the ``W = window`` tokens from ``window_starts`` on; see :func:`kara_kernels.ops.score_window`.
 
     ``query`` ``[S, N, H*G, D]``, ``k_cache`` ``[B, P, H, D]`` -> float32 ``[S, H, W]``; sequences of ``L`` of both,
-    or tensors with a leading ``L``, -> ``[L, S, H, W]``. Computed in float32.
+    or tensors with a leading ``L``, -> ``[L, S, H, W]``. With ``query_rows`` ``[S, N]``, ``query`` is ``[R, H*G, D]``.
+    Computed in float32.
     """
-    queries, cache, many = per_layer(query, k_cache, v_cache)
+    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
     queries, table, starts, scales = check_score_window(
-        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy
-    )
+        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy,
+        query_rows,
+    )  # fmt: skip
     scores = torch.empty(len(cache.k), table.shape[0], cache.shape[2], window, dtype=torch.float32, device=table.device)
     for s, start in enumerate(starts.tolist()):
         scores[:, s] = score_sequence(
             queries, cache.k, cache.v, table, s, start, window,
             scale=scale, k_scale=scales, attention=attention, reduction=reduction, redundancy=redundancy,
+            query_rows=query_rows,
         )  # fmt: skip
     return scores if many else scores[0]
 
@@ -54,14 +58,17 @@ def score_window(
 def score_sequence(
     queries: Layers, k_caches: Layers, v_caches: Layers | None, block_tables: Tensor, s: int, start: int, window: int,
     *, scale: float | None, k_scale: float | Tensor, attention: str, reduction: str, redundancy: float,
+    query_rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """All layers of sequence ``s``, unchecked: ``k_scale`` a float or ``[L, H]`` -> float32 ``[L, H, W]``.
 
-    ``v_caches`` only where scores are to be weighed by the length of values.
+    ``v_caches`` only where scores are to be weighed by the length of values. ``queries`` ``[S, N, H*G, D]`` per layer,
+    or ``[1, R, H*G, D]`` with ``query_rows`` int32 ``[S, N]``.
     """
     return torch.stack([
         _score_layer(
-            queries[layer][s], keys, None if v_caches is None else v_caches[layer], block_tables[s], start, window,
+            queries[layer][s] if query_rows is None else queries[layer][0].index_select(0, query_rows[s]), keys,
+            None if v_caches is None else v_caches[layer], block_tables[s], start, window,
             scale=scale, k_scale=k_scale if isinstance(k_scale, float) else k_scale[layer],
             attention=attention, reduction=reduction, redundancy=redundancy,
         )

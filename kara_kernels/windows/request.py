@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_contents, check_query, check_scoring, check_values, key_scales
+from ..arguments import check_contents, check_query, check_values, key_scales
 from ..checks import (
     check_block_tables,
     check_count,
@@ -109,7 +109,7 @@ def check_request(
 ) -> Request:
     """Every argument of :func:`kara_kernels.compress_window` but the backend, before anything is written."""
     scoring, selection = split_options(options)
-    queries, cache, many = per_layer(query, k_cache, v_cache)
+    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
     device, (_, _, heads, dim) = cache.k[0].device, cache.shape
     check_count("keep", keep, 1, check_window(window))
     table = check_block_tables(block_tables, device)
@@ -121,8 +121,7 @@ def check_request(
     if reduce_scores is not None and not callable(reduce_scores):
         raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
     if scores is None:
-        queries = check_query(queries, cache, len(table))
-        check_scoring(queries[0].shape[1], window, None, scoring.attention, scoring.reduction, scoring.redundancy)
+        queries = check_query(queries, cache, len(table), query_rows, window, scoring.attention)
     else:
         queries = query_rows = None
         shape = (len(cache.k), len(table), heads, window) if many else (len(table), heads, window)

@@ -82,7 +82,7 @@ def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:
             of_sequence = score_sequence(
                 r.query, r.cache.k, r.cache.v if r.value_norm else None, r.block_tables, s, start, r.window,
                 scale=r.scale, k_scale=r.k_scale, attention=r.scoring.attention, reduction=r.scoring.reduction,
-                redundancy=r.scoring.redundancy,
+                redundancy=r.scoring.redundancy, query_rows=r.query_rows,
             )  # fmt: skip
             scores[:, s] = _pooled(r, of_sequence)
     return scores
@@ -107,6 +107,8 @@ def by_triton(r: Request) -> Lists:
     fit = r.window_starts, r.seq_lens, r.protected_lens
     scores, partials, summed = r.scores, None, PartialRows()
     if r.query is not None:
+        if r.query_rows is not None:
+            raise NotImplementedError("query_rows: expected None with backend='triton'")
         config, rows = plan_score(r.query, r.cache.k, r.window, r.scoring.reduction, r.value_norm, r.scoring.redundancy)
         at_once = max(1, PARTIAL_BYTES // (4 * sequences * heads * rows.tiles * r.window))
         partials = r.seq_lens.new_empty(

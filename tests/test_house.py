@@ -1,0 +1,56 @@
+"""The house stays small: a file, a class and a function that a reader can hold in the head."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kara_kernels"
+FILES = sorted(path for room in ("kara_kernels", "demos", "bench") for path in (ROOT / room).rglob("*.py"))
+MOST_LINES, MOST_OF_CLASS, MOST_OF_FUNCTION, MOST_OF_CORE = 400, 250, 60, 2200
+
+
+def code_lines(source: str) -> set[int]:
+    """Numbers of lines that hold code: neither blank, nor comment, nor docstring."""
+    held = set()
+    passed = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    statement_begins = True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.STRING and statement_begins:  # a docstring, of a module or of a field
+            continue
+        if token.type in passed:
+            statement_begins = statement_begins or token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            continue
+        statement_begins = False
+        held.update(range(token.start[0], token.end[0] + 1))
+    return held
+
+
+def test_lines_of_code_are_told_from_prose() -> None:
+    source = '"""Prose."""\n\n# more\nx = 1  # one\n\n\ndef f():\n    """Prose\n    of two lines."""\n'
+    source += '    return """a\nb"""\n'
+    assert code_lines(source) == {4, 7, 10, 11}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_classes_and_functions_are_short(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_LINES
+    code = code_lines(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MOST_OF_CLASS, node.name
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert len(code & set(range(node.lineno, node.end_lineno + 1))) <= MOST_OF_FUNCTION, node.name
+
+
+def test_the_core_is_small() -> None:
+    core = [path for path in PACKAGE.rglob("*.py") if "integrations" not in path.parts]
+    assert sum(len(code_lines(path.read_text(encoding="utf-8"))) for path in core) <= MOST_OF_CORE
