@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import baselines
+from bench import baselines, tables
 from bench.gpu import __main__ as gpu
 from bench.gpu import measure, report
 from bench.speed import __main__ as speed
 from kara_kernels import compress_window, reference
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_table_gives_back_what_was_written(tmp_path: Path) -> None:
+    head = {"kind": "a kind, of sorts", "version": "2.13.0+cpu", "plan": {"quick": False, "seed": 0}}
+    rows = [
+        {"name": 'a "b", c', "n": 3, "x": 0.1 + 0.2, "yes": True, "times": {"a": {"low": 1e-300}}, "many": [1, 2.5]},
+        {"name": "b", "z": -0.0, "many": ["one key", True]},
+    ]
+    tables.write(tmp_path / "t.csv", rows, **head)
+    assert tables.read(tmp_path / "t.csv") == (head, rows)
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 4 + 1 + 2  # a line a row
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+@pytest.mark.parametrize("value", ["3", "True", "1e3", "nan", "1_000", "", "a\nb", "a;b", (), [], [[1]], {1}, Path()])
+def test_what_a_table_would_change_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(ValueError, match="value: expected"):
+        tables.write(tmp_path / "t.csv", [{"a": value}])
+    assert not (tmp_path / "t.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["a.b", "a[]", "a: b"])
+def test_columns_that_would_nest_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="column: expected"):
+        tables.write(tmp_path / "t.csv", [{name: 1}])
+
 
 # ------------------------------------------------------------------------------------------------ baselines
 
@@ -104,25 +132,24 @@ def test_the_predecessors_work_is_ours() -> None:
 
 def test_a_quick_run_of_the_cpu_bench(tmp_path: Path) -> None:
     assert speed.main(["--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "speed.json").read_text())
-    [row] = result["rows"]
+    head, [row] = tables.read(tmp_path / "speed.csv")
     assert all(len(times) == 2 for times in row["seconds"].values())
     text = (tmp_path / "speed.md").read_text()
-    assert text == speed.page(result)
-    assert f"{row['event_ratio']:.2f}x" in text
+    assert text == speed.page(head, [row])
+    assert f"{speed.derived(row)['event_ratio']:.2f}x" in text
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
 def test_ratios_are_of_neighbours() -> None:
     seconds = {name: [1.0, 2.0, 10.0] for name in speed.LABELS}
     seconds["predecessor"] = [3.0, 8.0, 10.0]  # 3, 4 and 1 times
-    row = speed.row(speed.QUICK[0], seconds)
-    assert row["event_ratio"] == 3.0
-    assert row["median"]["kara"] == 2.0
-    result = {"machine": "m", "threads": 1, "torch": "t", "rows": [row]}
-    assert "same queries: met in 1 of 1 cases" in speed.page(result)
+    row = {**asdict(speed.QUICK[0]), "seconds": seconds}
+    assert speed.derived(row)["event_ratio"] == 3.0
+    assert speed.derived(row)["median"]["kara"] == 2.0
+    head = {"machine": "m", "threads": 1, "torch": "t"}
+    assert "same queries: met in 1 of 1 cases" in speed.page(head, [row])
     seconds["predecessor"] = [2.9, 2.0, 10.0]
-    assert "same queries: met in 0 of 1 cases" in speed.page(result | {"rows": [speed.row(speed.QUICK[0], seconds)]})
+    assert "same queries: met in 0 of 1 cases" in speed.page(head, [row])
 
 
 @pytest.mark.parametrize("argument", [["--threads", "0"], ["--rounds", "0"], ["--rounds", "x"]])
@@ -136,40 +163,47 @@ def test_bad_arguments_of_the_cpu_bench(argument: list[str], capsys: pytest.Capt
 
 
 @pytest.fixture
-def sample(tmp_path: Path) -> Path:
-    assert gpu.main(["--sample", "--rounds", "3", "--out", str(tmp_path)]) == 0
-    return tmp_path / "gpu-sample.json"
+def rehearsal(tmp_path: Path) -> Path:
+    assert gpu.main(["--rehearse", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    return tmp_path / "rehearsal.csv"
 
 
-def test_a_sample_says_what_it_is(sample: Path) -> None:
-    result = report.read(sample)
-    assert "not a GPU timing" in result["kind"]
-    assert result["machine"]["device"] == "CPU"
-    assert "not a GPU timing" in sample.with_suffix(".md").read_text()
-    assert sample.with_suffix(".md").read_text() == report.page(result)
-    assert sample.with_suffix(".png").stat().st_size > 10_000
-    stored = report.read(gpu.RESULTS / "gpu-sample.json")
-    assert stored.keys() == result.keys()
-    assert stored["kind"] == result["kind"]
+def test_a_rehearsal_says_what_it_is(rehearsal: Path) -> None:
+    head, rows = report.read(rehearsal)
+    assert "not a GPU timing" in head["kind"]
+    assert head["machine"]["device"] == "CPU"
+    assert "not a GPU timing" in rehearsal.with_suffix(".md").read_text()
+    assert rehearsal.with_suffix(".md").read_text() == report.page((head, rows))
+    assert rehearsal.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_two_runs_are_compared(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = report.read(sample)
+def test_files_of_gpu_times_hold_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in gpu.RESULTS.glob("gpu*.csv"):
+        assert report.read(path)[0]["kind"] == gpu.REAL
+    assert not list(gpu.RESULTS.glob("gpu*sample*"))
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse"])
+    assert "--rehearse: expected --out FOLDER" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_two_runs_are_compared(rehearsal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = report.read(rehearsal)
     after = copy.deepcopy(before)
     assert " *" not in report.compare(before, after)
-    for time in after["rows"][0]["times"].values():
+    head, rows = after
+    for time in rows[0]["times"].values():
         for key in ("low", "median", "high"):
             time[key] *= 100
-    after["machine"]["device"] = "another"
-    assert report.compare(before, after).count("| 100.000 * |") == len(after["rows"][0]["times"])
+    head["machine"]["device"] = "another"
+    assert report.compare(before, after).count("| 100.000 * |") == len(rows[0]["times"])
     assert "Different device: CPU and another." in report.compare(before, after)
-    assert gpu.main(["--compare", str(sample), str(sample)]) == 0
+    assert gpu.main(["--compare", str(rehearsal), str(rehearsal)]) == 0
     assert "| 1.000 |" in capsys.readouterr().out
-    for content in ("{}", "no json", '{"schema": 99}'):
-        (tmp_path / "other.json").write_text(content)
+    for content in ("{}", "no table", "# schema: 99\na,b\n1,2\n", "# schema: 1\na,b\n1\n", "# nothing\n"):
+        (tmp_path / "other.csv").write_text(content)
         with pytest.raises(SystemExit):
-            gpu.main(["--compare", str(sample), str(tmp_path / "other.json")])
-        assert "other.json: " in capsys.readouterr().err.splitlines()[-1]
+            gpu.main(["--compare", str(rehearsal), str(tmp_path / "other.csv")])
+        assert "other.csv: " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
@@ -211,7 +245,7 @@ def test_the_reference_check_sees_a_wrong_move(monkeypatch: pytest.MonkeyPatch) 
     """Run with the PyTorch path on both sides; then with rows that moved wrong, and with other keep lists."""
     real = measure.compress_window
     monkeypatch.setattr(measure, "compress_window", lambda *a, **k: real(*a, **k | {"backend": "torch"}))
-    world = measure.World(measure.SAMPLE[0], "cpu", torch.float32)
+    world = measure.World(measure.REHEARSAL[0], "cpu", torch.float32)
     assert measure.differs_from_reference(world) is None
 
     def spoiled(*a: object, **k: object) -> object:

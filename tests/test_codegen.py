@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 from conftest import INTERPRETED
 
+from bench import tables
 from bench.codegen import __main__ as command
 from bench.codegen.goals import EXCEPTIONS, Excuse, judge
 from bench.codegen.inspect import facts, occupancy, read_gcn, read_sass
@@ -108,15 +106,17 @@ def test_a_reason_that_excuses_nothing_is_an_error() -> None:
 
 
 def test_the_stored_table_meets_the_goals_and_is_of_these_shapes() -> None:
-    stored = json.loads((Path(command.RESULTS) / "codegen.json").read_text(encoding="utf-8"))
-    assert not [verdict for verdict in judge(stored["rows"], EXCEPTIONS) if verdict.missed]
+    _, stored = tables.read(command.RESULTS / "codegen.csv")
+    verdicts = judge(stored, EXCEPTIONS)
+    assert not [verdict for verdict in verdicts if verdict.missed]
+    assert (command.RESULTS / "codegen.md").read_text(encoding="utf-8") == page(stored, verdicts)
     kernels = {"score_kernel", "pool_kernel", "keep_kernel", "topk_kernel", "expand_kernel", "compact_kernel"}
-    assert {found["kernel"] for found in stored["rows"]} == kernels
-    assert {found["target"] for found in stored["rows"]} == set(TARGETS) == set(command.TARGETS)
-    assert len({found["triton"] for found in stored["rows"]}) == 2
-    labels = {found["shape"] for found in stored["rows"] if found["kernel"] == "score_kernel"}
+    assert {found["kernel"] for found in stored} == kernels
+    assert {found["target"] for found in stored} == set(TARGETS) == set(command.TARGETS)
+    assert len({found["triton"] for found in stored}) == 2
+    labels = {found["shape"] for found in stored if found["kernel"] == "score_kernel"}
     assert labels <= {shape.label for shape in SHAPES}
-    for found in stored["rows"]:
+    for found in stored:
         assert found["occupancy"] == occupancy(found["target"], found["registers"], found["shared"], found["warps"])
 
 
@@ -133,7 +133,7 @@ def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_stored_figures_are_those_of_a_build_made_now(target: str) -> None:
     import triton
 
-    stored = json.loads((Path(command.RESULTS) / "codegen.json").read_text(encoding="utf-8"))["rows"]
+    _, stored = tables.read(command.RESULTS / "codegen.csv")
     if triton.__version__ not in {found["triton"] for found in stored}:
         pytest.skip(f"the stored table is of other versions than {triton.__version__}")
     shape = Shape()

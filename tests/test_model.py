@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench import tables
 from bench.traffic import model as m
 from bench.traffic import predict
 from bench.traffic.model import Event, Gpu, Measured, Model
@@ -89,14 +89,14 @@ def test_what_rises_with_what() -> None:
 
 @pytest.fixture
 def counts() -> Path:
-    return predict.RESULTS / "traffic.json"
+    return predict.RESULTS / "traffic.csv"
 
 
 def test_the_page_says_that_it_is_a_model(counts: Path, tmp_path: Path) -> None:
     assert predict.main(["--counts", str(counts), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "model.md").read_text()
     assert f"**This is {predict.KIND}.**" in text
-    assert json.loads((tmp_path / "model.json").read_text())["kind"] == predict.KIND
+    assert tables.read(tmp_path / "model.csv")[0]["kind"] == predict.KIND
     assert "DeepSeek-V3, TP 8 | A100 | the weights do not fit" in text
     assert (tmp_path / "model.png").stat().st_size > 10_000
 
@@ -111,5 +111,5 @@ def test_a_missed_goal_is_told(
 
 def test_no_counts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        predict.main(["--counts", str(tmp_path / "nothing.json")])
+        predict.main(["--counts", str(tmp_path / "nothing.csv")])
     assert "expected a file that `make traffic` wrote" in capsys.readouterr().err.splitlines()[-1]

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from bench import tables
+from bench.tables import Row
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 OLDEST = "3.6.0"  # of the Triton versions that the package allows
@@ -22,7 +25,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for codegen.md and codegen.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for codegen.md and codegen.csv")
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET", help=" ".join(TARGETS)
     )
@@ -38,14 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--workers: expected 1 or more, got {options.workers}")
     from . import goals, report
 
-    rows = _run_children(options)
-    path = options.out / "codegen.json"
+    found = _run_children(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"kind": "compiled, not run", "rows": rows}, indent=0), encoding="utf-8")
+    tables.write(options.out / "codegen.csv", found, kind="compiled, not run")
     exceptions = () if options.quick else goals.EXCEPTIONS
-    verdicts = goals.judge(rows, exceptions)
-    (options.out / "codegen.md").write_text(report.page(rows, verdicts), encoding="utf-8")
-    print(f"{len(rows)} kernels: {options.out / 'codegen.md'}")
+    verdicts = goals.judge(found, exceptions)
+    (options.out / "codegen.md").write_text(report.page(found, verdicts), encoding="utf-8")
+    print(f"{len(found)} kernels: {options.out / 'codegen.md'}")
     missed = [verdict for verdict in verdicts if verdict.missed]
     for verdict in missed:
         row = verdict.missed[0]
@@ -54,25 +56,25 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(missed))
 
 
-def _run_children(options: argparse.Namespace) -> list[dict]:
+def _run_children(options: argparse.Namespace) -> list[Row]:
     """A process for each target and version: Triton compiles one launch at a time."""
     import triton
 
     versions = [triton.__version__] if options.quick else [OLDEST, triton.__version__]
     jobs = [(version, target) for target in options.targets for version in versions]
-    rows: dict[tuple[str, str], list[dict]] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     began = time.monotonic()
     with ThreadPoolExecutor(options.workers) as pool:
         waiting = {pool.submit(_child, *job, options.quick, triton.__version__): job for job in jobs}
         for done in as_completed(waiting):
             job = waiting[done]
-            rows[job] = done.result()
-            print(f"{len(rows)}/{len(jobs)}  Triton {job[0]} {job[1]}: {len(rows[job])} kernels, "
+            found[job] = done.result()
+            print(f"{len(found)}/{len(jobs)}  Triton {job[0]} {job[1]}: {len(found[job])} kernels, "
                   f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
-    return [row for job in jobs for row in rows[job]]
+    return [row for job in jobs for row in found[job]]
 
 
-def _child(version: str, target: str, quick: bool, installed: str) -> list[dict]:
+def _child(version: str, target: str, quick: bool, installed: str) -> list[Row]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     if version != installed:
         environment["PYTHONPATH"] = str(_triton(version))
@@ -102,7 +104,7 @@ def _triton(version: str) -> Path:
     return folder
 
 
-def _compile(target: str, quick: bool) -> Iterator[dict]:
+def _compile(target: str, quick: bool) -> Iterator[Row]:
     import triton
 
     from bench.compile_only import compiling_for
@@ -113,7 +115,7 @@ def _compile(target: str, quick: bool) -> Iterator[dict]:
     seen = 0
     with compiling_for(target) as builds:
 
-        def fresh(label: str) -> Iterator[dict]:
+        def fresh(label: str) -> Iterator[Row]:
             nonlocal seen
             for build in builds[seen:]:
                 yield {"triton": triton.__version__, "shape": label, **facts(build)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .goals import Row, Verdict
+from bench.tables import Row, markdown
+
+from .goals import Verdict
 
 INTRODUCTION = """# The machine code of every kernel
 
@@ -24,18 +26,13 @@ def name(row: Row) -> str:
     return f"{row['kernel']} {row['shape']} on {row['target']} with Triton {row['triton']}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
-
-
 def page(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> str:
     return "\n".join([INTRODUCTION, _goals(verdicts), _summary(rows), _everything(rows)])
 
 
 def _goals(verdicts: Sequence[Verdict]) -> str:
     parts = ["## Goals\n"]
-    parts.append(table(
+    parts.append(markdown(
         ("goal", "kernels", "met", "excused", "missed"),
         ((v.goal, v.rows, v.rows - len(v.missed) - sum(n for _, n in v.excused), sum(n for _, n in v.excused),
           len(v.missed)) for v in verdicts),
@@ -69,14 +66,14 @@ def _summary(rows: Sequence[Row]) -> str:
               "widest load, bytes", "widest store", "tensor-core instructions", "barriers", "atomics",
               "code, KiB")  # fmt: skip
     note = "Scoring stores 4 bytes a thread: one float32 row of column sums per program, behind megabytes of loads.\n"
-    return f"## Summary, both versions of Triton\n\n{table(header, lines)}\n{note}"
+    return f"## Summary, both versions of Triton\n\n{markdown(header, lines)}\n{note}"
 
 
 def _everything(rows: Sequence[Row]) -> str:
     """One line a shape, one column a target."""
     parts = [
         "## Every kernel in every shape\n\nRegisters a thread / KiB of shared memory / % occupancy; **+n** bytes of "
-        "spills. All other columns are in codegen.json.\n"
+        "spills. All other columns are in codegen.csv.\n"
     ]
     targets = _unique(row["target"] for row in rows)
     for version in _unique(row["triton"] for row in rows):
@@ -86,7 +83,9 @@ def _everything(rows: Sequence[Row]) -> str:
             cells = {(row["shape"], row["target"]): _cell(row) for row in own}
             shapes = _unique(row["shape"] for row in own)
             parts.append(f"### {kernel}\n")
-            parts.append(table(("shape", *targets), ((s, *(cells.get((s, t), "") for t in targets)) for s in shapes)))
+            parts.append(
+                markdown(("shape", *targets), ((s, *(cells.get((s, t), "") for t in targets)) for s in shapes))
+            )
         parts.append("</details>\n")
     return "\n".join(parts)
 

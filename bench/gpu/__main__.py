@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
+from bench import tables
+
 from . import measure, report
 
 RESULTS = Path(__file__).parents[1] / "results"
 REAL = "measured on this GPU"
-SAMPLE = "a sample of the format made by the PyTorch path on a CPU, not a GPU timing"
+REHEARSAL = "a rehearsal: tiny shapes by the PyTorch path on a CPU, not a GPU timing"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.json, gpu.md and gpu.png")
+    parser.add_argument("--out", type=Path, help="folder for gpu.csv, gpu.md and gpu.png (default: bench/results)")
     parser.add_argument("--rounds", type=int, default=100, help="samples of each")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="windows of 256 at batch 1 only")
-    parser.add_argument("--sample", action="store_true", help="no GPU: tiny shapes by the PyTorch path, labelled so")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="ratios of two runs, the first is before")
+    parser.add_argument("--rehearse", action="store_true", help="no GPU: go through the motions on the CPU, in tiny "
+                        "shapes by the PyTorch path; writes rehearsal.* into --out")  # fmt: skip
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="CSV", help="ratios of two runs, the first is before")
     options = parser.parse_args(arguments)
     if options.compare:
         try:
@@ -33,16 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.rounds < 2:
         parser.error(f"--rounds: expected 2 or more, got {options.rounds}")
-    if not options.sample and not torch.cuda.is_available():
-        parser.error("needs a GPU that torch sees; without one, --sample and --compare work")
-    device = "cpu" if options.sample else "cuda"
+    if options.rehearse and options.out is None:
+        parser.error("--rehearse: expected --out FOLDER, for its figures are no results")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("needs a GPU that torch sees; without one, --rehearse and --compare work")
+    device = "cpu" if options.rehearse else "cuda"
     cases = [
-        case for case in (measure.SAMPLE if options.sample else measure.CASES)
+        case for case in (measure.REHEARSAL if options.rehearse else measure.CASES)
         if options.cases in case.label and (not options.quick or (case.window, case.batch) in ((256, 1), (64, 1)))
     ]  # fmt: skip
     if not cases:
         parser.error(f"--cases: expected a part of a case's name, got {options.cases!r}")
-    if not options.sample:
+    if not options.rehearse:
         print("correctness first: tests/test_gpu.py", file=sys.stderr, flush=True)
         if wrong := measure.suite_is_green():
             print(f"no times from kernels that are not known to be right: {wrong}", file=sys.stderr)
@@ -56,16 +60,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
             return 1
         print(f"{number}/{len(cases)}  {case.label}", file=sys.stderr, flush=True)
-    result = {
-        "schema": measure.SCHEMA, "kind": SAMPLE if options.sample else REAL, "machine": measure.machine(device),
-        "copy_bandwidth": measure.copy_bandwidth(device, options.rounds), "rows": rows,
+    head = {
+        "schema": measure.SCHEMA, "kind": REHEARSAL if options.rehearse else REAL, "machine": measure.machine(device),
+        "copy_bandwidth": measure.copy_bandwidth(device, options.rounds),
     }  # fmt: skip
-    name = "gpu-sample" if options.sample else "gpu"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    (options.out / f"{name}.md").write_text(report.page(result), encoding="utf-8")
-    report.draw(result, options.out / f"{name}.png")
-    print(options.out / f"{name}.md")
+    folder, name = options.out or RESULTS, "rehearsal" if options.rehearse else "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    tables.write(folder / f"{name}.csv", rows, **head)
+    (folder / f"{name}.md").write_text(report.page((head, rows)), encoding="utf-8")
+    report.draw((head, rows), folder / f"{name}.png")
+    print(folder / f"{name}.md")
     return 0
 
 

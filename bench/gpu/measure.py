@@ -48,7 +48,7 @@ CASES = [
     Case(name, *shape, window, batch, values=name != "DeepSeek-V3")
     for name, shape in SHAPES.items() for window in (256, 512) for batch in (1, 8, 32)
 ]  # fmt: skip
-SAMPLE = [Case("tiny", 2, 2, 2, 64, 64, 1), Case("tiny", 2, 2, 2, 64, 128, 2)]
+REHEARSAL = [Case("tiny", 2, 2, 2, 64, 64, 1), Case("tiny", 2, 2, 2, 64, 128, 2)]
 
 
 class World:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench import baselines
-from bench.codegen.report import table
+from bench import baselines, tables
+from bench.tables import Row, markdown
 from kara_kernels import PagedCache, compress_window
 from kara_kernels.engine import Policy
 from kara_kernels.ops import score_window
@@ -106,10 +104,13 @@ def alternate(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
     return seconds
 
 
-def row(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def derived(row: Row) -> Row:
+    """What the page shows of a measured row, which is a case and the ``seconds`` of its jobs."""
+    case = Case(**{field.name: row[field.name] for field in fields(Case)})
+    seconds = row["seconds"]
     median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        **asdict(case), "case": case.label, "seconds": seconds, "median": median,
+        **row, "case": case.label, "median": median,
         # Ratios of one round, then their median: neighbours in time share the machine's mood.
         "event_ratio": statistics.median(b / a for a, b in zip(seconds[KARA], seconds[PREDECESSOR], strict=True)),
         **{f"{name} ratio": statistics.median(b / a for a, b in zip(seconds[name], seconds["r-kv scorer"], strict=True))
@@ -117,15 +118,15 @@ def row(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(result: dict[str, Any]) -> str:
-    rows = result["rows"]
+def page(head: Row, measured: Sequence[Row]) -> str:
+    rows = [derived(row) for row in measured]
 
     def met(key: str, goal: float) -> str:
         return f"{sum(r[key] >= goal for r in rows)} of {len(rows)} cases"
 
     parts = [
         "# One compression event on a CPU\n",
-        f"Made by `make bench` on {result['machine']}, {result['threads']} thread(s), torch {result['torch']}: "
+        f"Made by `make bench` on {head['machine']}, {head['threads']} thread(s), torch {head['torch']}: "
         f"float32, half of a window kept, a tail of {TAIL}, pages of {PAGE}; shapes are layers x KV heads x head "
         "dimension. One process, jobs in turns; medians in milliseconds. The other ways are independent formulations "
         "in `bench/baselines.py`, written from what was published about them.\n",
@@ -140,13 +141,13 @@ def page(result: dict[str, Any]) -> str:
         "a model's attention modules around them.\n",
         "![Milliseconds of an event](speed.png)\n",
         "## Whole events\n",
-        table(
+        markdown(
             ("case", *(LABELS[n] for n in (KARA, PREDECESSOR, "r-kv", "snapkv")), "predecessor / Kara"),
             ((r["case"], *(f"{1e3 * r['median'][n]:.1f}" for n in (KARA, PREDECESSOR, "r-kv", "snapkv")),
               f"{r['event_ratio']:.2f}x") for r in rows),
         ),
         "## Scoring alone\n",
-        table(
+        markdown(
             ("case", *(LABELS[n] for n in list(LABELS)[4:]), "R-KV / every query", "R-KV / recorded",
              "R-KV / 8 queries"),
             ((r["case"], *(f"{1e3 * r['median'][n]:.1f}" for n in list(LABELS)[4:]),
@@ -156,18 +157,18 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def case_times(rows: Sequence[dict[str, Any]]) -> str:
+def case_times(rows: Sequence[Row]) -> str:
     times = sorted({r["window"] // baselines.RKV_QUERIES for r in rows})
     return str(times[0]) if len(times) == 1 else f"{times[0]} to {times[-1]}"
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(head: Row, measured: Sequence[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows, names = result["rows"], (KARA, PREDECESSOR, "r-kv", "snapkv")
+    rows, names = [derived(row) for row in measured], (KARA, PREDECESSOR, "r-kv", "snapkv")
     colours = dict(zip(names, ("#0b6e99", "#b8b8b8", "#d98c3f", "#8a6fae"), strict=True))
     figure, axes = plt.subplots(figsize=(9, 0.75 * len(rows) + 1.6), layout="constrained")
     for index, name in enumerate(names):
@@ -176,7 +177,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [r["case"] for r in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel(f"milliseconds of an event on a CPU, {result['threads']} thread(s), median")
+    axes.set_xlabel(f"milliseconds of an event on a CPU, {head['threads']} thread(s), median")
     axes.set_title("One compression event in PyTorch (layers x KV heads x D)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2)
@@ -194,7 +195,7 @@ def machine() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speed.md, speed.json and speed.png")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speed.md, speed.csv and speed.png")
     parser.add_argument("--threads", type=int, default=1, help="1: threads that wait for each other spoil the figures")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="one tiny case")
@@ -206,15 +207,15 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     cases = QUICK if options.quick else CASES
     for number, case in enumerate(cases, start=1):
-        rows.append(row(case, alternate(jobs(case), options.rounds)))
-        print(f"{number}/{len(cases)}  {case.label}: {1e3 * rows[-1]['median'][KARA]:.1f} ms, "
-              f"{rows[-1]['event_ratio']:.2f}x", file=sys.stderr, flush=True)  # fmt: skip
-    result = {"kind": "measured on a CPU", "machine": machine(), "threads": options.threads,
-              "torch": torch.__version__, "rows": rows}  # fmt: skip
+        rows.append({**asdict(case), "seconds": alternate(jobs(case), options.rounds)})
+        shown = derived(rows[-1])
+        print(f"{number}/{len(cases)}  {case.label}: {1e3 * shown['median'][KARA]:.1f} ms, "
+              f"{shown['event_ratio']:.2f}x", file=sys.stderr, flush=True)  # fmt: skip
+    head = {"kind": "measured on a CPU", "machine": machine(), "threads": options.threads, "torch": torch.__version__}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    (options.out / "speed.md").write_text(page(result), encoding="utf-8")
-    draw(result, options.out / "speed.png")
+    tables.write(options.out / "speed.csv", rows, **head)
+    (options.out / "speed.md").write_text(page(head, rows), encoding="utf-8")
+    draw(head, rows, options.out / "speed.png")
     print(options.out / "speed.md")
     return 0
 

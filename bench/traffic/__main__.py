@@ -7,12 +7,13 @@ import os
 os.environ["TRITON_INTERPRET"] = "0"  # the emulator runs compiled code; Triton reads this when kernels are decorated
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+from bench import tables
 
 from . import measure, report
 
@@ -21,7 +22,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for traffic.md and traffic.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for traffic.md and traffic.csv")
     parser.add_argument("--quick", action="store_true", help="the smallest case only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -32,8 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(measure.measure(case))
         print(f"{number}/{len(cases)}  {case.name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    content = {"kind": "counted in an emulator of sm_80 code, not timed", "rows": rows}
-    (options.out / "traffic.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    tables.write(options.out / "traffic.csv", rows, kind="counted in an emulator of sm_80 code, not timed")
     (options.out / "traffic.md").write_text(report.page(rows), encoding="utf-8")
     print(options.out / "traffic.md")
     missed = 0

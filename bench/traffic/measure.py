@@ -117,8 +117,14 @@ def floor(case: Case, tiles: int, moving: int) -> Floor:
     return Floor(scoring, selection, compaction, 2 * case.heads * case.rows * case.window * case.dim)
 
 
+OTHERS = {
+    "scoring": "materialised logits, two softmaxes", "selection": "topk, sort",
+    "compaction": "gather, clone, index_copy_",
+}  # fmt: skip
+
+
 def others(case: Case) -> dict[str, int]:
-    """Least bytes of what PyTorch users write today: each operand of each operation once, each result once."""
+    """The least bytes of what PyTorch users write today, by step: each operand and each result of an operation once."""
     size, heads, window = case.dtype.itemsize, case.heads, case.window
     wide = max(2, size)
     keys = heads * window * case.dim
@@ -127,12 +133,12 @@ def others(case: Case) -> dict[str, int]:
     score = heads * window * 4
     return {
         # keys gathered through the block table; queries times keys; two softmaxes; their mean
-        "scoring: materialised logits, two softmaxes": keys * size * 3 + heads * case.rows * case.dim * wide
+        "scoring": keys * size * 3 + heads * case.rows * case.dim * wide
         + logits + 2 * 2 * logits + logits + score,
         # topk reads scores and writes values and int64 indices; sort reads and writes the indices with a permutation
-        "selection: topk, sort": score + heads * case.keep * 12 + heads * case.keep * (8 + 8 + 8),
+        "selection": score + heads * case.keep * 12 + heads * case.keep * (8 + 8 + 8),
         # gather, clone and index_copy_ each read and write every row, whether it moves or not
-        "compaction: gather, clone, index_copy_": 6 * rows,
+        "compaction": 6 * rows,
     }  # fmt: skip
 
 

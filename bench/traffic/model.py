@@ -13,12 +13,13 @@ of the vendors' peaks are assumptions, named below.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from bench import tables
+from bench.tables import Row
 from kara_kernels.engine import Policy
 from kara_kernels.ops.score import score_config
 
@@ -104,13 +105,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """From traffic.json, by case: instructions of warps for each logit, and bytes beside the floor."""
+    """From traffic.csv, by case: instructions of warps for each logit, and bytes beside the floor."""
 
     per_logit: float
     compulsory: float
 
     @classmethod
-    def of(cls, rows: list[dict], case: str) -> Measured:
+    def of(cls, rows: list[Row], case: str) -> Measured:
         [row] = [row for row in rows if row["case"] == case]
         scoring = row["steps"]["scoring"]
         logits = row["matrix_operations"] / row["matrix_ratio"] / 2 / row["dim"]
@@ -118,7 +119,7 @@ class Measured:
 
 
 def measured(model: Model, path: Path) -> Measured:
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    _, rows = tables.read(path)
     return Measured.of(rows, "Llama-3.1-8B, rms and value norms" if model.v_dim else "DeepSeek-V3, latent")
 
 

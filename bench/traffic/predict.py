@@ -1,14 +1,14 @@
-"""``python -m bench.traffic.predict``: the cost model's tables and picture, from the counts in traffic.json."""
+"""``python -m bench.traffic.predict``: the cost model's tables and picture, from the counts in traffic.csv."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.codegen.report import table
+from bench import tables
+from bench.tables import markdown
 from kara_kernels.engine import Policy
 
 from . import model as m
@@ -16,6 +16,7 @@ from . import model as m
 RESULTS = Path(__file__).parents[1] / "results"
 KIND = "a model: nothing here was measured on a GPU"
 BATCHES, CONTEXTS, GENERATED = (1, 32, 256), (8192, 32768), (8192, 32768)
+TABLES = ("events", "shares", "serving")
 GOAL = 0.01  # of decode time, at batches of 32 and more
 
 
@@ -74,7 +75,7 @@ def page(result: dict[str, Any]) -> str:
         f"![Predicted throughput, {KIND}](model.png)\n",
         "## Predicted microseconds of an event, one sequence, all layers\n",
     ]
-    parts.append(table(
+    parts.append(markdown(
         ("model", "GPU", "queries", "event, us", "scoring", "selection", "compaction"),
         ((e["model"], e["gpu"], "every query" if e["every_query"] else "as recorded",
           *(f"{1e6 * e[key]:.0f}" for key in ("total", "scoring", "selection", "compaction"))) if e["fits"]
@@ -87,9 +88,9 @@ def page(result: dict[str, Any]) -> str:
     for s in result["shares"]:
         key = (s["model"], s["gpu"], "every query" if s["every_query"] else "as recorded")
         lines.setdefault(key, {})[s["batch"], s["context"]] = f"{s['share']:.2%}" + "*" * (not s["fits"])
-    parts.append(table(header, ((*key, *(cells[column] for column in columns)) for key, cells in lines.items())))
+    parts.append(markdown(header, ((*key, *(cells[column] for column in columns)) for key, cells in lines.items())))
     parts.append("## Predicted serving throughput when memory decides the batch (at most 512)\n")
-    parts.append(table(
+    parts.append(markdown(
         ("model", "GPU", "decoded tokens", "sequences", "with Kara", "tokens/s", "with Kara", "ratio"),
         ((s["model"], s["gpu"], s["generated"], s["batch"], s["batch_kara"], f"{s['tokens']:,.0f}",
           f"{s['tokens_kara']:,.0f}", f"{s['tokens_kara'] / s['tokens']:.2f}x") for s in result["serving"]),
@@ -124,14 +125,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic.predict", description=__doc__)
-    parser.add_argument("--counts", type=Path, default=RESULTS / "traffic.json", help="counts of `make traffic`")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for model.md, model.json and model.png")
+    parser.add_argument("--counts", type=Path, default=RESULTS / "traffic.csv", help="counts of `make traffic`")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for model.md, model.csv and model.png")
     options = parser.parse_args(arguments)
     if not options.counts.is_file():
         parser.error(f"--counts: expected a file that `make traffic` wrote, got {options.counts}")
     result = predict(options.counts, Policy())
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "model.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    tables.write(options.out / "model.csv", [{"table": name, **row} for name in TABLES for row in result[name]],
+                 kind=KIND, window=result["window"], keep=result["keep"])  # fmt: skip
     (options.out / "model.md").write_text(page(result), encoding="utf-8")
     draw(result, options.out / "model.png")
     print(options.out / "model.md")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.codegen.report import table
+from bench.tables import markdown
 
-from .measure import goals
+from .measure import OTHERS, goals
 
 INTRODUCTION = """# What an event moves and computes
 
@@ -35,10 +35,10 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [f"{ratio:.3f}" + ("" if ratio <= limit else " **missed**") for ratio, limit in goals(row).values()]
         lines.append((row["case"], *cells))
-    parts.append(table(header, lines))
+    parts.append(markdown(header, lines))
     for step in ("scoring", "selection", "compaction"):
         parts.append(f"## {step.capitalize()}\n")
-        parts.append(table(
+        parts.append(markdown(
             ("case", "floor, bytes", "compulsory", "requested", "sectors", "instructions of warps", "bank conflicts",
              "others"),
             (_line(row, step) for row in rows),
@@ -48,9 +48,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 def _line(row: dict[str, Any], step: str) -> tuple[object, ...]:
     counts = row["steps"][step]
-    [(name, other)] = [item for item in row["others"].items() if item[0].startswith(step)]
     return (
         row["case"], f"{counts['floor']:,}", f"{counts['compulsory_ratio']:.2f}x", f"{counts['requested_ratio']:.2f}x",
         f"{counts['sector_ratio']:.2f}x", f"{counts['instructions']:,}", f"{counts['bank_ratio']:.2f}x",
-        f"{other / counts['floor']:.1f}x ({name.split(': ')[1]})",
+        f"{row['others'][step] / counts['floor']:.1f}x ({OTHERS[step]})",
     )  # fmt: skip
