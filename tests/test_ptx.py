@@ -254,6 +254,8 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "max.NaN.f32": (["f32"] * 2, "f32", with_nan(max)),
     "mul.hi.u32": (["u32"] * 2, "u32", lambda a, b: a * b >> 32),
     "mul.hi.s32": (["s32"] * 2, "s32", lambda a, b: a * b >> 32),
+    "mul.hi.u64": (["u64"] * 2, "u64", lambda a, b: a * b >> 64),
+    "mul.hi.s64": (["s64"] * 2, "s64", lambda a, b: a * b >> 64),
     "mul.wide.u16": (["u16"] * 2, "u32", lambda a, b: a * b),
     "mul.wide.u32": (["u32"] * 2, "u64", lambda a, b: a * b),
     "mul.wide.s32": (["s32"] * 2, "s64", lambda a, b: a * b),

@@ -46,7 +46,8 @@ def _move_rows(base, table, keep_list, start, length, keep, stride_b, stride_p,
 
 @triton.jit(do_not_specialize=["keep", "stride_t_s", "stride_i_l", "stride_i_s", "stride_i_h"])
 def compact_kernel(
-    new_lens_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr, keep_ptr, keep,
+    new_lens_ptr, frontiers_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr,
+    protected_ptr, keep_ptr, keep,
     stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
     stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
     stride_t_s: tl.int64,
@@ -68,6 +69,11 @@ def compact_kernel(
     alive = tl.load(keep_list) >= 0
     if (head == 0) & (layer == 0) & (tl.program_id(1) == 0):
         tl.store(new_lens_ptr + seq, tl.where(alive, length - W + keep, length))
+        if frontiers_ptr is not None:
+            untouched = 0
+            if protected_ptr is not None:
+                untouched = tl.maximum(tl.load(protected_ptr + seq), 0)
+            tl.store(frontiers_ptr + seq, tl.where(alive, start + keep, untouched))
     if alive:
         table = block_tables_ptr + seq * stride_t_s
         if tl.program_id(1) == 0:
@@ -99,17 +105,21 @@ def row_block(dim: int, itemsize: int) -> tuple[int, int]:
 
 def launch_compact(
     new_lens: Tensor, cache: PagedCache, block_tables: Tensor, starts: Tensor | None, seq_lens: Tensor,
-    keep_indices: Tensor, window: int,
+    keep_indices: Tensor, window: int, frontiers: Tensor | None = None, protected: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``. Checks
-    nothing."""
+    """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``.
+
+    ``frontiers`` (int32 ``[S]``) takes where the kept rows of each sequence end: ``start + K``, or for one that is left
+    alone its ``protected`` length, at least 0. Checks nothing.
+    """
     layers, sequences, heads, keep = keep_indices.shape
     keys, values = cache.k, cache.v or cache.k
     k, v = (pool[0].view(WORDS[pool[0].element_size()]) for pool in (keys, values))
     block_d, block_r = row_block(k.shape[3], k.element_size())
     block_dv, block_rv = row_block(v.shape[3], v.element_size())
     compact_kernel[(sequences * heads, 1 if cache.v is None else 2, layers)](
-        new_lens, k, keys.table, v, values.table, block_tables, starts, seq_lens, keep_indices, keep,
+        new_lens, frontiers, k, keys.table, v, values.table, block_tables, starts, seq_lens, protected, keep_indices,
+        keep,
         keys.stride_layer, k.stride(0), k.stride(1), k.stride(2),
         values.stride_layer, v.stride(0), v.stride(1), v.stride(2), block_tables.stride(0),
         keep_indices.stride(0), keep_indices.stride(1), keep_indices.stride(2),

@@ -45,10 +45,16 @@ TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.f
 
 
 @triton.jit
-def _load_queries(base, offs_m, rows, offs_d, stride_n, stride_h,
+def _load_queries(base, places, offs_m, rows, offs_d, stride_n, stride_h,
                   G: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // G``, group member ``m % G``."""
-    row = base + (offs_m // G).to(tl.int64) * stride_n + (offs_m % G).to(tl.int64) * stride_h
+    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // G``, group member ``m % G``.
+
+    With ``places`` query ``i`` lies in row ``places[i]`` of ``base``.
+    """
+    query = offs_m // G
+    if places is not None:
+        query = tl.load(places + query, mask=offs_m < rows, other=0)
+    row = base + query.to(tl.int64) * stride_n + (offs_m % G).to(tl.int64) * stride_h
     mask = (offs_m < rows)[:, None] & (offs_d < DIM)[None, :]
     return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(DTYPE)
 
@@ -132,7 +138,7 @@ def _value_norms(out, base, table, start, head, stride_b, stride_p, stride_h,
 
 
 @triton.jit
-def _columns_whole(out, q_base, k_base, table, start, head, scale, num_queries, row_first, row_last,
+def _columns_whole(out, q_base, places, k_base, table, start, head, scale, num_queries, row_first, row_last,
                    stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                    W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
                    SQUARES: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -148,10 +154,10 @@ def _columns_whole(out, q_base, k_base, table, start, head, scale, num_queries, 
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(q_base, offs_m, row_last, d0, stride_q_n, stride_q_h, G, D, DTYPE)
+        q0 = _load_queries(q_base, places, offs_m, row_last, d0, stride_q_n, stride_q_h, G, D, DTYPE)
         logits = tl.dot(q0, k0, input_precision=PRECISION)
         if D1 > 0:
-            q1 = _load_queries(q_base, offs_m, row_last, d1, stride_q_n, stride_q_h, G, D, DTYPE)
+            q1 = _load_queries(q_base, places, offs_m, row_last, d1, stride_q_n, stride_q_h, G, D, DTYPE)
             logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
         logits = _masked(logits, offs_m, offs_w, scale, num_queries, W, G, CAUSAL)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
@@ -161,7 +167,7 @@ def _columns_whole(out, q_base, k_base, table, start, head, scale, num_queries, 
 
 
 @triton.jit
-def _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
+def _tile_logits(q_base, places, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                  W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
                  FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -170,7 +176,7 @@ def _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m,
     logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(q_base, offs_m, row_last, offs_d, stride_q_n, stride_q_h, G, D, DTYPE)
+        q = _load_queries(q_base, places, offs_m, row_last, offs_d, stride_q_n, stride_q_h, G, D, DTYPE)
         k = load_rows(
             k_base, table, start, offs_w, offs_d, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE
         )
@@ -179,7 +185,7 @@ def _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m,
 
 
 @triton.jit
-def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_queries, row_first, row_last,
+def _columns_streamed(out, q_base, places, k_base, table, start, head, scale, num_queries, row_first, row_last,
                       stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                       W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
                       SQUARES: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -192,8 +198,8 @@ def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_querie
         total = tl.zeros([BLOCK_M], tl.float32)
         for tile in range(0, W, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
-            logits = _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
-                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
+            logits = _tile_logits(q_base, places, k_base, table, start, head, scale, num_queries, offs_m, offs_w,
+                                  row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                                   W, P, D, G, CAUSAL, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, BLOCK_D)  # fmt: skip
             higher = tl.maximum(peak, tl.max(logits, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
@@ -201,8 +207,8 @@ def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_querie
         weight = tl.where(offs_m < row_last, 1.0 / total, 0.0)
         for tile in range(0, W, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
-            logits = _tile_logits(q_base, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
-                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
+            logits = _tile_logits(q_base, places, k_base, table, start, head, scale, num_queries, offs_m, offs_w,
+                                  row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
                                   W, P, D, G, CAUSAL, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, BLOCK_D)  # fmt: skip
             p = tl.exp2(logits - peak[:, None]) * weight[:, None]
             columns = tl.sum(p * p if SQUARES else p, 0)
@@ -214,14 +220,14 @@ def _columns_streamed(out, q_base, k_base, table, start, head, scale, num_querie
             tl.store(out + offs_w, columns, mask=offs_w < W)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_tiles", "stride_t_s"])
+@triton.jit(do_not_specialize=["num_queries", "num_tiles", "first_layer", "stride_t_s", "stride_qr_s"])
 def score_kernel(
     partials_ptr, query_ptr, query_table, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr,
-    protected_ptr, k_scale_ptr, scale, num_queries, num_tiles,
+    protected_ptr, query_rows_ptr, k_scale_ptr, scale, num_queries, num_tiles, first_layer,
     stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64,
     stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
     stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
-    stride_t_s: tl.int64,
+    stride_t_s: tl.int64, stride_qr_s: tl.int64,
     stride_ks_l: tl.int64, stride_ks_h: tl.int64,
     H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
@@ -231,19 +237,21 @@ def score_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(S*H, tiles, L)``: partial rows ``[L, S, H, tiles, W]``: column sums, of squares with ``SQUARES``; then a
-    row of value norms with ``VALUE_NORM``; last one of redundancy's softmax with ``REDUNDANCY``.
+    row of value norms with ``VALUE_NORM``; last one of redundancy's softmax with ``REDUNDANCY``. ``L`` counts from
+    ``first_layer`` of the pools.
 
     A sequence whose window does not fit is left out; nobody reads its partial rows.
     """
     seq = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(1)
-    layer = tl.program_id(2).to(tl.int64)
+    layer = first_layer + tl.program_id(2).to(tl.int64)
     start, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
     if fits:
         k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer, ALIGN_K)
         table = block_tables_ptr + seq * stride_t_s
-        out = partials_ptr + ((layer * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile) * W
+        row = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile
+        out = partials_ptr + row * W
         if REDUNDANCY and tile == num_tiles - 1:
             _mean_cosines(
                 out, k_base, table, start, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, BLOCK_D, BLOCK_R
@@ -256,18 +264,21 @@ def score_kernel(
         else:
             q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q)
             q_base += seq * stride_q_s + head * G * stride_q_h
+            places = query_rows_ptr
+            if query_rows_ptr is not None:
+                places += seq * stride_qr_s
             factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e): exp2 is the native instruction
             if k_scale_ptr is not None:
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
             row_first = tile * ROWS
             row_last = tl.minimum(row_first + ROWS, num_queries * G)
             if WHOLE:
-                _columns_whole(out, q_base, k_base, table, start, head, factor, num_queries, row_first, row_last,
-                               stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G, CAUSAL,
+                _columns_whole(out, q_base, places, k_base, table, start, head, factor, num_queries, row_first,
+                               row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G, CAUSAL,
                                SQUARES, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0, D1)  # fmt: skip
             else:
-                _columns_streamed(out, q_base, k_base, table, start, head, factor, num_queries, row_first, row_last,
-                                  stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G,
+                _columns_streamed(out, q_base, places, k_base, table, start, head, factor, num_queries, row_first,
+                                  row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G,
                                   CAUSAL, SQUARES, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0)  # fmt: skip
 
 
@@ -322,12 +333,14 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
 
 
 def plan_score(
-    query: Layers, k_cache: Layers, window: int, reduction: str, value_norm: bool, redundancy: float
-) -> tuple[ScoreConfig, PartialRows]:
-    """The launch configuration and the partial rows that it leaves per KV head."""
+    query: Layers, k_cache: Layers, window: int, reduction: str, value_norm: bool, redundancy: float,
+    query_rows: Tensor | None = None,
+) -> tuple[ScoreConfig, PartialRows]:  # fmt: skip
+    """The launch configuration and the partial rows that it leaves per KV head; arguments as of ``launch_score``."""
     q, k = query[0], k_cache[0]
     config = score_config(window, k.shape[3], _matrix_dtype(q, k), shared_memory(k.device), is_amd(k.device))
-    rows = q.shape[1] * (q.shape[2] // k.shape[2])
+    queries = q.shape[1] if query_rows is None else query_rows.shape[1]
+    rows = queries * (q.shape[2] // k.shape[2])
     tiles = triton.cdiv(rows, config.rows) + value_norm + (redundancy > 0)
     return config, PartialRows(tiles, 1 / rows, reduction == "rms", value_norm, redundancy)
 
@@ -341,9 +354,13 @@ def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
 def launch_score(
     partials: Tensor, query: Layers, cache: PagedCache, block_tables: Tensor, starts: Tensor | None,
     seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
-    rows: PartialRows, config: ScoreConfig,
+    rows: PartialRows, config: ScoreConfig, query_rows: Tensor | None = None, first_layer: int = 0,
 ) -> None:  # fmt: skip
-    """Partial rows of all layers and sequences into ``partials [L, S, H, tiles, W]``. Checks nothing."""
+    """Partial rows of all sequences in layers ``first_layer`` ... of the pools into ``partials [L, S, H, tiles, W]``.
+
+    ``query``: ``[S, N, H*G, D]`` of each layer. With ``query_rows`` (int32 ``[S, N]``, the last stride 1) it is
+    ``[1, R, H*G, D]`` instead, and query ``i`` of sequence ``s`` is row ``query_rows[s, i]``. Checks nothing.
+    """
     layers, sequences, heads, tiles, window = partials.shape
     values = cache.v if rows.value_norm and cache.v is not None else cache.k  # keys stand in where none are read
     q, k, v = query[0], cache.k[0], values[0]
@@ -356,12 +373,13 @@ def launch_score(
     precision = "ieee" if INTERPRETED or is_amd(k.device) else "tf32x3"
     score_kernel[(sequences * heads, tiles, layers)](
         partials, q, query.table, k.view(torch.uint8) if fp8 else k, cache.k.table,
-        v.view(torch.uint8) if fp8_v else v, values.table, block_tables, starts, seq_lens, protected, by_head,
-        scale * k_scale if isinstance(k_scale, float) else scale, q.shape[1], tiles,
-        query.stride_layer, q.stride(0), q.stride(1), q.stride(2),
+        v.view(torch.uint8) if fp8_v else v, values.table, block_tables, starts, seq_lens, protected, query_rows,
+        by_head, scale * k_scale if isinstance(k_scale, float) else scale,
+        q.shape[1] if query_rows is None else query_rows.shape[1], tiles, first_layer,
+        query.stride_layer, q.stride(0) if query_rows is None else 0, q.stride(1), q.stride(2),
         cache.k.stride_layer, k.stride(0), k.stride(1), k.stride(2),
         values.stride_layer, v.stride(0), v.stride(1), v.stride(2), block_tables.stride(0),
-        *((0, 0) if by_head is None else by_head.stride()),
+        0 if query_rows is None else query_rows.stride(0), *((0, 0) if by_head is None else by_head.stride()),
         H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3],
         CAUSAL=attention == "causal", SQUARES=rows.squares, VALUE_NORM=int(rows.value_norm),
         REDUNDANCY=int(rows.redundancy > 0), FP8=fp8, FP8_V=fp8_v, DTYPE=dtype, ALIGN_Q=query.alignment,

@@ -42,9 +42,9 @@ def _shift(operation: Callable, width: int) -> Callable:
 
 
 def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The upper 32 bits of a product."""
-    wide = np.int64 if a.dtype.kind == "i" else np.uint64
-    return (a.astype(wide) * b.astype(wide) >> np.array(32, wide)).astype(a.dtype)
+    """The upper half of a product."""
+    wide = object if a.itemsize == 8 else np.int64 if a.dtype.kind == "i" else np.uint64
+    return (a.astype(wide) * b.astype(wide) >> np.array(8 * a.itemsize, wide)).astype(a.dtype)
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (rf"(min|max)\.{INTEGER}", lambda m: ([m[2]] * 2, m[2], np.minimum if m[1] == "min" else np.maximum)),
     (r"(min|max)\.f32", lambda m: (["f32"] * 2, "f32", np.fmin if m[1] == "min" else np.fmax)),
     (r"(min|max)\.NaN\.f32", lambda m: (["f32"] * 2, "f32", np.minimum if m[1] == "min" else np.maximum)),
-    (r"mul\.hi\.([su]32)", lambda m: ([m[1]] * 2, m[1], _high)),
+    (r"mul\.hi\.([su](?:32|64))", lambda m: ([m[1]] * 2, m[1], _high)),
     (r"mul\.wide\.([su])(16|32)", lambda m: (
         [m[1] + m[2]] * 2, m[1] + str(2 * int(m[2])),
         lambda a, b: a.astype(TYPES[m[1] + str(2 * int(m[2]))]) * b)),

@@ -1,0 +1,101 @@
+"""Launchers called directly: queries read in place by row, layers walked in slices, frontiers.
+
+Interpreted, or with TRITON_INTERPRET=0 as compiled code in the emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from worlds import Plan, Sequenced, World
+
+from kara_kernels.ops.compact import launch_compact
+from kara_kernels.ops.score import launch_score, plan_score
+from kara_kernels.paged import Layers, PagedCache
+
+if not INTERPRETED:
+    from ptx import emulating
+
+MIXED = (Sequenced(start=3, tail=10), Sequenced(start=9, lacking=2), Sequenced(start=0, tail=0))
+
+
+@contextmanager
+def device(memory: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Launches inside run, and without a problem."""
+    if INTERPRETED:
+        yield
+        return
+    with emulating("together", memory) as launches:
+        yield
+    assert not [str(problem) for launch in launches for problem in launch.problems]
+
+
+def partials_of(world: World, queries: Layers, layers: slice = slice(None), rows: torch.Tensor | None = None,
+                attention: str = "bidirectional", norms: bool = False) -> torch.Tensor:  # fmt: skip
+    """Partial rows of some layers, by launches as `compress_window` makes them; nan where nothing was written."""
+    plan, cache = world.plan, PagedCache(world.k_caches, world.v_caches)
+    first, last, _ = layers.indices(plan.layers)
+    k_scale = torch.linspace(0.5, 1.5, plan.layers * plan.heads).view(plan.layers, plan.heads)
+    with device([*queries, *world.k_caches, *world.v_caches]):
+        config, partial = plan_score(queries, cache.k, plan.window, "rms", norms, 0.0, query_rows=rows)
+        partials = torch.full((last - first, len(plan.sequences), plan.heads, partial.tiles, plan.window), torch.nan)
+        launch_score(
+            partials, queries, cache, world.block_tables, world.window_starts, world.seq_lens, world.protected_lens,
+            0.125, k_scale, attention, partial, config, query_rows=rows, first_layer=first,
+        )  # fmt: skip
+    return partials
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize(("dim", "dtype"), [(16, torch.bfloat16), (24, torch.float32)])  # whole, streamed
+@pytest.mark.parametrize("stacked", [True, False])
+def test_queries_are_read_in_place(attention: str, dim: int, dtype: torch.dtype, stacked: bool) -> None:
+    """Rows named by a table give the bits that gathered queries give, whatever lies around them."""
+    world = World(Plan(MIXED, 2, 2, 3, 40, 30, dim, dim, 8, dtype=dtype, query_dtype=dtype)).give_values()
+    room = torch.full((2, 101, 6, dim), torch.nan, dtype=dtype)
+    rows = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:90].view(3, 30).int()
+    for layer, query in enumerate(world.query):
+        room[layer, rows.long()] = query
+    wide = torch.full((3, 35), 100, dtype=torch.int32)
+    wide[:, 2:32] = rows
+    ring = Layers("query", room[:, None] if stacked else [layer[None] for layer in room])
+    expected = partials_of(world, Layers("query", world.query), attention=attention)
+    assert expected[:, 0].isfinite().all()
+    assert expected[:, 1].isnan().all()
+    found = partials_of(world, ring, rows=wide[:, 2:32], attention=attention)
+    assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_layers_may_be_walked_in_slices(stacked: bool) -> None:
+    world = World(Plan(MIXED, 5, 2, 2, 64, 20, 64, 64, 8, "stacked" if stacked else "NHD")).give_values()
+    queries = Layers("query", torch.stack(world.query) if stacked else world.query)
+    at_once = partials_of(world, queries, norms=True)
+    walked = [partials_of(world, queries, part, norms=True) for part in (slice(0, 2), slice(2, 4), slice(4, 5))]
+    assert torch.equal(torch.cat(walked).nan_to_num(-1), at_once.nan_to_num(-1))
+    assert not torch.equal(walked[0].nan_to_num(-1), walked[1].nan_to_num(-1))
+
+
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("protected", [True, False])
+def test_frontiers(starts: bool, protected: bool) -> None:
+    """Where kept rows end; a sequence left alone names its protected length, which is never below zero."""
+    window, keep = 8, 3
+    lengths, given = torch.tensor([20, 12, 9, 30]).int(), torch.tensor([5, 6, -7, 21]).int()
+    begin = torch.tensor([5, 4, 0, 22]).int()
+    pool = torch.zeros(16, 8, 1, 16)
+    kept = torch.tensor([[0, 3, 7], [-1] * 3, [-1] * 3, [0, 1, 2]]).int()[None, :, None]
+    new_lens, frontiers = torch.full((2, 4), -9, dtype=torch.int32)
+    with device([pool]):
+        launch_compact(
+            new_lens, PagedCache(pool[None]), torch.arange(16).int().view(4, 4), begin if starts else None, lengths,
+            kept, window, frontiers=frontiers, protected=given if protected else None,
+        )  # fmt: skip
+    alone = [6, 0] if protected else [0, 0]
+    first = begin if starts else lengths - window
+    assert frontiers.tolist() == [int(first[0]) + keep, *alone, int(first[3]) + keep]
+    assert new_lens.tolist() == [15, 12, 9, 25]
