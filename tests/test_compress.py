@@ -19,10 +19,12 @@ import oracle
 import pytest
 import torch
 import worlds
+from conftest import INTERPRETED
 from hypothesis import HealthCheck, given, settings
 from worlds import FP8, Plan, Sequenced, World, plans
 
 from kara_kernels import CompressedWindow, compress_window
+from kara_kernels.ops import score
 from kara_kernels.options import PAPER, RECOMMENDED
 
 # The backend fixture is a constant, so examples may share it; interpreted examples are slow by nature.
@@ -525,6 +527,47 @@ def test_reduce_scores_sees_pooled_scores_and_decides(backend: str, plan: Plan, 
     check_scores(original, result._replace(scores=-result.scores), pool=pool)
     if pool == "head":
         assert pooled.shape == result.scores.shape
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"pool": "layer"}, {"pool": "model"}, {"reduce_scores": lambda scores: scores * 2},
+    {"redundancy": 0.5, "value_norm": True, "reduction": "rms", "k_scale": torch.tensor([1.0, 2.0, 0.5])},
+])  # fmt: skip
+def test_layers_scored_in_slices_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """Partial rows of long windows are bounded: three layers, room for two."""
+    if not INTERPRETED:
+        pytest.skip("runs kernels interpreted")
+    plan = Plan((Sequenced(2, tail=1), Sequenced(0)), layers=3, heads=2, window=6, queries=3, dim=4, v_dim=4, seed=5)
+    whole, sliced = World(plan), World(plan)
+    expected = compress(whole, 3, "triton", **options)
+    one_layer = 4 * 2 * 2 * 6 * (1 + options.get("value_norm", 0) + ("redundancy" in options))
+    monkeypatch.setattr("kara_kernels.ops.score.PARTIAL_BYTES", 2 * one_layer)
+    launches: list[int] = []
+    launch = score.launch_score
+    monkeypatch.setattr(
+        score, "launch_score", lambda partials, *rest: launches.append(len(partials)) or launch(partials, *rest)
+    )
+    assert same_result(compress(sliced, 3, "triton", **options), expected)
+    assert launches == [2, 1]
+    caches = zip([*whole.k_caches, *(whole.v_caches or [])], [*sliced.k_caches, *(sliced.v_caches or [])], strict=True)
+    assert all(same_bits(a, b) for a, b in caches)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_queries_are_read_where_they_lie(backend: str, many: bool) -> None:
+    """A buffer that sequences share and rows into it, any rows in any order, give what copied queries give."""
+    plan = Plan(
+        (Sequenced(2, tail=1), Sequenced(0)), layers=2 if many else 1, heads=2, group=2, window=6, queries=3, seed=6
+    )
+    copied, shared = World(plan), World(plan)
+    expected = compress(copied, 3, backend)
+    rows = torch.tensor([[7, 0, 3], [5, 1, 6]], dtype=torch.int32)
+    buffers = [torch.full((9, *query.shape[2:]), float("nan"), dtype=query.dtype) for query in shared.query]
+    for buffer, query in zip(buffers, shared.query, strict=True):
+        buffer[rows.long()] = query
+    given = torch.stack(buffers) if many else buffers[0]
+    result = compress(shared, 3, backend, query=given, query_rows=rows)
+    assert same_result(result, expected)
 
 
 def test_reduce_scores_sees_given_scores_too(backend: str) -> None:

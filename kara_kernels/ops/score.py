@@ -41,6 +41,9 @@ from .pool import PartialRows, launch_pool
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
+PARTIAL_BYTES = 256 << 20
+"""Bytes of partial rows on a GPU, or those of one layer if they are more; further layers are scored after them."""
+
 # ------------------------------------------------------------------------------------------------- device code
 
 
@@ -390,6 +393,32 @@ def launch_score(
     )  # fmt: skip
 
 
+def layers_at_once(sequences: int, heads: int, window: int, rows: PartialRows) -> int:
+    """Layers whose partial rows may be there together; at least one."""
+    return max(1, PARTIAL_BYTES // (4 * sequences * heads * rows.tiles * window))
+
+
+def launch_scores(
+    scores: Tensor, query: Layers, cache: PagedCache, block_tables: Tensor, starts: Tensor | None,
+    seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
+    rows: PartialRows, config: ScoreConfig, query_rows: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Scores of every head into ``scores [L, S, H, W]``, some layers at a time so that partial rows stay bounded.
+
+    Zero for a sequence whose window does not fit. Checks nothing.
+    """
+    layers, sequences, heads, window = scores.shape
+    at_once = min(layers, layers_at_once(sequences, heads, window, rows))
+    partials = scores.new_empty(at_once, sequences, heads, rows.tiles, window)
+    for first in range(0, layers, at_once):
+        some = partials[: layers - first]
+        launch_score(
+            some, query, cache, block_tables, starts, seq_lens, protected, scale, k_scale, attention, rows, config,
+            query_rows, first,
+        )  # fmt: skip
+        launch_pool(scores[first : first + at_once], some, starts, seq_lens, protected, rows, True)
+
+
 # ------------------------------------------------------------------------------------------------------ public
 
 
@@ -460,14 +489,11 @@ def score_window(
     queries.require_kernel_layout("query")
     cache.require_kernel_layout()
     layers, (_, _, heads, dim) = len(cache.k), cache.shape
-    by_row = {} if query_rows is None else {"query_rows": query_rows}
-    config, rows = plan_score(queries, cache.k, window, reduction, v_cache is not None, redundancy, **by_row)
+    config, rows = plan_score(queries, cache.k, window, reduction, v_cache is not None, redundancy, query_rows)
     scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
-    partials = scores.new_empty(layers, len(starts), heads, rows.tiles, window)
     if len(starts):
-        launch_score(
-            partials, queries, cache, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
-            attention, rows, config, **by_row,
+        launch_scores(
+            scores, queries, cache, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
+            attention, rows, config, query_rows,
         )  # fmt: skip
-        launch_pool(scores, partials, starts, None, None, rows, True)
     return scores if many else scores[0]

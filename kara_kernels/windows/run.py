@@ -11,14 +11,11 @@ from ..ops._triton import resolve_backend
 from ..ops.chunks import launch_keep
 from ..ops.compact import launch_compact
 from ..ops.pool import PartialRows, launch_pool
-from ..ops.score import launch_score, plan_score
+from ..ops.score import launch_score, launch_scores, layers_at_once, plan_score
 from ..reference.chunks import expand_chunks
 from ..reference.compact import compact_sequence
 from ..reference.score import score_sequence
 from .request import Request
-
-PARTIAL_BYTES = 256 << 20
-"""Bytes that the partial rows of scoring may take on a GPU; layers beyond it are scored in further launches."""
 
 
 class Lists(NamedTuple):
@@ -100,55 +97,48 @@ def _pooled(r: Request, scores: Tensor) -> Tensor:
 def by_triton(r: Request) -> Lists:
     """The same in three launches whatever ``L`` and ``S``, four where scores are pooled or handed out.
 
-    Scoring leaves partial rows that selection adds up. Where those of all layers pass PARTIAL_BYTES, layers are
-    scored in slices, each with a launch that adds up its rows.
+    Scoring leaves partial rows that selection adds up. Where all layers' would be too many, layers are scored some at
+    a time, each time with a launch that adds them up.
     """
     layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
     fit = r.window_starts, r.seq_lens, r.protected_lens
-    scores, partials, summed = r.scores, None, PartialRows()
+    scores, partials, rows = r.scores, None, PartialRows()
     if r.query is not None:
-        if r.query_rows is not None:
-            raise NotImplementedError("query_rows: expected None with backend='triton'")
-        config, rows = plan_score(r.query, r.cache.k, r.window, r.scoring.reduction, r.value_norm, r.scoring.redundancy)
-        at_once = max(1, PARTIAL_BYTES // (4 * sequences * heads * rows.tiles * r.window))
-        partials = r.seq_lens.new_empty(
-            min(layers, at_once), sequences, heads, rows.tiles, r.window, dtype=torch.float32
+        scoring = r.scoring
+        config, rows = plan_score(
+            r.query, r.cache.k, r.window, scoring.reduction, r.value_norm, scoring.redundancy, r.query_rows
         )
-        if at_once < layers:
-            scores = partials.new_empty(layers, sequences, heads, r.window)
+        how = r.query, r.cache, r.block_tables, *fit, r.scale, r.k_scale, scoring.attention, rows, config, r.query_rows
+        scores = r.seq_lens.new_empty(layers, sequences, heads, r.window, dtype=torch.float32)
+        if layers_at_once(sequences, heads, r.window, rows) >= layers:
+            partials = scores.new_empty(layers, sequences, heads, rows.tiles, r.window)
+            launch_score(partials, *how)
         else:
-            summed = rows
-        for first in range(0, layers, at_once):
-            some = partials[: layers - first]
-            launch_score(
-                some, r.query, r.cache, r.block_tables, *fit, r.scale, r.k_scale, r.scoring.attention, rows, config,
-            )  # fmt: skip
-            if scores is not None:
-                launch_pool(scores[first : first + at_once], some, *fit, rows, True)
-    return _select_and_move(r, scores, partials, summed)
+            launch_scores(scores, *how)
+    return _select_and_move(r, scores, partials, rows)
 
 
-def _select_and_move(r: Request, scores: Tensor | None, partials: Tensor | None, summed: PartialRows) -> Lists:
-    """From ``scores [L, S, H, W]``, or else from the partial rows that add up to them."""
+def _select_and_move(r: Request, scores: Tensor | None, partials: Tensor | None, rows: PartialRows) -> Lists:
+    """From ``scores [L, S, H, W]``, or from the partial rows that add up to them where there are some."""
     fit = r.window_starts, r.seq_lens, r.protected_lens
-    computed = scores is None
-    if scores is not None:
-        partials = scores[:, :, :, None]
-    assert partials is not None
-    if scores is None or r.selection.pool != "head":
-        scores = partials.new_empty(*r.lists, r.window)
-        if r.selection.pool != "head" or r.reduce_scores is not None:
-            launch_pool(scores, partials, *fit, summed, computed)
-            computed, summed = False, PartialRows()
+    assert scores is not None
+    if r.selection.pool != "head" or (partials is not None and r.reduce_scores is not None):
+        pooled = scores.new_empty(*r.lists, r.window)
+        if partials is None:
+            launch_pool(pooled, scores[:, :, :, None], *fit, PartialRows(), False)
+        else:
+            launch_pool(pooled, partials, *fit, rows, True)
+        scores, partials = pooled, None
     scores = r.reduced(scores)
-    if not computed:
-        partials = scores[:, :, :, None]
     keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
-    launch_keep(keep_indices, scores, partials, *fit, summed, r.chunk_budget, r.selection.max_chunk, computed)
-    new_lens = torch.empty_like(r.seq_lens)
-    rows = keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1)
-    launch_compact(new_lens, r.cache, r.block_tables, r.window_starts, r.seq_lens, rows, r.window)
-    starts, fits = r.windows()
-    protected = torch.zeros_like(starts) if r.protected_lens is None else r.protected_lens.clamp(min=0)
-    frontiers = torch.where(fits, starts + r.keep, protected)
+    options = r.chunk_budget, r.selection.max_chunk
+    if partials is None:
+        launch_keep(keep_indices, scores, scores[:, :, :, None], *fit, PartialRows(), *options, False)
+    else:
+        launch_keep(keep_indices, scores, partials, *fit, rows, *options, True)
+    new_lens, frontiers = torch.empty_like(r.seq_lens), torch.empty_like(r.seq_lens)
+    lists = keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1)
+    launch_compact(
+        new_lens, r.cache, r.block_tables, r.window_starts, r.seq_lens, lists, r.window, frontiers, r.protected_lens
+    )
     return Lists(new_lens, keep_indices, scores, frontiers)
