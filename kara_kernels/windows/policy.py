@@ -36,13 +36,16 @@ class Policy:
     max_sequences: int = 4
     """Sequences compressed in one step at most; the others wait, those with most to compress go first."""
     min_freed_blocks: int = 1
-    """A compression waits until it frees that many blocks, but never for more than one block of tokens."""
+    """A compression waits until it frees that many blocks, but never for more than one block of tokens. 0: it never
+    waits, and may drop nothing (``keep == window``)."""
     chunk_fraction: float = 0.1
     """Share of ``keep`` that Token2Chunk may spend; see :func:`kara_kernels.compress_window`."""
     max_chunk: int = 8
     """Longest chunk, in tokens."""
     pool: str = "head"
     """Keep lists per ``"head"``, ``"layer"`` or ``"model"``."""
+    attention: str = "bidirectional"
+    """``"bidirectional"`` or ``"causal"``."""
     reduction: str = "rms"
     """How the queries' attention is put together, ``"mean"`` or ``"rms"``."""
     value_norm: bool = True
@@ -57,12 +60,18 @@ class Policy:
     """Upper bound of the query ring's memory per worker, in GiB; a ring that would be larger is refused."""
 
     def __post_init__(self) -> None:
-        check_count("window", self.window, 2, MAX_WINDOW)
-        check_count("keep", self.keep, 1, self.window - 1)
-        for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 1)):
+        for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 0)):
             check_count(name, getattr(self, name), low, 2**31 - 1)
+        least = min(1, self.min_freed_blocks)  # tokens that a compression drops: none could never free a block
+        check_count("window", self.window, 1 + least, MAX_WINDOW)
+        check_count("keep", self.keep, 1, self.window - least)
         check_number("chunk_fraction", self.chunk_fraction, 0.0, 1.0)
         check_count("max_chunk", self.max_chunk, 1, 2**31 - 1)
+        check_choice("attention", self.attention, ("bidirectional", "causal"))
+        if self.attention == "causal" and self.query_stride != 1:
+            raise ValueError(
+                f"query_stride: expected 1 with attention='causal' (query i is window token i), got {self.query_stride}"
+            )
         check_choice("pool", self.pool, POOLS)
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_flag("value_norm", self.value_norm)
@@ -85,6 +94,8 @@ class Policy:
     def check_page_size(self, page_size: int) -> None:
         """Refuses settings that could never free a block of ``page_size`` tokens."""
         check_count("page_size", page_size, 1, 2**31 - 1)
+        if not self.min_freed_blocks:
+            return
         if self.window < page_size:
             raise ValueError(f"window: expected at least one block of {page_size} tokens, got {self.window}")
         most = -(-(self.window - self.keep) // page_size)
@@ -107,5 +118,5 @@ class Policy:
     @property
     def selection(self) -> dict[str, Any]:
         """The options of :func:`kara_kernels.compress_window` that decide which tokens stay."""
-        names = "chunk_fraction", "max_chunk", "pool", "reduction", "value_norm", "redundancy"
+        names = "attention", "chunk_fraction", "max_chunk", "pool", "reduction", "value_norm", "redundancy"
         return {name: getattr(self, name) for name in names}
