@@ -51,18 +51,23 @@ class Ledger:
                 self.held[layer][s][h] = tokens[:start] + kept + tokens[start + window :]
 
 
-def replay(model, real: Tensor, events, window: int) -> Ledger:
-    """The ledger of a text ``real [S, T]`` after ``events``, of which it reads logical_len, window_start and
-    keep_indices."""
+def replay(model, real: Tensor, events) -> Ledger:
+    """The ledger of a text ``real [S, T]`` after ``events``, records as :class:`kara_kernels.engine.Compression`; in
+    a batch their ``request_id`` is the sequence's index."""
     config = model.config
     ledger = Ledger(config.num_hidden_layers, config.num_key_value_heads, real)
-    for event in events:
-        ledger.read(event.logical_len)
-        for s, start in enumerate(event.window_start):
-            if start >= 0:
-                ledger.drop(s, start, window, event.keep_indices[:, s])
+    happened = [(int(event.request_id) if len(real) > 1 else 0, event) for event in events]
+    happened = [(column_of(real[s], event.logical_len), s, event) for s, event in happened]
+    for column, s, event in sorted(happened, key=lambda found: found[0]):
+        ledger.read(column)
+        ledger.drop(s, event.window_start, event.window, event.keep_indices)
     ledger.read(real.shape[1])
     return ledger
+
+
+def column_of(real: Tensor, tokens: int) -> int:
+    """Columns of ``real [T]``, padding among them, until there are so many tokens."""
+    return int((real.long().cumsum(0) < tokens).sum()) + 1
 
 
 @torch.no_grad()
@@ -83,6 +88,15 @@ def best_of_window(layer: int, s: int, tokens: list[int], judges: list[int], kee
     query = query[:, judges].reshape(heads, -1, dim)  # the G query heads of a KV head stand together
     score = (query @ key[:, tokens].mT * scale).softmax(-1).mean(1)
     return score.topk(keep).indices.sort(-1).values
+
+
+def best_of_causal(layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float) -> Tensor:
+    """The same where only ``tokens`` judge, and none looks ahead."""
+    query, key, _ = (x[s].double() for x in _seen[layer])
+    query = query[:, tokens].unflatten(0, (key.shape[0], -1))  # [H, G, W, D]
+    ahead = torch.ones(len(tokens), len(tokens)).triu(1).bool()
+    logits = (query @ key[:, None, tokens].mT * scale).masked_fill(ahead, -torch.inf)
+    return logits.softmax(-1).mean((1, 2)).topk(keep).indices.sort(-1).values
 
 
 def best_for_later(

@@ -100,20 +100,13 @@ def finish(manager, *request_ids):
     return [done[request_id] for request_id in request_ids]
 
 
-def as_batch(events):
-    return [
-        SimpleNamespace(logical_len=e.logical_len, window_start=[e.window_start], keep_indices=e.keep_indices[:, None])
-        for e in events
-    ]
-
-
 def assert_dense(model, output, events, greedy=True, since=0, until=None):
     """Every generated token of ``since..until`` (or all) and its log probability are the dense model's."""
     assert output.error is None
     assert output.status == RequestStatus.FINISHED
     ids = torch.tensor([output.prompt_ids + output.generated_tokens])[:, :-1]
     real = torch.ones_like(ids).bool()
-    visible = replay(model, real, as_batch(events), events[0].window).visible if events else causal(ids)
+    visible = replay(model, real, events).visible if events else causal(ids)
     scores = dense_logits(model, ids, real, visible)[0, len(output.prompt_ids) - 1 :].log_softmax(-1)[since:until]
     tokens = torch.tensor(output.generated_tokens)[since:until]
     if greedy:
@@ -134,7 +127,7 @@ def assert_best_kept(model, output, events, policy, recorded_from=0):
     ids = torch.tensor([output.prompt_ids + output.generated_tokens])[:, :-1]
     real = torch.ones_like(ids).bool()
     window, tail, stride = (policy[name] for name in ("window", "tail", "query_stride"))
-    dense_logits(model, ids, real, replay(model, real, as_batch(events), window).visible)
+    dense_logits(model, ids, real, replay(model, real, events).visible)
     ledger, frontier = Ledger(LAYERS, HEADS, real), len(output.prompt_ids)
     for event in events:
         assert event.window_start == frontier

@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from dense import best_for_later, best_of_window, dense_logits, replay  # noqa: E402
+from dense import best_for_later, best_of_causal, best_of_window, column_of, dense_logits, replay  # noqa: E402
 from transformers import (  # noqa: E402
     DynamicCache,
     LlamaConfig,
@@ -105,7 +105,7 @@ def with_text(real, text):
 
 def assert_dense(model, cache, ids, real, logits):
     """``logits [S, n, V]`` of the newest tokens of the stored text ``ids`` are those of the dense model."""
-    ledger = replay(model, real, cache.events, cache.window)
+    ledger = replay(model, real, cache.events)
     newest = slice(ids.shape[1] - logits.shape[1], None)
     expected = dense_logits(model, ids, real, ledger.visible)[:, newest]
     torch.testing.assert_close(logits[real[:, newest]], expected[real[:, newest]], rtol=1e-4, atol=1e-4)
@@ -122,30 +122,33 @@ def assert_generated(model, cache, text, real, logits):
 def assert_best_kept(model, cache, ids, real, prompt, best=best_of_window):
     """Windows follow each other without gap or overlap, and what stays of each is what its queries and those
     of the tail look at most: in every layer, sequence and head, by the dense model. For plain top-k."""
-    dense_logits(model, ids, real, replay(model, real, cache.events, cache.window).visible)
+    dense_logits(model, ids, real, replay(model, real, cache.events).visible)
     waiting = [[t for t in range(prompt, ids.shape[1]) if real[s, t]] for s in range(len(ids))]
     for event in cache.events:
-        for s, start in enumerate(event.window_start):
-            if start < 0:
-                assert (event.keep_indices[:, s] == -1).all()
-                continue
-            window, judges = waiting[s][: cache.window], waiting[s][: cache.window + cache.tail]
-            assert len(judges) == cache.window + cache.tail
-            assert judges[-1] < event.logical_len
-            waiting[s] = waiting[s][cache.window :]
-            for layer, attention in enumerate(module.self_attn for module in model.model.layers):
-                kept = best(layer, s, window, judges, cache.keep, attention.scaling)
-                assert torch.equal(event.keep_indices[layer, s].long(), kept), (event.logical_len, layer, s)
+        s = int(event.request_id)
+        window, judges = waiting[s][: cache.window], waiting[s][: cache.window + cache.tail]
+        assert len(judges) == cache.window + cache.tail
+        assert judges[-1] < column_of(real[s], event.logical_len)
+        waiting[s] = waiting[s][cache.window :]
+        for layer, attention in enumerate(module.self_attn for module in model.model.layers):
+            kept = best(layer, s, window, judges, cache.keep, attention.scaling)
+            assert torch.equal(event.keep_indices[layer].long(), kept), (event.logical_len, layer, s)
+
+
+def of(cache, s):
+    """What happened to one sequence."""
+    return [event for event in cache.events if event.request_id == str(s)]
 
 
 def assert_blocks(cache):
     """Every block is free or in exactly one table, and no table is longer than its rows need."""
-    held = [block for table in cache._tables for block in table]
-    assert sorted(held + cache._pool.free) == list(range(cache._pool.size))
-    assert [len(table) for table in cache._tables] == [-(-n // cache.block_size) for n in cache.physical_lengths]
+    blocks = cache._sequences.blocks
+    held = [block for table in blocks.tables for block in table]
+    assert sorted(held + blocks.allocator.free) == list(range(blocks.allocator.size))
+    assert [len(table) for table in blocks.tables] == [-(-n // cache.block_size) for n in cache.physical_lengths]
     assert cache.blocks_in_use == len(held) <= cache.peak_blocks
-    assert len(cache._tables) != 1 or cache._tables[0] == list(range(len(held)))  # what reading without a copy needs
-    assert len({pool.shape[1] for pool in cache._k + cache._v} | {cache._pool.size}) == 1
+    assert len(blocks.tables) != 1 or blocks.tables[0] == list(range(len(held)))  # what reading without a copy needs
+    assert len({pool.shape[1] for pool in blocks.pools} | {blocks.allocator.size}) == 1
 
 
 # ------------------------------------------------------------------------------------ nothing compressed
@@ -206,7 +209,9 @@ def test_generated_text_is_that_of_the_dense_model(model, lengths):
     ids, real = prompts(*lengths)
     cache = KaraCache(model, window=16, keep=6, tail=5, block_size=4)
     text, logits = generate(model, ids, real, cache, 90)
-    assert len(cache.events) == 5  # 89 decoded tokens were stored: 16 + 5, then every 16
+    assert {len(of(cache, s)) for s in range(len(lengths))} == {
+        5
+    }  # 89 decoded tokens were stored: 16 + 5, then every 16
     assert_generated(model, cache, text, real, logits)
     unlike_full_attention = stock(model, ids, real, 90)[1]
     assert (logits - unlike_full_attention).abs().max() > 0.1  # the oracle had something to tell
@@ -229,7 +234,7 @@ def test_any_window_tail_and_block_size(llama, window, keep, tail, block_size):
     ids, real = prompts(5, 11)
     cache = KaraCache(llama, window=window, keep=keep, tail=tail, block_size=block_size)
     text, logits = generate(llama, ids, real, cache, 70)
-    assert len(cache.events) == (69 - tail) // window
+    assert len(of(cache, 0)) == len(of(cache, 1)) == (69 - tail) // window
     assert_generated(llama, cache, text, real, logits)
     assert_blocks(cache)
 
@@ -242,7 +247,8 @@ def test_keep_lists_are_what_the_dense_model_would_choose(model, tail):
     ids, real = prompts(9, 4)
     cache = KaraCache(model, window=16, keep=6, tail=tail, **PLAIN)
     text, _ = generate(model, ids, real, cache, 80)
-    assert [event.logical_len for event in cache.events] == [9 + tail + 16 * n for n in range(1, 5)]
+    for s, prompt in enumerate((9, 4)):
+        assert [event.logical_len for event in of(cache, s)] == [prompt + tail + 16 * n for n in range(1, 5)]
     assert_best_kept(model, cache, text, with_text(real, text), 9)
 
 
@@ -295,9 +301,9 @@ def test_forwards_of_many_tokens_equal_forwards_of_one(llama):
     single = feed(llama, one, ids, [9] + [1] * 64)
     several = feed(llama, many, ids, [9, 20, 10, 6, 16, 3, 9])
     torch.testing.assert_close(single, several, rtol=1e-4, atol=1e-4)
-    assert len(one.events) == len(many.events) == 3
+    assert len(one.events) == len(many.events) == 2 * 3
     for a, b in zip(one.events, many.events, strict=True):
-        assert a.logical_len == b.logical_len
+        assert (a.request_id, a.logical_len) == (b.request_id, b.logical_len)
         assert torch.equal(a.keep_indices, b.keep_indices)
 
 
@@ -305,7 +311,8 @@ def test_a_forward_that_completes_several_windows(llama):
     ids, _ = prompts(90, 90)
     cache = KaraCache(llama, window=16, keep=6, tail=4, block_size=4, **PLAIN)
     logits = feed(llama, cache, ids, [9, 1, 11, 48, 1, 1, 19])
-    assert [event.logical_len for event in cache.events] == [69, 69, 69, 90]
+    for s in range(2):
+        assert [event.logical_len for event in of(cache, s)] == [69, 69, 69, 90]
     assert_dense(llama, cache, ids, torch.ones_like(ids).bool(), logits)
     assert_best_kept(llama, cache, ids, torch.ones_like(ids).bool(), 9)
     assert_blocks(cache)
@@ -320,7 +327,8 @@ def test_sequences_that_are_due_at_different_times(llama):
     real[2, 40:44] = real[2, 60] = False
     cache = KaraCache(llama, window=12, keep=5, tail=3, block_size=4, **PLAIN)
     logits = feed(llama, cache, ids, [10, 5, 1, 1, 20, 9, 14] + [1] * 20, real)
-    assert any(-1 in event.window_start for event in cache.events)
+    times = [[column_of(real[s], event.logical_len) for event in of(cache, s)] for s in range(3)]
+    assert len({tuple(of_sequence) for of_sequence in times}) == 3
     assert_dense(llama, cache, ids, real, logits)
     assert_best_kept(llama, cache, ids, real, 10)
     assert cache.get_seq_length() == 80
@@ -340,7 +348,7 @@ def test_a_prompt_in_several_forwards(llama, protected):
     torch.testing.assert_close(feed(llama, pieces, ids, [8, 8, 3, 10] + [1] * 41, real)[real], logits[real],
                                rtol=1e-4, atol=1e-4)  # fmt: skip
     assert [e.window_start for e in pieces.events] == [e.window_start for e in whole.events]
-    assert pieces.events[0].window_start == list(lengths)
+    assert tuple(of(pieces, s)[0].window_start for s in range(2)) == lengths
     assert all(torch.equal(a.keep_indices, b.keep_indices) for a, b in zip(pieces.events, whole.events, strict=True))
 
 
@@ -370,10 +378,15 @@ def test_the_selection_options_reach_the_library(llama):
     cache = KaraCache(llama, window=16, keep=6, tail=3, pool="model")
     generate(llama, ids, real, cache, 40)
     lists = cache.events[0].keep_indices
-    assert (lists == lists[:1, :, :1]).all()
-    causal = KaraCache(llama, window=16, keep=6, tail=3, attention="causal")
-    generate(llama, ids, real, causal, 40)
-    assert causal.events
+    assert (lists == lists[:1, :1]).all()
+
+
+def test_causal_queries_are_those_of_the_window_in_order(llama):
+    ids, real = prompts(9, 4)
+    cache = KaraCache(llama, window=16, keep=6, tail=3, attention="causal", **PLAIN)
+    text, _ = generate(llama, ids, real, cache, 60)
+    assert len(of(cache, 0)) == len(of(cache, 1)) == 3
+    assert_best_kept(llama, cache, text, with_text(real, text), 9, best_of_causal)
 
 
 def test_bfloat16_runs():
@@ -382,8 +395,8 @@ def test_bfloat16_runs():
     cache = KaraCache(model, window=16, keep=6, tail=3)
     _, logits = generate(model, ids, real, cache, 60)
     assert logits.isfinite().all()
-    assert len(cache.events) == 3
-    assert cache._k[0].dtype == torch.bfloat16
+    assert len(of(cache, 0)) == len(of(cache, 1)) == 3
+    assert cache._sequences.blocks.k[0].dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------ blocks and records
@@ -398,7 +411,8 @@ def test_blocks_are_accounted_for_after_every_token(llama):
         with torch.no_grad():
             llama(text[:, at : at + size], attention_mask=real[:, : at + size], past_key_values=cache)
         assert_blocks(cache)
-    highest = [sum(-(-rows // 4) for rows in event.physical_before) for event in cache.events]
+    pairs = zip(of(cache, 0), of(cache, 1), strict=True)  # both are due at once
+    highest = [sum(-(-event.physical_len_before // 4) for event in pair) for pair in pairs]
     assert cache.peak_blocks == max(highest) > cache.blocks_in_use  # here each window ends on a peak
     assert cache.peak_blocks < -(-87 // 4) + -(-92 // 4)
     assert all(event.freed_blocks for event in cache.events)
@@ -409,10 +423,10 @@ def test_blocks_are_accounted_for_after_every_token(llama):
     assert cache.physical_lengths == []
     assert not cache.events
     assert_blocks(cache)
-    size = cache._pool.size
+    size = cache.pool_bytes
     feed(llama, cache, text[:, :92], [12] + [1] * 80, real[:, :92])
     assert (cache.physical_lengths, cache.peak_blocks, len(cache.events)) == first
-    assert cache._pool.size == size  # freed ids are used again
+    assert cache.pool_bytes == size  # freed ids are used again
 
 
 def test_a_forward_that_fails_leaves_the_cache_as_it_was(llama):
@@ -432,7 +446,7 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(llama):
             hook.remove()
         logits.append(feed(llama, cache, ids[:, at : at + size], [size]))
         at += size
-    assert len(cache.events) == 4
+    assert len(of(cache, 0)) == len(of(cache, 1)) == 4
     assert torch.equal(torch.cat(logits, 1), clean)
     assert_blocks(cache)
 
@@ -475,9 +489,9 @@ def test_free_blocks_may_hold_anything(llama, lengths):
                         past_key_values=cache)  # fmt: skip
         at += size
         poisoned.append(out.logits)
-        for pool in cache._k + cache._v:
-            pool[:, cache._pool.free] = torch.nan
-    assert len(cache.events) > 3
+        for pool in cache._sequences.blocks.pools:
+            pool[:, cache._sequences.blocks.allocator.free] = torch.nan
+    assert len(of(cache, 0)) > 3
     assert torch.equal(torch.cat(poisoned, 1)[real], clean[real])
 
 
@@ -504,18 +518,23 @@ def test_records(llama):
     ids, real = prompts(9, 4)
     cache = KaraCache(llama, window=16, keep=6, tail=3, block_size=4)
     generate(llama, ids, real, cache, 60)
-    event = cache.events[1]
-    assert event.window_start == [15, 10]
-    assert event.physical_before == [34, 29]
-    assert event.physical_after == [24, 19]
-    assert event.freed_blocks == (9 - 6) + (8 - 5)
-    assert event.seconds > 0
-    assert event.keep_indices.shape == (LAYERS, 2, HEADS, 6)
-    assert event.keep_indices.dtype == torch.int32
+    events = of(cache, 0)[1], of(cache, 1)[1]
+    assert cache.events[2:4] == list(events)
+    assert [event.window_start for event in events] == [15, 10]
+    assert [event.logical_len for event in events] == [44, 39]
+    assert [event.physical_len_before for event in events] == [34, 29]
+    assert [event.physical_len_after for event in events] == [24, 19]
+    assert [event.freed_blocks for event in events] == [9 - 6, 8 - 5]
+    for event in events:
+        assert (event.window, event.keep, event.recomputed_len) == (16, 6, 0)
+        assert event.seconds > 0
+        assert event.keep_indices.shape == (LAYERS, HEADS, 6)
+        assert event.keep_indices.dtype == torch.int32
     assert cache.physical_lengths == [38, 33]
     assert cache.retention == 71 / (68 + 63)
     assert cache.kv_bytes == cache.blocks_in_use * 4 * 2 * LAYERS * HEADS * 8 * 4 <= cache.pool_bytes
-    assert cache.query_bytes == LAYERS * 2 * (16 + 3) * 6 * 8 * 4  # bounded: window + tail, no matter how long
+    # Bounded: window + tail, no matter how long, and a row for queries of prompts.
+    assert cache.query_bytes == LAYERS * (2 * (16 + 3) + 1) * 6 * 8 * 4
     assert cache.get_seq_length() == 9 + 59
     assert cache.batch_size == 2
     assert len(cache) == LAYERS

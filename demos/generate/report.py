@@ -127,10 +127,9 @@ def _decoded(run: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _window(event: Any, prompt_tokens: int) -> dict[str, Any]:
     """One compression of the only sequence, with the survivors of all heads and of one head."""
-    keep = event.keep_indices[:, 0].long()  # [L, H, K]
+    keep = event.keep_indices.long()  # [L, H, K]
     layers, heads, _ = keep.shape
-    physical_start, after = int(event.window_start[0]), int(event.physical_after[0])
-    before = int(event.physical_before[0])
+    physical_start, before, after = event.window_start, event.physical_len_before, event.physical_len_after
     width = before - after + keep.shape[-1]
     share = keep.flatten().bincount(minlength=width) / (layers * heads)
     layer = layers // 2  # the middle, chosen before looking
@@ -151,7 +150,7 @@ def _closeness(found: dict[str, list[float]], events: list[Any], prompt_tokens: 
     kl, top1 = found["kl"], found["top1"]
     # A window is compressed after the forward that fills it; the token that this forward predicts is exact.
     first = events[0].logical_len - prompt_tokens + 1 if events else len(kl)
-    kept = [event.keep_indices[:, 0] for event in events]
+    kept = [event.keep_indices for event in events]
     runs = sum(int((keep.diff(dim=-1) > 1).sum()) + keep[..., 0].numel() for keep in kept)
     return {
         "kl": _mean(kl),

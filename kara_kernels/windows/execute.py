@@ -7,16 +7,25 @@ to another sequence of that step, and on one stream whoever writes to them comes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..paged import PagedCache
-from .compress import compress_window
+from .compress import compress_window as _compress_window
 from .plan import Plan
 from .policy import Policy
 from .queries import QueryRing, upload
+
+
+def compress_window(query, *args, query_rows=None, **options):
+    """Stands in until compress_window reads rows itself."""
+    if query_rows is not None:
+        query = query.index_select(1, query_rows.flatten()).unflatten(1, query_rows.shape)
+    return _compress_window(query, *args, **options)
 
 
 class PackedCache:
@@ -92,6 +101,8 @@ def execute(
     scale: float | None = None,
     k_scale: float | Tensor | None = None,
     reduce_scores: Callable[[Tensor], Tensor] | None = None,
+    turn: Callable[[Tensor], Tensor] | None = None,
+    scores: Tensor | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Compresses every planned window in all layers, in place.
@@ -102,6 +113,9 @@ def execute(
         ring: the recorded queries.
         policy: the one the plans were made with.
         scale, k_scale, reduce_scores, backend: see :func:`kara_kernels.compress_window`.
+        turn: called with a copy of the queries that score, ``[L, S, N, H*G, D]``, oldest first; what it returns, in
+            the same shape, scores instead. Without it the ring's rows are read where they lie.
+        scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of scoring.
 
     Returns:
         Per plan the keep list, int32 ``[L, H, K]``, window-relative and ascending, on the cache's device. No
@@ -109,25 +123,23 @@ def execute(
 
     Not checked on a GPU: that the planned blocks belong to their sequences.
     """
-    kept: dict[str, Tensor] = {}
-    options = _options(policy, scale, k_scale, reduce_scores, backend)
-    for group in _by_num_queries(plans):
-        if isinstance(cache, PagedCache):
-            keep = _compress(group, ring.select(group), cache, options)
-            kept.update((plan.request_id, keep[:, s]) for s, plan in enumerate(group))
-            continue
-        for plan in group:
-            blocks = upload(plan.touched, torch.int64, cache.pools[0].device)
+    call = _Call(ring, turn, _options(policy, scale, k_scale, reduce_scores, backend))
+    packed = isinstance(cache, PackedCache)
+    kept: dict[int, Tensor] = {}
+    for places in _groups(plans, packed, scores is not None):
+        group = [plans[s] for s in places]
+        # With scores a group is one plan or all of them.
+        of_group = None if scores is None else scores[:, places[0] : places[-1] + 1]
+        tables = [plan.touched for plan in group]
+        if isinstance(cache, PackedCache):
+            blocks = upload(tables[0], torch.int64, cache.pools[0].device)
             plain = cache.load(blocks)
-            before = plan.first_written * plain.shape[1]
-            moved = plan._replace(
-                blocks=tuple(range(len(plan.touched))),
-                physical_len=plan.physical_len - before,
-                window_start=plan.window_start - before,
-            )
-            kept[plan.request_id] = _compress([moved], ring.select([plan]), plain, options)[:, 0]
+            keep = call.compress(group, [range(len(tables[0]))], plain, of_group)
             cache.store(blocks, plain)
-    return [kept[plan.request_id] for plan in plans]
+        else:
+            keep = call.compress(group, tables, cache, of_group)
+        kept.update(zip(places, keep.unbind(1), strict=True))
+    return [kept[s] for s in range(len(plans))]
 
 
 def warm_up(
@@ -138,16 +150,20 @@ def warm_up(
     scale: float | None = None,
     k_scale: float | Tensor | None = None,
     reduce_scores: Callable[[Tensor], Tensor] | None = None,
+    turn: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> None:
     """Compiles what :func:`execute` with the same options launches, before the first request pays for it.
 
-    One sequence without rows, which is skipped: nothing is read or written. ``reduce_scores`` is called.
+    One sequence without rows, which is skipped: nothing is read or written but for ``turn``, which gets queries that
+    nobody recorded. ``reduce_scores`` is called.
     """
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
     nobody = Plan("", 0, 0, 0, window_start=0, blocks=(0,), first_written=0, kept_blocks=0, last_query=0, num_queries=0)
-    _compress([nobody], ring.idle, cache, _options(policy, scale, k_scale, reduce_scores, backend))
+    count = policy.window if policy.attention == "causal" else policy.query_rows
+    call = _Call(ring, turn, _options(policy, scale, k_scale, reduce_scores, backend))
+    call.launch([nobody], [range(count)], [(0,)], cache, None)
 
 
 def _options(policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, backend: str) -> dict[str, Any]:
@@ -163,21 +179,61 @@ def _options(policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, backe
     }
 
 
-def _compress(plans: Sequence[Plan], query: Tensor, cache: PagedCache, options: dict[str, Any]) -> Tensor:
-    width = max(len(plan.blocks) for plan in plans)
-    rows = [
-        [plan.physical_len, plan.window_start, *plan.blocks, *[plan.blocks[0]] * (width - len(plan.blocks))]
-        for plan in plans
-    ]
-    # One upload for lengths, starts and tables.
-    given = upload(rows, torch.int32, cache.k[0].device)
-    lengths, starts = given[:, :2].t().contiguous()
-    return compress_window(query, cache.k, cache.v, given[:, 2:], lengths, window_starts=starts, **options).keep_indices
+@dataclass(frozen=True)
+class _Call:
+    """What the calls of a step share."""
+
+    ring: QueryRing
+    turn: Callable[[Tensor], Tensor] | None
+    options: dict[str, Any]
+
+    def compress(
+        self, plans: Sequence[Plan], tables: Sequence[Sequence[int]], cache: PagedCache, scores: Tensor | None
+    ) -> Tensor:
+        """Keep lists ``[L, S, H, K]``. ``tables`` name the blocks from a plan's first written one on in ``cache``."""
+        rows: Sequence[Sequence[int]] = [()] * len(plans)
+        if scores is None:
+            rows = [self.ring.rows_of(plan.request_id, plan.last_query, plan.num_queries) for plan in plans]
+        return self.launch(plans, rows, tables, cache, scores)
+
+    def launch(
+        self,
+        plans: Sequence[Plan],
+        rows: Sequence[Sequence[int]],
+        tables: Sequence[Sequence[int]],
+        cache: PagedCache,
+        scores: Tensor | None,
+    ) -> Tensor:
+        count, width = len(plans), max(map(len, tables))
+        # Blocks before the first written one stay here: lengths and starts count from it on.
+        before = [plan.first_written * cache.shape[1] for plan in plans]
+        numbers = [
+            [plan.physical_len - rows for plan, rows in zip(plans, before, strict=True)],
+            [plan.window_start - rows for plan, rows in zip(plans, before, strict=True)],
+            [row for of_plan in rows for row in of_plan],
+            [block for table in tables for block in (*table, *[table[0]] * (width - len(table)))],
+        ]
+        # One upload, whatever the batch.
+        given = upload(list(chain.from_iterable(numbers)), torch.int32, cache.k[0].device)
+        lengths, starts, places, table = given.split([len(part) for part in numbers])
+        query: Tensor | None = None
+        given_rows: Tensor | None = None
+        if scores is None:
+            query, given_rows = self.ring.queries, places.view(count, -1)
+            if self.turn is not None:
+                query, given_rows = self.turn(query.index_select(1, places).unflatten(1, given_rows.shape)), None
+        return compress_window(
+            query, cache.k, cache.v, table.view(count, width), lengths, window_starts=starts, query_rows=given_rows,
+            scores=scores, **self.options,
+        ).keep_indices  # fmt: skip
 
 
-def _by_num_queries(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Plans in groups that one call can compress: nearly always one group."""
-    groups: dict[int, list[Plan]] = {}
-    for plan in plans:
-        groups.setdefault(plan.num_queries, []).append(plan)
+def _groups(plans: Sequence[Plan], packed: bool, scored: bool) -> list[list[int]]:
+    """Indices of plans that one call compresses: of packed caches one each, of others all that as many queries score,
+    nearly always all there are."""
+    if packed:
+        return [[s] for s in range(len(plans))]
+    groups: dict[int, list[int]] = {}
+    for s, plan in enumerate(plans):
+        groups.setdefault(0 if scored else plan.num_queries, []).append(s)
     return list(groups.values())

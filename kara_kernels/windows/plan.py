@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..checks import check_count
 from .policy import Policy
 
 
@@ -49,9 +50,10 @@ class Plan(NamedTuple):
     kept_blocks: int
     """How many of ``blocks`` the sequence keeps; those behind go back to the pool."""
     last_query: int
-    """Sample number of the newest recorded query, see :class:`kara_kernels.engine.QueryRing`."""
+    """Sample number of the last query that scores, see :class:`kara_kernels.engine.QueryRing`."""
     num_queries: int
-    """``N``, recorded queries that score."""
+    """``N``, recorded queries that score: the last one and those before it. With ``attention="causal"`` they are
+    those of the window's own tokens."""
 
     @property
     def touched(self) -> tuple[int, ...]:
@@ -85,15 +87,19 @@ class Ledger:
     Args:
         policy: what to do.
         page_size: ``P``, tokens in a block; 1 for slot tables.
+        query_rows: queries that the ring holds of each sequence, at least and by default those of ``policy``. With
+            more of them a window that had to wait is still judged by its own queries and its tail's.
 
     Raises:
-        ValueError: settings that could never free a block of this size.
+        TypeError, ValueError: settings that could never free a block of this size, too few rows.
     """
 
-    def __init__(self, policy: Policy, page_size: int) -> None:
+    def __init__(self, policy: Policy, page_size: int, *, query_rows: int | None = None) -> None:
         policy.check_page_size(page_size)
         self.policy = policy
         self.page_size = page_size
+        self.query_rows = policy.query_rows if query_rows is None else query_rows
+        check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         self.skipped: Counter[str] = Counter()
         """Windows that had to wait; every window and reason counts once. ``shared``: others hold blocks of it;
         ``gain``: it would free too few blocks yet; ``queries``: too few are recorded; ``cap``: others went first."""
@@ -130,12 +136,14 @@ class Ledger:
         state = self._states.get(request_id)
         return 0 if state is None else state.windows
 
+    def uncompressed(self, request_id: str, logical_len: int) -> int:
+        """Rows behind the frontier: decoded, and in no window so far. 0 for an unknown sequence or within a prompt."""
+        state = self._states.get(request_id)
+        return 0 if state is None else max(0, logical_len - state.dropped - state.frontier)
+
     def is_due(self, request_id: str, logical_len: int) -> bool:
         """Whether the sequence has a window and a tail to compress: the cheap question before making a Held."""
-        state = self._states.get(request_id)
-        if state is None:
-            return False
-        return logical_len - state.dropped - state.frontier >= self.policy.window + self.policy.tail
+        return self.uncompressed(request_id, logical_len) >= self.policy.window + self.policy.tail
 
     def plan(self, held: Iterable[Held]) -> list[Plan]:
         """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
@@ -149,13 +157,14 @@ class Ledger:
         self._rounds += 1
         if (self._rounds - 1) % self.policy.period:
             return []
-        due = [plan for sequence in held if (plan := self._plan(sequence)) is not None]
-        due.sort(key=lambda plan: (plan.window_start - plan.physical_len, self._states[plan.request_id].order))
-        for plan in due[self.policy.max_sequences :]:
+        due = [found for sequence in held if (found := self._plan(sequence)) is not None]
+        due.sort(key=lambda found: (-found[0], self._states[found[1].request_id].order))
+        plans = [plan for _, plan in due]
+        for plan in plans[self.policy.max_sequences :]:
             self._skip(self._states[plan.request_id], "cap")
-        del due[self.policy.max_sequences :]
-        self._planned = {plan.request_id: plan for plan in due}
-        return due
+        del plans[self.policy.max_sequences :]
+        self._planned = {plan.request_id: plan for plan in plans}
+        return plans
 
     def commit(self, plan: Plan) -> None:
         """Books a plan that every worker executes before it computes another token of this sequence.
@@ -172,7 +181,8 @@ class Ledger:
         state.windows += 1
         state.said.clear()
 
-    def _plan(self, held: Held) -> Plan | None:
+    def _plan(self, held: Held) -> tuple[int, Plan] | None:
+        """Tokens that may be compressed, and the plan for the oldest window of them; None: it has to wait."""
         state = self._states.get(held.request_id)
         if state is None or not self.is_due(held.request_id, held.logical_len):
             return None
@@ -185,24 +195,23 @@ class Ledger:
                 f"blocks: expected at least {filled} of {held.request_id} for its {physical} rows, "
                 f"got {len(held.blocks)}"
             )
-        start = max(state.frontier, held.first_owned * page)
         after = physical - policy.dropped
         kept = -(-after // page)
-        last = (held.logical_len - 1) // policy.query_stride
-        recorded = last - (state.recorded_from - 1) // policy.query_stride
+        begin = max(state.frontier, held.first_owned * page)
+        start, first, last = self._judges(state, begin, held.logical_len)
         reason = ""
-        if physical - start < enough:
+        if physical - begin < enough:
             reason = "shared"
         # Within one block of further tokens every gain comes up that can come up at all; then it goes ahead anyway.
-        elif filled - kept < policy.min_freed_blocks and physical - start < enough + page:
+        elif filled - kept < policy.min_freed_blocks and physical - begin < enough + page:
             reason = "gain"
         # A sequence whose decoded tokens came from the prefix cache has to be watched for a while.
-        elif recorded < max(1, policy.query_rows // 4):
+        elif physical - start < enough or last - first + 1 < max(1, policy.query_rows // 4):
             reason = "queries"
         if reason:
             self._skip(state, reason)
             return None
-        return Plan(
+        return physical - begin, Plan(
             request_id=held.request_id,
             logical_len=held.logical_len,
             physical_len=physical,
@@ -212,8 +221,24 @@ class Ledger:
             first_written=start // page,
             kept_blocks=kept,
             last_query=last,
-            num_queries=min(recorded, policy.query_rows),
+            num_queries=last - first + 1,
         )
+
+    def _judges(self, state: _State, begin: int, logical: int) -> tuple[int, int, int]:
+        """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""
+        policy, stride = self.policy, self.policy.query_stride
+        newest = (logical - 1) // stride
+        # Sample n is that of logical position n * stride; a ring holds the newest ones.
+        oldest = max((state.recorded_from - 1) // stride, newest - self.query_rows) + 1
+        if policy.attention == "causal":
+            # Query i judges as window token i: a token whose own query is gone can be in no window any more.
+            start = max(begin, oldest - state.dropped)
+            first = start + state.dropped
+            return start, first, first + policy.window - 1
+        rows = policy.query_rows
+        # Those of the window and its tail, or later ones: where it had to wait, they have taken the rows of older ones.
+        first = max(oldest, min(-(-(begin + state.dropped) // stride), newest - rows + 1))
+        return begin, first, min(newest, first + rows - 1)
 
     def _skip(self, state: _State, reason: str) -> None:
         if reason not in state.said:

@@ -37,7 +37,8 @@ class Policy(Scoring, Selection):
     max_sequences: int = 4
     """Sequences compressed in one step at most; the others wait, those with most to compress go first."""
     min_freed_blocks: int = 1
-    """A compression waits until it frees that many blocks, but never for more than one block of tokens."""
+    """A compression waits until it frees that many blocks, but never for more than one block of tokens. 0: it never
+    waits, and may drop nothing (``keep == window``)."""
     query_stride: int = 2
     """Queries of every n-th decoded token are recorded to score with; 1: of all."""
     query_heads: str = "mean"
@@ -48,10 +49,11 @@ class Policy(Scoring, Selection):
     def __post_init__(self) -> None:
         Scoring.__post_init__(self)
         Selection.__post_init__(self)
-        check_count("window", self.window, 2, MAX_WINDOW)
-        check_count("keep", self.keep, 1, self.window - 1)
-        for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 1)):
+        for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 0)):
             check_count(name, getattr(self, name), low, 2**31 - 1)
+        least = min(1, self.min_freed_blocks)  # tokens that a compression drops: none could never free a block
+        check_count("window", self.window, 1 + least, MAX_WINDOW)
+        check_count("keep", self.keep, 1, self.window - least)
         check_count("query_stride", self.query_stride, 1, self.window)
         if self.attention == "causal" and self.query_stride != 1:
             raise ValueError(
@@ -74,6 +76,8 @@ class Policy(Scoring, Selection):
     def check_page_size(self, page_size: int) -> None:
         """Refuses settings that could never free a block of ``page_size`` tokens."""
         check_count("page_size", page_size, 1, 2**31 - 1)
+        if not self.min_freed_blocks:
+            return
         if self.window < page_size:
             raise ValueError(f"window: expected at least one block of {page_size} tokens, got {self.window}")
         most = -(-(self.window - self.keep) // page_size)

@@ -2,7 +2,7 @@
 
 Queries of decoded tokens only, of every ``query_stride``-th. Sample number ``n`` of a sequence is the query of its
 token at logical position ``n * query_stride``; it lies in row ``n % rows``, so a ring needs no state of its own, and a
-sequence that is recomputed after preemption writes the same rows again. Order does not matter to scores.
+sequence that is recomputed after preemption writes the same rows again. Scoring reads the rows where they lie.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from .plan import Plan
 from .policy import Policy
 
@@ -43,9 +44,10 @@ class QueryRing:
         max_sequences: sequences that run at once at most.
         max_tokens: tokens in one step at most, padding included.
         dtype, device: of the queries.
+        rows: queries that each sequence has room for; by default, and at least, those of the policy.
 
     Raises:
-        ValueError: the ring would be larger than ``policy.max_query_gib``.
+        TypeError, ValueError: too few rows; the ring would be larger than ``policy.max_query_gib``.
     """
 
     def __init__(
@@ -60,16 +62,18 @@ class QueryRing:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        rows: int | None = None,
     ) -> None:
         self.policy = policy
-        self.rows = policy.query_rows
+        self.rows = policy.query_rows if rows is None else check_count("rows", rows, policy.query_rows, 2**31 - 1)
+        self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self._kv_heads = kv_heads
         self._mean = policy.query_heads == "mean" and query_heads > kv_heads
         heads = kv_heads if self._mean else query_heads
         # The last row takes what is not recorded.
         self._trash = max_sequences * self.rows
         shape = layers, self._trash + 1, heads, head_dim
-        self.nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype)
+        self.nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype, self.rows)
         """Bytes of all rings together."""
         if self.nbytes > policy.max_query_gib * 2**30:
             raise ValueError(
@@ -78,7 +82,8 @@ class QueryRing:
                 f"{self.nbytes / 2**30:.2f}: raise query_stride or max_query_gib, set query_heads to 'mean', or let "
                 f"fewer sequences run at once"
             )
-        self._ring = torch.empty(shape, dtype=dtype, device=device)
+        self.queries = torch.empty(shape, dtype=dtype, device=device)
+        """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
         self._written = 0  # targets that may point elsewhere than to the last row
         self._slots: dict[str, int] = {}
@@ -88,11 +93,6 @@ class QueryRing:
     def sequences(self) -> int:
         """Sequences that have a ring."""
         return len(self._slots)
-
-    @property
-    def idle(self) -> Tensor:
-        """``[L, 1, N, H*G, D]`` of no sequence in particular, to compile kernels with."""
-        return self._ring[:, None, : self.rows]
 
     def release(self, request_id: str) -> None:
         """The sequence finished, was aborted or preempted; unknown names are fine."""
@@ -127,7 +127,7 @@ class QueryRing:
             targets[at] = row
         if targets:
             # Memory of its own for every step: the copy before may still wait for the stream.
-            self._targets[: len(targets)].copy_(staged(targets, torch.int64, self._targets.device), non_blocking=True)
+            self._targets[: len(targets)].copy_(staged(targets, torch.int64, self.queries.device), non_blocking=True)
         self._written = end
         return bool(marks)
 
@@ -135,19 +135,31 @@ class QueryRing:
         """Writes the queries ``[T, H*G, D]`` of one layer, padding included, to where ``prepare`` said."""
         if self._mean:
             query = query.unflatten(1, (self._kv_heads, -1)).mean(2)
-        self._ring[layer].index_copy_(0, self._targets[: query.shape[0]], query)
+        self.queries[layer].index_copy_(0, self._targets[: query.shape[0]], query)
 
-    def select(self, plans: Sequence[Plan]) -> Tensor:
-        """Queries ``[L, S, N, H*G, D]`` of plans that share one ``num_queries``, in any order along ``N``."""
-        rows, count = self.rows, plans[0].num_queries
-        bases = [self._slots[plan.request_id] * rows for plan in plans]
-        if count == rows and len(plans) == 1:
-            return self._ring[:, None, bases[0] : bases[0] + rows]
-        places = [
-            [base + (plan.last_query - back) % rows for back in range(count)]
-            for base, plan in zip(bases, plans, strict=True)
-        ]
-        return self._ring[:, upload(places, torch.int64, self._ring.device)]
+    def rows_of(self, request_id: str, last: int, count: int) -> list[int]:
+        """Rows of ``queries`` where ``count`` samples up to number ``last`` of a sequence lie, oldest first.
+
+        Raises KeyError for a sequence of which nothing is recorded.
+        """
+        base = self._slots[request_id] * self.rows
+        return [base + sample % self.rows for sample in range(last - count + 1, last + 1)]
+
+    def select(self, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
+        """``(queries [L, R, H*G, D], rows int32 [S, N])``: what scores plans that share one ``num_queries``, oldest
+        first. No query is copied: :func:`kara_kernels.compress_window` takes rows as ``query_rows``."""
+        rows = [self.rows_of(plan.request_id, plan.last_query, plan.num_queries) for plan in plans]
+        return self.queries, upload(rows, torch.int32, self.queries.device)
+
+    def copy(self, other: QueryRing, request_id: str, last: int, count: int) -> None:
+        """Takes ``count`` samples up to number ``last`` of a sequence over from a ring with other rows."""
+        if count:
+            self._slot(request_id)
+            to, rows = (
+                upload(ring.rows_of(request_id, last, count), torch.int64, ring.queries.device)
+                for ring in (self, other)
+            )
+            self.queries.index_copy_(1, to, other.queries.index_select(1, rows))
 
     def _slot(self, request_id: str) -> int:
         slot = self._slots.get(request_id)
@@ -158,9 +170,18 @@ class QueryRing:
         return slot
 
 
-def ring_bytes(policy: Policy, layers: int, heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype) -> int:
+def ring_bytes(
+    policy: Policy,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    max_sequences: int,
+    dtype: torch.dtype,
+    rows: int | None = None,
+) -> int:
     """What a :class:`QueryRing` takes that records ``heads`` heads: query heads, or KV heads with means of groups."""
-    return layers * (max_sequences * policy.query_rows + 1) * heads * head_dim * dtype.itemsize
+    rows = policy.query_rows if rows is None else rows
+    return layers * (max_sequences * rows + 1) * heads * head_dim * dtype.itemsize
 
 
 def staged(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:

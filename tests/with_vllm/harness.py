@@ -205,8 +205,7 @@ class Dense:
         starts = sorted(runs)
         parts = []
         for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-            window = events[0]["window"] if events else 1
-            ledger = replay(self.model, real, runs[start], window)
+            ledger = replay(self.model, real, runs[start])
             logits = dense_logits(self.model, ids, real, ledger.visible)[0]
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
@@ -220,7 +219,7 @@ class Dense:
         for i, event in enumerate(events):
             earlier = [self._event(e) for e in events[:i]]
             text = torch.ones(1, event["logical_len"], dtype=torch.bool)
-            held = replay(self.model, text, earlier, event["window"]).held
+            held = replay(self.model, text, earlier).held
             window = slice(event["window_start"], event["window_start"] + event["window"])
             newest = range(event["logical_len"] - event["window"] - KARA["tail"], event["logical_len"])
             judges = [t for t in newest if t >= len(served.prompt) and t % stride == 0]
@@ -235,11 +234,7 @@ class Dense:
 
     @staticmethod
     def _event(event):
-        return SimpleNamespace(
-            logical_len=event["logical_len"],
-            window_start=[event["window_start"]],
-            keep_indices=torch.tensor(event["keep_indices"])[:, None],
-        )
+        return SimpleNamespace(**event | {"keep_indices": torch.tensor(event["keep_indices"])})
 
     def mismatches(self, served, events):
         best = self.logits(served, events).argmax(-1).tolist()[len(served.prompt) - 1 :]

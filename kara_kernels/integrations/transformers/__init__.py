@@ -2,7 +2,10 @@
 ``generate_batch()``. Importing this registers the attention "kara", which KaraCache needs and KaraBatching does not.
 """
 
-from .batching import BatchCompression, KaraBatching
-from .cache import Compression, KaraCache, kara_attention, kara_mask
+from kara_kernels.engine import Compression
 
-__all__ = ["BatchCompression", "Compression", "KaraBatching", "KaraCache", "kara_attention", "kara_mask"]
+from .attention import kara_attention, kara_mask
+from .batching import KaraBatching
+from .cache import KaraCache
+
+__all__ = ["Compression", "KaraBatching", "KaraCache", "kara_attention", "kara_mask"]

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import operator
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -35,9 +36,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache
 from kara_kernels.checks import check_choice
-from kara_kernels.engine import Held, Ledger, Policy, QueryRing, Span, execute
+from kara_kernels.engine import Compression, Held, Ledger, Policy, QueryRing, Span, execute
 
-from .cache import check_config, not_plain
+from .models import check_config, not_plain
 
 _EXPECTED = "5.19"
 _MODEL = "destroy_cached_continuous_batching_manager generate_batch"
@@ -52,22 +53,6 @@ _ALLOCATOR = """
     block_physical_stride block_table cache_tensor free_blocks layer_indices ledger.block_to_hash ledger.hash_to_block
     ledger.shared_ref_counts pool.free_blocks tokens_per_page"""
 _REQUEST = "_true_initial_tokens initial_tokens position_offset remaining_prefill_tokens request_id status.name"
-
-
-class BatchCompression(NamedTuple):
-    """One compression of one request. ``keep_indices [L, H, K]`` int32 on the CPU: window-relative, ascending."""
-
-    request_id: str
-    logical_len: int
-    """Tokens computed until then."""
-    physical_len_before: int
-    physical_len_after: int
-    window_start: int
-    """Physical index of the first window token."""
-    window: int
-    keep: int
-    keep_indices: Tensor
-    freed_blocks: int
 
 
 class KaraBatching:
@@ -98,7 +83,7 @@ class KaraBatching:
         self.policy = Policy.from_settings(policy)
         check_choice("backend", backend, ("auto", "triton", "torch"))
         self.model, self.backend = model, backend
-        self.events: list[BatchCompression] = []
+        self.events: list[Compression] = []
         """Every compression; whoever serves for long clears it now and then."""
         self.skipped: Counter[str] = Counter()
         """Windows that had to wait, by reason; see :class:`kara_kernels.engine.Ledger`."""
@@ -290,28 +275,18 @@ class _Run:
         for block in (block for plan in plans for block in plan.touched):
             if (block_hash := hashes.block_to_hash.pop(block, None)) is not None:
                 del hashes.hash_to_block[block_hash]
+        began = time.perf_counter()
         with self._stream():
             lists = execute(plans, self.pool, self.ring, self.policy, scale=self.scale, backend=self.kara.backend)
             kept = [keep.cpu() for keep in lists]
+        seconds = (time.perf_counter() - began) / len(plans)
         for plan, keep_indices in zip(plans, kept, strict=True):
             self.ledger.commit(plan)
             due[plan.request_id].position_offset = plan.new_len
             del self.allocator.block_table[plan.request_id][plan.kept_blocks :]
             self.allocator.pool.free_blocks(self.allocator.index, list(plan.freed))
             self.kara.dropped += plan.physical_len - plan.new_len
-            self.kara.events.append(
-                BatchCompression(
-                    request_id=plan.request_id,
-                    logical_len=plan.logical_len,
-                    physical_len_before=plan.physical_len,
-                    physical_len_after=plan.new_len,
-                    window_start=plan.window_start,
-                    window=self.policy.window,
-                    keep=self.policy.keep,
-                    keep_indices=keep_indices,
-                    freed_blocks=len(plan.freed),
-                )
-            )
+            self.kara.events.append(Compression.of(plan, self.policy, keep_indices, seconds=seconds))
 
     def _held(self, state: Any) -> Held:
         blocks, shared = self.allocator.block_table[state.request_id], self.allocator.ledger.shared_ref_counts

@@ -1,0 +1,75 @@
+"""What one compression did, in one form for every engine: records in memory, lines of a trace."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .plan import Plan
+from .policy import Policy
+
+
+class Compression(NamedTuple):
+    """One compression of one sequence. Lengths are in tokens."""
+
+    request_id: str
+    """The sequence's name; in a batch without names its index, ``"0"``, ``"1"``, ..."""
+    logical_len: int
+    """Tokens computed until then, padding not counted."""
+    physical_len_before: int
+    physical_len_after: int
+    """Rows held before and after."""
+    window_start: int
+    """Physical index of the first window token."""
+    window: int
+    """``W``, tokens looked at."""
+    keep: int
+    """``K``, tokens of them that stayed."""
+    keep_indices: Tensor
+    """int32 ``[L, H, K]`` on the CPU: window-relative, ascending."""
+    freed_blocks: int
+    """Blocks that went back to the pool."""
+    recomputed_len: int
+    """Tokens computed anew when it last came back from preemption; 0 where it never was, or nobody counts them."""
+    seconds: float
+    """Wall clock of the call that moved the rows, divided by the number of sequences it compressed."""
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        policy: Policy,
+        keep_indices: Tensor,
+        *,
+        seconds: float,
+        request_id: str | None = None,
+        recomputed_len: int = 0,
+    ) -> Compression:
+        """The record of a plan that was executed.
+
+        Args:
+            plan: what was executed.
+            policy: the one it was made with.
+            keep_indices: int32 ``[L, H, K]`` on the CPU, as :func:`kara_kernels.engine.execute` returned them; with
+                tensor parallelism ``H`` of all ranks.
+            seconds, recomputed_len: see the fields.
+            request_id: another name than the plan's, such as the client's.
+        """
+        return cls(
+            request_id=plan.request_id if request_id is None else request_id,
+            logical_len=plan.logical_len,
+            physical_len_before=plan.physical_len,
+            physical_len_after=plan.new_len,
+            window_start=plan.window_start,
+            window=policy.window,
+            keep=policy.keep,
+            keep_indices=keep_indices,
+            freed_blocks=len(plan.freed),
+            recomputed_len=recomputed_len,
+            seconds=seconds,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as what JSON knows, ``keep_indices`` as nested lists: a line of a trace."""
+        return self._asdict() | {"keep_indices": self.keep_indices.tolist()}
