@@ -9,7 +9,7 @@ VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm quality codegen traffic bench test test-vllm lint clean
+.PHONY: help demo demo-vllm quality codegen traffic bench docs test test-vllm lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -32,6 +32,10 @@ bench: $(VENV)/.dev ## time an event on this CPU beside other ways to do it: ben
 traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator, and what a model makes of them
 	$(BIN)/python -m bench.traffic $(ARGS)
 	$(BIN)/python -m bench.traffic.predict
+
+docs: $(VENV)/.dev ## build the documentation as a site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "To read it with its search: $(BIN)/python -m http.server -d build/site"
 
 test: $(VENV)/.dev ## run all tests: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests

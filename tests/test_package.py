@@ -1,10 +1,9 @@
-"""What a stranger relies on before anything is computed: imports, types, dependencies' direction, the README."""
+"""What a stranger relies on before anything is computed: imports, types, dependencies' direction."""
 
 from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,20 +103,3 @@ def imported(node: ast.AST, package: list[str]) -> list[list[str]]:
         rooms = {path.stem for path in PACKAGE.iterdir()}
         return [[*base, alias.name] if alias.name in rooms else base for alias in node.names]
     return [base]
-
-
-def test_the_examples_of_the_readme_run_as_written() -> None:
-    """Each prints what its first line that prints promises in a comment."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"<!-- tested.*?```python\n(.*?)```", readme, re.S)
-    assert len(examples) == 2
-    for example in examples:
-        promised = re.search(r"^print\(.*\)  # (tensor\(.*?\)|.*)", example, re.M)
-        assert promised is not None
-        assert run(example).strip() == promised[1]
-
-
-def test_the_readme_links_to_files_that_exist() -> None:
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), f"{document.name} links to {target}"

@@ -1,0 +1,435 @@
+"""The documentation: its code runs, its commands, links, figures and tables are right, and the site works in a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from kara_kernels.engine import Policy
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
+TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
+
+TINY_MODEL = """
+import tempfile
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+)
+model = LlamaForCausalLM(config).eval()
+"""
+SET_UPS = {
+    "a tiny model": TINY_MODEL
+    + """
+name = tempfile.mkdtemp()
+model.save_pretrained(name)
+inputs = {"input_ids": torch.arange(1, 21)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+""",
+    "a tiny model for batching": TINY_MODEL
+    + """
+from transformers import GenerationConfig
+generation = GenerationConfig(do_sample=False, max_new_tokens=450, eos_token_id=-1)
+prompts = [list(range(1, 21)), list(range(5, 40))]
+""",
+}
+"""What ``<!-- run after: NAME -->`` stands for."""
+
+
+class Block(NamedTuple):
+    """A fenced block and the mark above it."""
+
+    page: str
+    line: int
+    language: str
+    mark: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(*languages: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(
+            r"^(?:<!-- ((?:run after|not run): .*?) -->\n)?```(\w+)\n(.*?)^```$", text, re.M | re.S
+        ):
+            if match[2] in languages:
+                line = text.count("\n", 0, match.start()) + 1
+                found.append(Block(str(page.relative_to(ROOT)), line, match[2], match[1] or "", match[3]))
+    return found
+
+
+def test_every_block_says_what_it_is() -> None:
+    """No fence without a language that is checked here, no mark that stands alone."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fences = re.findall(r"^ *```(.*)$", text, re.M)
+        assert set(fences[::2]) <= {"python", "sh"}, f"{page.name}: {fences[::2]}"
+        marks = re.findall(r"^<!-- (?:run after|not run).*", text, re.M)
+        assert len(marks) == sum(bool(b.mark) for b in blocks("python", "sh") if b.page == str(page.relative_to(ROOT)))
+
+
+# ------------------------------------------------------------------------------------------------------ Python blocks
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_blocks_run_and_print_what_they_promise(block: Block) -> None:
+    kind, _, what = block.mark.partition(": ")
+    if kind == "not run":
+        compile(block.code, str(block), "exec")
+        pytest.skip(what)
+    if kind == "run after":
+        pytest.importorskip("transformers")
+    code = SET_UPS[what] + block.code if kind else block.code
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    if expected := promised(block.code):
+        assert done.stdout.splitlines() == expected
+
+
+def promised(code: str) -> list[str]:
+    """Comments behind prints, then the comment that ends the block."""
+    beside = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.M)
+    below = re.search(r"((?:^# .*\n)*)\Z", code, re.M)
+    assert below is not None
+    return beside + [line[2:] for line in below[1].splitlines()]
+
+
+def test_promises_are_found() -> None:
+    assert promised("print(1)  # 1\nx = 2  # two\nprint(3)\n# 3\n") == ["1", "3"]
+
+
+# ------------------------------------------------------------------------------------------------------- shell blocks
+
+
+def commands() -> list[Any]:
+    lines = [
+        (str(block), line)
+        for block in blocks("sh")
+        for line in block.code.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    return [pytest.param(line, id=f"{where} {line.split('  #')[0][:40]}") for where, line in lines]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_shell_blocks_name_what_exists(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    if words[0] == "make":
+        check_make(words[1:])
+    elif words[:2] == ["pip", "install"]:
+        check_pip(words[2:])
+    elif words[:2] == ["vllm", "serve"] or words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]:
+        settings = json.loads(words[words.index("--additional-config") + 1])["kara"]
+        Policy.from_settings({key: value for key, value in settings.items() if key != "trace"})
+    elif words[1:3] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words[3:])
+    elif words[1] == "-m":
+        check_options(words[2], words[3:])
+    else:
+        assert words == ["curl", "-s", "localhost:8000/metrics", "|", "grep", "kara:"], line
+
+
+def check_make(words: list[str]) -> None:
+    recipe = re.search(rf"^{words[0]}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert recipe is not None, f"no target {words[0]}"
+    for word in words[1:]:
+        assert word.startswith("ARGS="), word
+        module = re.search(r"-m (\S+) \$\(ARGS\)", recipe[1])
+        assert module is not None, f"{words[0]} takes no ARGS"
+        check_options(module[1], word.removeprefix("ARGS=").split())
+
+
+def check_options(module: str, words: list[str]) -> None:
+    known = options_of(module)
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+@functools.cache
+def options_of(module: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"--[a-z-]+", done.stdout))
+
+
+def check_pip(words: list[str]) -> None:
+    if words[0] == "torch":
+        assert words[1:] == ["--index-url", TORCH_FOR_CPUS]
+        return
+    extras = re.fullmatch(r"\.(?:\[(.*)\])?", words[0])
+    assert extras is not None
+    assert not words[1:]
+    if extras[1]:
+        assert f"\n{extras[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- links and figures
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+        file = (page.parent / target).resolve() if target else page
+        assert file.is_file(), f"{page.name} links to {target}"
+        assert file.is_relative_to(ROOT)
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_are_absolute_on_pypi() -> None:
+    spec = importlib.util.spec_from_file_location("kara_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    relative = r"\]\((?!https?:)"
+    assert re.search(relative, readme)
+    with_address = setup.for_pypi(readme, "https://example.org/{kind}/main/")
+    assert not re.search(relative, with_address)
+    assert "(https://example.org/blob/main/docs/settings.md)" in with_address
+    assert "(https://example.org/raw/main/docs/demo.png)" in with_address
+    without = setup.for_pypi(readme, "")
+    assert not re.search(relative, without)
+    assert "- Settings: which to choose" in without
+    assert "![" not in without
+
+
+def test_the_package_carries_that_readme(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "kara_kernels").mkdir()
+    shutil.copy(ROOT / "kara_kernels/__init__.py", tmp_path / "kara_kernels")
+    code = "import setuptools.build_meta as b; b.prepare_metadata_for_build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    text = metadata.read_text(encoding="utf-8")
+    assert "Description-Content-Type: text/markdown" in text
+    assert "# kara-kernels" in text
+    assert "](docs/" not in text
+
+
+def test_figures_are_those_of_the_committed_pages() -> None:
+    checked = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"<!-- figures: (\S+/\S+) -->", text):
+            start = max(text.rfind("\n\n", 0, match.start()), text.rfind("\n- ", 0, match.start()))
+            passage = text[start : match.start()]
+            if not text[match.end() :].lstrip("\n").startswith("|"):
+                figures = passage
+            else:  # a table below
+                figures = text[match.end() :].lstrip("\n").split("\n\n")[0]
+            source = (ROOT / match[1]).read_text(encoding="utf-8")
+            for figure in re.findall(r"\d+\.\d+", figures):
+                assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", source), f"{page.name}: {figure}"
+                checked += 1
+    assert checked
+
+
+# ----------------------------------------------------------------------------------------------- tables and promises
+
+
+def table(page: str, heading: str) -> dict[str, list[str]]:
+    """The first table behind a heading: first cell, without backticks, to the others."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.search(rf"^#+ {re.escape(heading)}$.*?^\|[-|]+\n(.*?)(?:\n\n|\Z)", text, re.M | re.S)
+    assert rows is not None, f"{page} has no table under {heading}"
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[1].splitlines()]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+def test_the_settings_have_the_defaults_of_the_code() -> None:
+    documented = table("docs/settings.md", "Options of scoring and selection")
+    documented |= table("docs/settings.md", "Settings of an engine")
+    fields = {field.name: field.default for field in dataclasses.fields(Policy)}
+    assert {name: cells[0].strip("`").replace('"', "'") for name, cells in documented.items()} == {
+        name: repr(default) for name, default in fields.items()
+    }
+
+
+def test_the_readme_says_what_matters_first() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 130
+    first = "\n".join(lines[:20])
+    assert "No GPU has timed it yet" in first
+    assert len(re.findall(r"^- \*\*", first, re.M)) == 3
+    assert "![" in first
+    assert {block.language for block in blocks("python", "sh") if block.page == "README.md"} == {"python", "sh"}
+
+
+OPERATIONS = {
+    "score": r"score_window|score_kernel",
+    "pool": r"[\"']pool[\"']|pool=|pool_kernel",
+    "select": r"select_topk|topk_kernel",
+    "chunks": r"expand_chunks|expand_kernel",
+    "compact": r"compact_blocks|compact_kernel",
+    "compress_window": r"compress_window|\bexecute\b|KaraCache|vllm",
+}
+
+
+def test_contributing_names_the_test_of_every_operation_and_proof() -> None:
+    rows = table("CONTRIBUTING.md", "Where the test of what is")
+    assert list(rows) == list(OPERATIONS)
+    for operation, cells in rows.items():
+        assert len(cells) == 6
+        for column, cell in enumerate(cells):
+            # Engines and GPUs reach the operations through compress_window.
+            mention = OPERATIONS[operation] if column < 4 else OPERATIONS["compress_window"]
+            names = re.findall(r"`([\w/.]+)`", cell)
+            assert names
+            for name in names:
+                text = (ROOT / "tests" / name).read_text(encoding="utf-8")
+                assert re.search(mention, text), f"tests/{name} does not mention {operation}"
+
+
+@pytest.mark.parametrize("demo", ["generate", "serve"])
+def test_documented_keys_are_written_by_the_demos(demo: str) -> None:
+    rows = table("docs/json.md", {"generate": "Keys of `make demo`", "serve": "Keys of `make demo-vllm`"}[demo])
+    source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "demos").rglob("*.py"))
+    text = " ".join(f"{name} {' '.join(cells)}" for name, cells in rows.items())
+    for key in re.findall(r"[a-z_0-9]{2,}(?=`|\[\])", text):
+        assert re.search(rf"\b{key}\b", source), key
+
+
+def test_documented_metrics_exist() -> None:
+    source = (ROOT / "kara_kernels/integrations/vllm/stats.py").read_text(encoding="utf-8")
+    names = set(re.findall(r"kara:(\w+?)(?:_total)?\b", (ROOT / "docs/vllm.md").read_text(encoding="utf-8")))
+    assert {"retention", "compressions", "skipped"} <= names
+    assert all(name in source for name in names)
+
+
+# ----------------------------------------------------------------------------------------------------------- the site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason=f"the site needs {package}: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_is_whole(site: Path) -> None:
+    """Docstrings are pages, nothing is left of their roles, and nothing is loaded from another server."""
+    api = (site / "api/index.html").read_text(encoding="utf-8")
+    assert 'id="kara_kernels.compress_window"' in api
+    assert 'id="kara_kernels.CompressedWindow.frontiers"' in api
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r":(func|class|meth|mod|data):", text), page
+        assert not re.search(r"<(script|img|link)[^>]+(src|href)=\"?(https?:)?//(?!localhost)", text), page
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium with an empty profile."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[dev]'")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def test_every_page_loads_without_an_error(site: Path, browser: Any) -> None:
+    """On a desktop and on a telephone: no error, no request to elsewhere, pictures are there, no page is too wide."""
+    pages = sorted(str(file.parent.relative_to(site)) for file in site.rglob("index.html"))
+    assert len(pages) > 15
+    with served(site) as address:
+        for width in (1280, 390):
+            context = browser.new_context(viewport={"width": width, "height": 800})
+            tab = context.new_page()
+            wrong: list[str] = []
+            tab.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
+            tab.on("pageerror", lambda error: wrong.append(str(error)))
+            # What is still under way when the next page is opened is aborted.
+            tab.on("requestfailed", lambda r: r.failure == "net::ERR_ABORTED" or wrong.append(f"{r.failure} {r.url}"))
+            tab.on("response", lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"))
+            tab.on("request", lambda request: request.url.startswith((address, "data:")) or wrong.append(request.url))
+            for page in pages:
+                tab.goto(address + page, wait_until="load")
+                pictures = tab.evaluate("[...document.images].map(i => [i.src, i.naturalWidth])")
+                assert all(size for _, size in pictures), f"{page}: {pictures}"
+                assert tab.evaluate("document.documentElement.scrollWidth") <= width, f"{page} is wider than {width}"
+                assert not wrong, f"{page}: {wrong}"
+            context.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "page"), [("frontier", "method"), ("compress_window", "api"), ("preemption", "vllm")]
+)
+def test_search_finds(site: Path, browser: Any, words: str, page: str) -> None:
+    with served(site) as address:
+        tab = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+        tab.goto(address, wait_until="load")
+        tab.locator("input.md-search__input").click()
+        tab.keyboard.type(words)
+        results = tab.locator("a.md-search-result__link")
+        results.first.wait_for(timeout=20_000)
+        links = results.evaluate_all("all => all.map(a => a.href)")
+        assert any(f"{address}{page}/" in link for link in links), links
+        tab.context.close()
