@@ -15,17 +15,10 @@ import torch
 from torch import Tensor
 
 from ..paged import PagedCache
-from .compress import compress_window as _compress_window
+from .compress import compress_window
 from .plan import Plan
 from .policy import Policy
 from .queries import QueryRing, upload
-
-
-def compress_window(query, *args, query_rows=None, **options):
-    """Stands in until compress_window reads rows itself."""
-    if query_rows is not None:
-        query = query.index_select(1, query_rows.flatten()).unflatten(1, query_rows.shape)
-    return _compress_window(query, *args, **options)
 
 
 class PackedCache:

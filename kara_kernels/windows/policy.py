@@ -38,7 +38,7 @@ class Policy(Scoring, Selection):
     """Sequences compressed in one step at most; the others wait, those with most to compress go first."""
     min_freed_blocks: int = 1
     """A compression waits until it frees that many blocks, but never for more than one block of tokens. 0: it never
-    waits, and may drop nothing (``keep == window``)."""
+    waits, blocks may be longer than a window, and nothing has to be dropped (``keep == window``)."""
     query_stride: int = 2
     """Queries of every n-th decoded token are recorded to score with; 1: of all."""
     query_heads: str = "mean"
@@ -51,7 +51,7 @@ class Policy(Scoring, Selection):
         Selection.__post_init__(self)
         for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 0)):
             check_count(name, getattr(self, name), low, 2**31 - 1)
-        least = min(1, self.min_freed_blocks)  # tokens that a compression drops: none could never free a block
+        least = min(1, self.min_freed_blocks)  # tokens that must go: dropping none could never free a block
         check_count("window", self.window, 1 + least, MAX_WINDOW)
         check_count("keep", self.keep, 1, self.window - least)
         check_count("query_stride", self.query_stride, 1, self.window)

@@ -31,12 +31,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kara_kernels.checks import check_choice, check_count
 from kara_kernels.engine import Compression, Policy
+from kara_kernels.options import split_options
 
 from .models import HOW_TO_LOAD, check_model
 from .rotary import find_rotation
 from .sequences import Forward, Sequences
 
-_OPTIONS = tuple(Policy().selection)
 _INT32_MAX = 2**31 - 1
 
 
@@ -70,9 +70,9 @@ class KaraCache(Cache):
             the window. None: ``window`` positions where the model's rotary position embedding is found
             (``cache.look_ahead`` tells), 0 for other models, for a config, and with ``attention="causal"``. A
             scorer gets the queries as they are.
-        **options: ``attention``, ``reduction``, ``value_norm``, ``redundancy``, ``pool``, ``chunk_fraction`` and
-            ``max_chunk`` of :func:`kara_kernels.compress_window`, with its defaults. With ``attention="causal"``
-            only the window's queries judge.
+        **options: ``attention``, ``reduction``, ``value_norm``, ``redundancy`` of
+            :class:`~kara_kernels.options.Scoring` and ``pool``, ``chunk_fraction``, ``max_chunk`` of
+            :class:`~kara_kernels.options.Selection`. With ``attention="causal"`` only the window's queries judge.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or an unknown one; a model that runs
@@ -265,8 +265,7 @@ class KaraCache(Cache):
 
 def _policy(window: int, keep: int, tail: int, options: dict[str, Any]) -> Policy:
     """Every query is recorded; a window is compressed as soon as it and its tail are there, whatever it frees."""
-    if unknown := ", ".join(sorted(set(options) - set(_OPTIONS))):
-        raise TypeError(f"KaraCache: unknown arguments {unknown}; expected options among {', '.join(_OPTIONS)}")
+    split_options(options)  # a TypeError for unknown ones that names the known
     return Policy(
         window=window, keep=keep, tail=tail, query_stride=1, query_heads="all", min_freed_blocks=0,
         max_sequences=_INT32_MAX, max_query_gib=1e6, **options,
