@@ -12,7 +12,8 @@ from harness import KARA, engine, greedy, make_model, prompts
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from kara_kernels.integrations.vllm import register, settings
+from kara_kernels.integrations.vllm import hook, register, settings
+from kara_kernels.integrations.vllm.windows import configure as windows
 from kara_kernels.integrations.vllm.windows.runner import KaraRunner
 
 
@@ -59,8 +60,8 @@ def test_settings_are_checked_at_start_up(model, kara, words):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ({"async_scheduling": True}, "asynchronous scheduling"),
-        ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8"),
-        ({"scheduler_cls": "elsewhere.Scheduler"}, "the scheduler elsewhere.Scheduler"),
+        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*, got fp8"),
+        ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*, got elsewhere.Scheduler"),
         ({"runner": "pooling"}, "pooling models"),
     ],
 )
@@ -151,10 +152,10 @@ def test_configuring_twice_is_configuring_once(model):
     register()
     register()
     config = configure(model, KARA)
-    settings.prepare(config)
-    settings.apply(config)
-    assert config.scheduler_config.scheduler_cls == settings._SCHEDULER
-    assert config.parallel_config.worker_cls in settings._WORKERS.values()
+    hook.before(config)
+    hook.after(config)
+    assert config.scheduler_config.scheduler_cls == windows.SCHEDULER
+    assert config.parallel_config.worker_cls in windows.WORKERS.values()
 
 
 def test_a_vllm_that_cannot_be_hooked_starts_without_us(monkeypatch, caplog):
@@ -195,7 +196,8 @@ def test_unconfigured_vllm_behaves_as_without_us(model):
     assert all(module.startswith("vllm.") for module in with_us[1])
     assert without[2] == []
     # The hook, and nothing behind it.
-    assert with_us[2] == ["kara_kernels", "kara_kernels.integrations", "kara_kernels.integrations.vllm"]
+    room = "kara_kernels.integrations.vllm"
+    assert with_us[2] == ["kara_kernels", "kara_kernels.integrations", room, f"{room}.hook"]
 
 
 def test_memory_in_plenty_and_nothing_to_compress_changes_no_token(model):

@@ -1,4 +1,4 @@
-"""Kara's counters on vLLM's own ``/metrics``: the scheduler reports through vLLM's statistics, the front end shows.
+"""Kara's counters, from the scheduler's process to the front end, and there on vLLM's own ``/metrics``.
 
 | metric | |
 |---|---|
@@ -7,14 +7,51 @@
 | ``kara:compress_seconds_total`` | host seconds that workers spent on it |
 | ``kara:skipped_total{reason}`` | windows that had to wait: ``cap``, ``gain``, ``shared``, ``queries`` |
 | ``kara:retention`` | physical by logical tokens of the running requests |
+
+They travel in a field of their own, :attr:`KaraOutputs.kara`, behind those that vLLM puts into its outputs of a step.
+vLLM encodes these outputs as an array and appends fields at its end, so a decoder that expects fewer ignores ours (the
+coordinator of data-parallel engines is one). ``SchedulerStats`` holds no place for it: every field there has an owner,
+and attributes that are no fields are not encoded.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter, Gauge
+from vllm.v1.engine import EngineCoreOutputs
+
+
+@dataclass
+class Report:
+    """What happened since the report before, and what holds now."""
+
+    counts: dict[str, float] = field(default_factory=dict)
+    """By the names of :data:`_COUNTERS`."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """By reason."""
+    retention: float = 1.0
+    """Physical by logical tokens of the running requests."""
+
+
+class KaraOutputs(EngineCoreOutputs):  # an array with defaults left out, like the class it extends
+    """vLLM's outputs of one step with a report behind its own fields."""
+
+    kara: Report | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Of all this, vLLM hands the scheduler's statistics alone to who records them. An attribute goes with them.
+        if self.kara is not None and self.scheduler_stats is not None:
+            self.scheduler_stats.kara = self.kara
+
+
+def with_report(outputs: EngineCoreOutputs, report: Report) -> KaraOutputs:
+    """The same outputs, with a report."""
+    return KaraOutputs(**{name: getattr(outputs, name) for name in EngineCoreOutputs.__struct_fields__}, kara=report)
+
 
 _LABELS = ("model_name", "engine")
 _COUNTERS = {
@@ -40,9 +77,11 @@ def _metrics() -> dict[str, Any]:
 
 
 def observe_with_vllm(config: Any) -> None:
-    """Shows what schedulers report, in processes that serve ``/metrics``. Idempotent."""
+    """In processes that serve ``/metrics``: receives what schedulers report, and shows it. Idempotent."""
+    from vllm.v1.engine import core_client
     from vllm.v1.metrics.loggers import StatLoggerManager
 
+    core_client.EngineCoreOutputs = KaraOutputs  # clients make their decoders of it
     record = StatLoggerManager.record
     if hasattr(record, "kara"):
         return
@@ -51,10 +90,7 @@ def observe_with_vllm(config: Any) -> None:
 
     @functools.wraps(record)
     def record_with_kara(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
-        report = None
-        if scheduler_stats is not None and scheduler_stats.kv_connector_stats:
-            report = scheduler_stats.kv_connector_stats.pop("kara", None)
-            scheduler_stats.kv_connector_stats = scheduler_stats.kv_connector_stats or None
+        report = getattr(scheduler_stats, "kara", None)
         if report is not None:
             _observe(report, (model, str(kwargs.get("engine_idx") or 0)))
         record(self, scheduler_stats, *args, **kwargs)
@@ -63,10 +99,10 @@ def observe_with_vllm(config: Any) -> None:
     StatLoggerManager.record = record_with_kara
 
 
-def _observe(report: dict[str, Any], labels: tuple[str, str]) -> None:
+def _observe(report: Report, labels: tuple[str, str]) -> None:
     metrics = _metrics()
     for name in _COUNTERS:
-        metrics[name].labels(*labels).inc(report["counts"].get(name, 0))
-    for reason, count in report["skipped"].items():
+        metrics[name].labels(*labels).inc(report.counts.get(name, 0))
+    for reason, count in report.skipped.items():
         metrics["skipped"].labels(*labels, reason).inc(count)
-    metrics["retention"].labels(*labels).set(report["retention"])
+    metrics["retention"].labels(*labels).set(report.retention)

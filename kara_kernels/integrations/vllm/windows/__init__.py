@@ -1,1 +1,1 @@
-"""Kara in vLLM: scheduler, runner and worker."""
+"""Running requests, compressed while they decode: configuration, scheduler, runner and worker."""

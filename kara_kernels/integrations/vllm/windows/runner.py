@@ -24,7 +24,8 @@ from kara_kernels.engine import PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
 from ..layout import paged_view
-from ..settings import check_block_size, settings_of
+from ..settings import settings_of
+from .configure import check_block_size
 from .scheduler import KaraSpec, Step
 
 logger = init_logger("vllm.kara")

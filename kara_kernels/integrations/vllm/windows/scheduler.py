@@ -20,7 +20,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from kara_kernels.engine import Held, Ledger, Plan
 
-from ..settings import check_block_size, settings_of
+from ..settings import settings_of
+from ..stats import Report, with_report
+from .configure import check_block_size
 
 
 @dataclass
@@ -121,14 +123,12 @@ class KaraScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._seconds += getattr(model_runner_output, "kara_seconds", 0.0)
-        return super().update_from_output(scheduler_output, model_runner_output)
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        stats = super().make_stats(*args, **kwargs)
-        if stats is not None:
-            # The one field that takes any dict across processes; KV connectors, whose it is, are refused.
-            stats.kv_connector_stats = {"kara": self._report()}
-        return stats
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        # vLLM gives its statistics to one front end of several; where they are, the report belongs.
+        for client, output in outputs.items():
+            if output.scheduler_stats is not None:
+                outputs[client] = with_report(output, self._report())
+        return outputs
 
     def _held(self) -> Sequence[Held]:
         """Running requests with enough to compress whose prompt is through and of which nothing is in flight."""
@@ -166,12 +166,15 @@ class KaraScheduler(Scheduler):
             return request_id, recomputed
         return re.sub(r"-[0-9a-f]{8}$", "", request_id), recomputed
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self) -> Report:
         """Counts since the last report, and what holds now."""
         running = [r for r in self.running if r.status == RequestStatus.RUNNING]
         logical = sum(r.num_computed_tokens for r in running)
         dropped = sum(self._ledger.dropped(r.request_id) for r in running)
-        counts, self._counts = {**self._counts, "compress_seconds": self._seconds}, Counter()
-        self._seconds = 0.0
-        skipped, self._ledger.skipped = dict(self._ledger.skipped), Counter()
-        return {"counts": counts, "skipped": skipped, "retention": 1 - dropped / logical if logical else 1.0}
+        report = Report(
+            {**self._counts, "compress_seconds": self._seconds},
+            dict(self._ledger.skipped),
+            1 - dropped / logical if logical else 1.0,
+        )
+        self._counts, self._seconds, self._ledger.skipped = Counter(), 0.0, Counter()
+        return report

@@ -1,0 +1,125 @@
+"""What vLLM must be told to compress running requests, and what that cannot be combined with.
+
+Nothing of vLLM is imported before a configuration is there: the environment report reads the tables below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from kara_kernels.engine import Policy, ring_bytes
+
+from ..settings import settings_of
+
+_ROOM = __name__.rpartition(".")[0]
+SCHEDULER = f"{_ROOM}.scheduler.KaraScheduler"
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": f"{_ROOM}.worker.KaraCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": f"{_ROOM}.worker.KaraGPUWorker",
+}
+"""vLLM's workers, and those that stand in for them."""
+
+
+def _other_scheduler(config: Any) -> Any:
+    given = config.scheduler_config.scheduler_cls
+    return given not in (None, SCHEDULER) and given
+
+
+def _other_cache_dtype(config: Any) -> Any:
+    given = config.cache_config.cache_dtype
+    return given not in ("auto", "float16", "bfloat16", "float32") and given
+
+
+def _multi_modal(config: Any) -> Any:
+    model = config.model_config
+    return model.is_multimodal_model and not (model.multimodal_config and model.multimodal_config.language_model_only)
+
+
+UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
+    "speculative decoding (--speculative-config)": lambda c: c.speculative_config is not None,
+    "pipeline parallelism (--pipeline-parallel-size)": lambda c: c.parallel_config.pipeline_parallel_size > 1,
+    "decode context parallelism (--decode-context-parallel-size)": lambda c: (
+        (c.parallel_config.decode_context_parallel_size or 1) > 1
+    ),
+    "prefill context parallelism": lambda c: (getattr(c.parallel_config, "prefill_context_parallel_size", 1) or 1) > 1,
+    "dual-batch overlap (--enable-dbo)": lambda c: c.parallel_config.enable_dbo,
+    "KV connectors (--kv-transfer-config)": lambda c: c.kv_transfer_config is not None,
+    "encoder cache connectors (--ec-transfer-config)": lambda c: getattr(c, "ec_transfer_config", None) is not None,
+    "asynchronous scheduling (--async-scheduling)": lambda c: c.scheduler_config.async_scheduling is True,
+    "another scheduler (--scheduler-cls)": _other_scheduler,
+    "a quantised KV cache (--kv-cache-dtype)": _other_cache_dtype,
+    "fast prefill of shared KV (--kv-sharing-fast-prefill)": lambda c: c.cache_config.kv_sharing_fast_prefill,
+    "diffusion models": lambda c: getattr(c, "diffusion_config", None) is not None,
+    "pooling models": lambda c: c.model_config.runner_type == "pooling",
+    "encoder-decoder models": lambda c: c.model_config.is_encoder_decoder,
+    "multi-modal inputs (--language-model-only allows text)": _multi_modal,
+    "multi-head latent attention": lambda c: c.model_config.use_mla,
+    "hybrid or attention-free models": lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+}
+"""What is refused at start-up, by the name an operator knows; a text that is found is shown as what was given."""
+
+
+def before(config: Any) -> None:
+    """Before vLLM completes its configuration: refuses what cannot work, names the scheduler."""
+    _refuse(config)
+    # The scheduler plans on tokens that are computed; those in flight of an asynchronous step are not.
+    config.scheduler_config.async_scheduling = False
+    config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+def after(config: Any) -> None:
+    """After vLLM has completed its configuration: names the worker, says what is set."""
+    from vllm.logger import init_logger
+
+    _resolve_query_stride(config)
+    settings = settings_of(config)
+    parallel = config.parallel_config
+    if parallel.worker_cls not in WORKERS.values():
+        if parallel.worker_cls not in WORKERS:
+            raise ValueError(f"kara: expected one of the workers {', '.join(WORKERS)}, got {parallel.worker_cls}")
+        parallel.worker_cls = WORKERS[parallel.worker_cls]
+    if config.cache_config.block_size is not None:
+        check_block_size(settings.policy, config.cache_config.block_size)
+    said = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(settings.policy).items())
+    # Below vLLM's own logger, so that its handlers and levels hold.
+    init_logger("vllm.kara").info_once(f"Kara compresses the KV cache while decoding: {said}, trace={settings.trace!r}")
+
+
+def check_block_size(policy: Policy, block_size: int) -> None:
+    """One ValueError for settings that could not free a block of this size."""
+    try:
+        policy.check_page_size(block_size)
+    except ValueError as error:
+        raise ValueError(f"kara: {error} (set --block-size to change the block)") from None
+
+
+def _refuse(config: Any) -> None:
+    refused = []
+    for what, find in UNSUPPORTED.items():
+        if found := find(config):
+            refused.append(what if isinstance(found, bool) else f"{what}, got {found}")
+    if refused:
+        raise ValueError(f"kara: not supported together with {'; '.join(refused)}")
+
+
+def _resolve_query_stride(config: Any) -> None:
+    """Where the operator has not set it: the first of 2, 4, 8, ... whose query ring fits ``max_query_gib``.
+
+    vLLM lets up to 1,024 requests run at once, and their queries by the default stride may be more memory than anybody
+    wants to give. The stride is part of the plan, so it is settled here, once for all processes.
+    """
+    kara, model = config.additional_config["kara"], config.model_config
+    if "query_stride" in kara:
+        return
+    policy, parallel = settings_of(config).policy, config.parallel_config
+    heads = model.get_num_kv_heads(parallel)
+    if policy.query_heads == "all":
+        heads = model.get_num_attention_heads(parallel)
+    shape = model.get_num_layers(parallel), heads, model.get_head_size(), config.scheduler_config.max_num_seqs
+    while policy.query_stride * 2 <= policy.window and (
+        ring_bytes(policy, *shape, model.dtype) > policy.max_query_gib * 2**30
+    ):
+        policy = dataclasses.replace(policy, query_stride=policy.query_stride * 2)
+    config.additional_config = {**config.additional_config, "kara": {**kara, "query_stride": policy.query_stride}}
