@@ -210,9 +210,9 @@ class Dense:
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
 
-    def scores(self, served, events, stride):
+    def scores(self, served, events, stride, attention="bidirectional"):
         """Per event ``[L, H, W]``: mean attention that each key of its window gets from the recorded queries, those of
-        the newest window + tail decoded tokens, every ``stride``-th."""
+        the newest window + tail decoded tokens, every ``stride``-th; if causal, from those of the window's tokens."""
         self.logits(served, events)
         heads = self.model.config.num_key_value_heads
         found = []
@@ -222,13 +222,19 @@ class Dense:
             held = replay(self.model, text, earlier).held
             window = slice(event["window_start"], event["window_start"] + event["window"])
             newest = range(event["logical_len"] - event["window"] - KARA["tail"], event["logical_len"])
+            if attention == "causal":
+                dropped = event["logical_len"] - event["physical_len_before"]
+                newest = range(window.start + dropped, window.stop + dropped)
             judges = [t for t in newest if t >= len(served.prompt) and t % stride == 0]
             layers = []
             for layer, (query, key, _) in sorted(_seen.items()):
                 query, key = query[0].double(), key[0].double()
-                judge = query[:, judges].reshape(heads, -1, query.shape[-1])
+                judge = query[:, judges].unflatten(0, (heads, -1))  # [H, G, N, D]
                 keys = torch.stack([key[h, held[layer][0][h][window]] for h in range(heads)])
-                layers.append((judge @ keys.mT * key.shape[-1] ** -0.5).softmax(-1).mean(1))
+                logits = judge @ keys.mT[:, None] * key.shape[-1] ** -0.5
+                if attention == "causal":
+                    logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), -torch.inf)
+                layers.append(logits.softmax(-1).mean((1, 2)))
             found.append(torch.stack(layers))
         return found
 

@@ -16,6 +16,7 @@ from kara_kernels.engine import PackedCache
         pytest.param({"pool": "layer"}, {}, 3, id="one list per layer"),
         pytest.param({"pool": "model", "tail": 0}, {}, 3, id="one list, no tail"),
         pytest.param({"query_heads": "all", "query_stride": 8}, {}, 3, id="all heads of few queries"),
+        pytest.param({"attention": "causal", "query_stride": 1}, {}, 3, id="causal"),
         pytest.param(
             {"window": 40, "keep": 9, "tail": 3, "period": 5, "max_sequences": 1}, {}, 3, id="odd lengths, period, cap"
         ),
@@ -238,11 +239,12 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
         assert kara.runner.kara_ring.sequences <= 1
 
 
-@pytest.mark.parametrize("stride", [1, 4])
-def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride):
+@pytest.mark.parametrize(("stride", "attention"), [(1, "bidirectional"), (4, "bidirectional"), (1, "causal")])
+def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention):
     """Scores by the dense model's own queries and keys: what is kept has at least the attention of what is dropped."""
     policy = {
         **KARA,
+        "attention": attention,
         "query_stride": stride,
         "query_heads": "all",
         "chunk_fraction": 0.0,
@@ -253,7 +255,7 @@ def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride
         for served in kara.generate(prompts(5, 77), greedy(260)):
             events = kara.events_of(served.request_id)
             assert len(events) >= 3
-            for event, scores in zip(events, dense.scores(served, events, stride), strict=True):
+            for event, scores in zip(events, dense.scores(served, events, stride, attention), strict=True):
                 kept = torch.tensor(event["keep_indices"])  # [L, H, K]
                 is_kept = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, kept, True)
                 worst = scores.masked_fill(~is_kept, torch.inf).min(-1).values

@@ -37,6 +37,8 @@ def configure(model, kara, **options):
         ({"tail": -1}, ["tail", "expected 0..", "-1"]),
         ({"tail": 1.5}, ["tail", "expected an int", "float"]),
         ({"chunk_fraction": 2}, ["chunk_fraction", "expected 0.0..1.0", "2"]),
+        ({"attention": "sideways"}, ["attention", "'bidirectional', 'causal'", "'sideways'"]),
+        ({"attention": "causal"}, ["query_stride", "expected 1", "2"]),
         ({"trace": 7}, ["trace", "expected a file name", "int"]),
         ({"trace": "/nowhere/trace"}, ["trace", "can be written", "/nowhere/trace: No such file"]),
         ("on", ["expected an object of settings", "str"]),
@@ -59,6 +61,7 @@ def test_settings_are_checked_at_start_up(model, kara, words):
         ),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+        ({"kv_offloading_size": 1.0}, "KV connectors"),  # which vLLM makes of it
         ({"async_scheduling": True}, "asynchronous scheduling"),
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*, got fp8"),
         ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*, got elsewhere.Scheduler"),

@@ -23,6 +23,8 @@ def drawn(seed):
         "chunk_fraction": draw.choice([0.0, 0.3]),
         "protected": draw.choice([0, 0, 60]),
     }
+    if policy["query_stride"] == 1 and seed % 2:
+        policy["attention"] = "causal"
     length = draw.choice([288, 320, 416])
     options = {
         "max_model_len": length,

@@ -73,6 +73,7 @@ def after(config: Any) -> None:
     """After vLLM has completed its configuration: names the worker, says what is set."""
     from vllm.logger import init_logger
 
+    _refuse(config)  # once more: --kv-offloading-size has become a KV connector only now
     _resolve_query_stride(config)
     settings = settings_of(config)
     parallel = config.parallel_config

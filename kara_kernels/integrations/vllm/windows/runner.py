@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kara_kernels.engine import PackedCache, QueryRing, Span, execute, warm_up
+from kara_kernels.engine import Compression, PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
 from ..layout import paged_view
@@ -175,9 +175,10 @@ class KaraRunner(_Mixin):
         keep = execute(step.plans, self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options())
         for plan in step.plans:
             self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
-        self.kara_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.kara_seconds += seconds
         if self.kara.trace is not None:
-            self._trace(self.kara.trace, step, keep)
+            self._trace(self.kara.trace, step, keep, seconds / len(step.plans))
 
     def _kara_options(self) -> dict[str, Any]:
         pooled = self.kara.policy.pool != "head"
@@ -188,31 +189,30 @@ class KaraRunner(_Mixin):
         group = get_tp_group()
         return scores if group.world_size == 1 else group.all_reduce(scores) / group.world_size
 
-    def _trace(self, path: str, step: Step, keep: list[Tensor]) -> None:
-        group = get_tp_group()
+    def _trace(self, path: str, step: Step, keep: list[Tensor], seconds: float) -> None:
+        rank = get_tp_group().rank_in_group
         for plan, (name, recomputed), kept in zip(step.plans, step.clients, keep, strict=True):
-            kept = kept.cpu().contiguous()
-            if group.world_size > 1:
-                of_ranks = [torch.empty_like(kept) for _ in range(group.world_size)]
-                torch.distributed.all_gather(of_ranks, kept, group=group.cpu_group)
-                kept = torch.cat(of_ranks, 1)
-            if group.rank_in_group:
+            kept = _of_all_ranks(kept.cpu())
+            if rank:
                 continue
-            line = {
-                "request_id": name,
-                "logical_len": plan.logical_len,
-                "physical_len_before": plan.physical_len,
-                "physical_len_after": plan.new_len,
-                "window_start": plan.window_start,
-                "window": self.kara.policy.window,
-                "keep": self.kara.policy.keep,
-                "keep_indices": kept.tolist(),
-                "freed_blocks": len(plan.freed),
-                "recomputed_len": recomputed,
-            }
+            record = Compression.of(
+                plan, self.kara.policy, kept, seconds=seconds, request_id=name, recomputed_len=recomputed
+            )
+            line = json.dumps(record.as_dict(), separators=(",", ":")) + "\n"
             # One unbuffered write: lines of data-parallel engines do not mix.
             with open(path, "ab", buffering=0) as file:
-                file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
+                file.write(line.encode())
+
+
+def _of_all_ranks(kept: Tensor) -> Tensor:
+    """A keep list ``[L, H, K]`` on the CPU with the heads of all tensor-parallel ranks, in their order."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return kept
+    kept = kept.contiguous()
+    of_ranks = [torch.empty_like(kept) for _ in range(group.world_size)]
+    torch.distributed.all_gather(of_ranks, kept, group=group.cpu_group)
+    return torch.cat(of_ranks, 1)
 
 
 class KaraRunnerV1(KaraRunner):
