@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import math
 import random
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +23,8 @@ from test_transformers import make_model  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 import bench.quality.__main__ as command  # noqa: E402
-from bench.quality import decode, measure, peers, report, run, statistics, tasks  # noqa: E402
+from bench import tables  # noqa: E402
+from bench.quality import decode, measure, peers, report, run, sources, statistics, tasks  # noqa: E402
 from bench.quality.methods import DEFAULT, METHODS, OURS, STRAIGHT, Kara, Method, ablations, pyramid  # noqa: E402
 from bench.quality.replay import Replay, Window  # noqa: E402
 from kara_kernels.integrations.transformers import KaraCache  # noqa: E402
@@ -347,50 +352,162 @@ def test_recall_is_judged_by_what_the_full_cache_can() -> None:
 # ---- the run and its report --------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_goes_on_and_other_settings_begin_anew(tmp_path: Any) -> None:
-    path, plan = tmp_path / "quality.json", run.Plan("m", True, 0)
-    cells = [(BY_NAME["H2O"], 0.3), (BY_NAME["random"], 0.3)]
-    store = run.Store(path, plan, {"torch": "x"})
-    records = [{"task": "fidelity", "item": "a", "method": m.name, "retention": r, "kl": 0.5} for m, r in cells]
-    store.add(records)
-    again = run.Store(path, plan, {})
-    assert again.records == records
-    assert again.missing("fidelity", "a", cells) == []
-    assert again.missing("fidelity", "b", cells) == cells
-    assert again.missing("fidelity", "a", [*cells, (BY_NAME["R-KV"], 0.3)]) == [(BY_NAME["R-KV"], 0.3)]
-    assert run.Store(path, run.Plan("m", True, 1), {}).records == []
-    assert json.loads((tmp_path / "quality.other.json").read_text())["records"] == records
+# ---- what is measured again, and what is not ------------------------------------------------------------------
 
 
-def test_a_whole_run_of_a_tiny_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured, stored, not measured again, and reported."""
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """``measured(checkout, home)``: a quick run there of a tiny model, and how many cells it measured."""
     monkeypatch.setattr(run, "WINDOWS", 1)
-    monkeypatch.setattr(run, "HAYSTACK_WINDOWS", 8)
-    model, plan = make_model(), run.Plan("tiny", True, 0)
-    phases: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(run, "HAYSTACK_WINDOWS", 6)
+    monkeypatch.setattr(run, "QUICK_METHODS", (DEFAULT, "H2O", "random"))
+    monkeypatch.setattr(run, "QUICK_TEXTS", ("manual-1", "argparse"))
+    monkeypatch.setattr("demos.model.load", lambda *_, **__: (make_model(), Letters()))
+    compressed, cells = Replay.compressed, []
 
-    class Phase:
-        def __init__(self, name: str, total: int) -> None:
-            self.name, self.total, self.done = name, total, 0
+    def counted(self: Replay, *arguments: Any, **options: Any) -> Any:
+        cells.append(1)
+        if len(cells) == counted.stop:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return compressed(self, *arguments, **options)
 
-        def __enter__(self) -> Any:
-            return lambda count, note: setattr(self, "done", self.done + count)
+    monkeypatch.setattr(Replay, "compressed", counted)
 
-        def __exit__(self, *_: Any) -> None:
-            phases.append((self.name, self.total, self.done))
+    def go(checkout: str, home: str = "home", stop: int = 0) -> int:
+        cells.clear()
+        counted.stop = stop  # type: ignore[attr-defined]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+        out = str(tmp_path / checkout / "bench/results")
+        assert command.main(["--quick", "--threads", "1", "--device", "cpu", "--out", out]) == (130 if stop else 0)
+        return len(cells) - bool(stop)
 
-    for _ in range(2):
-        store = run.Store(tmp_path / "quality.json", plan, run.facts(model))
-        before = len(store.records)
-        run.measure_all(model, Letters(), plan, store, lambda line: None, Phase)
-    assert before == len(store.records) > 0
-    assert [(name, total == done) for name, total, done in phases] == [("fidelity", True), ("recall", True)] * 2
-    result = json.loads((tmp_path / "quality.json").read_text())
-    page, drawn = report.write(result, tmp_path)
-    said = page.read_text()
+    return go
+
+
+CELLS = 4 * 3 * 2  # two texts and two haystacks, three methods, two retentions
+FULL = 2  # haystacks, with everything
+
+
+def with_another_h2o(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = [replace(m, scorer=peers.knorm) if m.name == "H2O" else m for m in METHODS]
+    monkeypatch.setattr(run, "METHODS", changed)
+
+
+def test_a_fresh_clone_measures_and_an_unchanged_one_does_not(measured: Any) -> None:
+    assert measured("clone") == CELLS + FULL
+    assert measured("clone") == 0
+    assert measured("clone", home="of somebody else") == CELLS + FULL  # what is committed proves nothing
+
+
+def test_a_changed_scorer_is_measured_again_nothing_else_and_checkouts_do_not_mix(
+    measured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One checkout, another whose H2O scores otherwise, the first again, then the change in the first."""
+    results = tmp_path / "one/bench/results"
+    measured("one")
+    rows, said = tables.read(results / "quality.csv"), (results / "quality.md").read_text()
+    with monkeypatch.context() as other:
+        with_another_h2o(other)
+        assert measured("two") == CELLS // 3
+        others = tables.read(tmp_path / "two/bench/results/quality.csv")
+    assert others[0] == rows[0]
+    assert {a["method"] for a, b in zip(rows[1], others[1], strict=True) if a != b} == {"H2O"}
+    assert measured("one") == 0
+    assert tables.read(results / "quality.csv") == rows
+    with_another_h2o(monkeypatch)
+    assert measured("one") == 0
+    assert tables.read(results / "quality.csv") == others
+    assert (results / "quality.md").read_text() != said
     for method in run.QUICK_METHODS:
         assert f"| {method} |" in said or f"| **{method}** |" in said
-    assert drawn.stat().st_size > 10_000
+    assert (results / "quality.png").stat().st_size > 10_000
+
+
+def peers_as(tmp_path: Path, old: str, new: str) -> Any:
+    """The module of peers with another text."""
+    source = Path(peers.__file__).read_text()
+    assert old in source
+    path = tmp_path / f"peers_{len(list(tmp_path.iterdir()))}.py"
+    path.write_text(source.replace(old, new).replace("from .replay", "from bench.quality.replay"))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("old", "new", "changed"), [
+    ("    return -window.window_keys.norm(dim=-1)", "    return window.window_keys.norm(dim=-1)", {"knorm"}),
+    ("masked_fill(later, -math.inf)", "masked_fill(later, 0)", {"snapkv", "h2o", "tova", "chunkkv"}),  # a helper
+    ("[..., window.span]", "[..., :1]", {"snapkv", "h2o", "tova", "chunkkv"}),
+    ("CHUNK = 10", "CHUNK = 11", {"chunkkv"}),  # a constant
+    ("SNAP_POOL = 32, 7", "SNAP_POOL = 32, 9", {"snapkv"}),
+    ("    return -window.window_keys.norm(dim=-1)", "    # !\n    return (-window.window_keys.norm(dim=-1))", set()),
+    ("Keys of small norm", "Small keys", set()),
+])  # fmt: skip
+def test_code_that_a_scorer_reaches_counts(tmp_path: Path, old: str, new: str, changed: set[str]) -> None:
+    before, after = peers_as(tmp_path, "import math", "import math"), peers_as(tmp_path, old, new)
+    scorers = [method.scorer.__name__ for method in METHODS if method.family in ("peer", "null")]
+
+    def of(module: Any) -> dict[str, list[str]]:
+        return {name: sources.of_callable(getattr(module, name)) for name in scorers}
+
+    assert {name for name, code in of(after).items() if code != of(before)[name]} == changed
+
+
+def test_settings_and_models_count() -> None:
+    methods = [BY_NAME[DEFAULT], replace(BY_NAME[DEFAULT], selection={"chunk_fraction": 0.2}), BY_NAME["straight"],
+               replace(BY_NAME[DEFAULT], tail=63), replace(BY_NAME[DEFAULT], scorer=Kara(redundancy=1.0)),
+               BY_NAME["SnapKV"], replace(BY_NAME["SnapKV"], layer_budgets=pyramid)]  # fmt: skip
+    assert len({sources.of_method(method) for method in methods}) == len(methods)
+    assert sources.of_method(BY_NAME[DEFAULT]) == sources.of_method(replace(BY_NAME[DEFAULT]))
+    model, twin = make_model(), make_model()
+    assert sources.of_model(model) == sources.of_model(twin)
+    twin.set_attn_implementation("sdpa")
+    assert sources.of_model(model) == sources.of_model(twin)
+    with torch.no_grad():
+        twin.lm_head.weight[0, 0] += 1
+    assert sources.of_model(model) != sources.of_model(twin)
+
+
+@pytest.mark.parametrize(("path", "changed"), [
+    ("bench/quality/replay.py", {"fidelity", "fidelity of ours", "decoding"}),
+    ("bench/quality/measure.py", {"fidelity", "fidelity of ours"}),
+    ("bench/quality/decode.py", {"decoding"}),
+    ("kara_kernels/windows/run.py", {"fidelity", "fidelity of ours", "decoding"}),
+    ("kara_kernels/reference/chunks.py", {"fidelity", "fidelity of ours", "decoding"}),
+    ("kara_kernels/integrations/transformers/rotary.py", {"fidelity", "fidelity of ours", "decoding"}),
+    ("kara_kernels/reference/score.py", {"fidelity of ours"}),
+    ("kara_kernels/windows/plan.py", {"decoding"}),
+    ("kara_kernels/integrations/vllm/settings.py", set()),
+    ("kara_kernels/windows/of_tomorrow.py", {"fidelity", "fidelity of ours", "decoding"}),
+])  # fmt: skip
+def test_files_that_a_record_depends_on(tmp_path: Path, path: str, changed: set[str]) -> None:
+    for folder in ("bench/quality", "kara_kernels"):
+        shutil.copytree(sources.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def hashes() -> dict[str, str]:
+        return {"fidelity": sources.of_files("fidelity", False, tmp_path),
+                "fidelity of ours": sources.of_files("fidelity", True, tmp_path),
+                "decoding": sources.of_files("decoding", False, tmp_path)}  # fmt: skip
+
+    before = hashes()
+    file = tmp_path / path
+    was = file.read_text() if file.exists() else ""
+    file.write_text(was + "\n# a comment\n")
+    assert not was or hashes() == before
+    file.write_text(was + "\nCHANGED = True\n")
+    assert {name for name, value in hashes().items() if value != before[name]} == changed
+
+
+def test_a_stopped_run_goes_on(measured: Any) -> None:
+    assert measured("clone", stop=17) == 16
+    assert measured("clone") == CELLS + FULL - 16
+
+
+# ---- the report ---------------------------------------------------------------------------------------
 
 
 def test_the_report_says_where_kara_loses(tmp_path: Any) -> None:
@@ -416,14 +533,17 @@ def test_options_out_of_range(arguments: list[str], said: str, capsys: pytest.Ca
     assert said in capsys.readouterr().err
 
 
-def test_problems_are_one_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_are_one_line(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert command.main(["--out", str(tmp_path / "file")]) == 1
-    assert command.main(["--out", str(tmp_path / "none"), "--report"]) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert command.main(["--out", str(tmp_path / "none")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("quality: --out ")
-    assert "nothing was measured yet" in lines[1]
+    assert lines[1].startswith("quality: cannot keep measurements in ")
 
 
 def test_measured_distances_cover_what_is_read() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from demos import DemoError
 
@@ -23,7 +21,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help=f"folder of the results (default: {RESULTS.parent.name}/{RESULTS.name})"
     )
-    parser.add_argument("--report", action="store_true", help="only write the report of what was measured before")
     options = parser.parse_args(argv)
     if options.threads < 1:
         parser.error(f"--threads: expected 1 or more, got {options.threads}")
@@ -46,37 +43,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    import json
-
     import torch
 
     import kara_kernels.integrations.transformers  # noqa: F401, registers the attention that models are loaded with
-    from demos.generate.report import Screen
+    from bench import tables
     from demos.model import load
+    from demos.screen import Screen
 
     from . import report
-    from .run import Plan, Store, facts, measure_all
+    from .run import Plan, Run, facts
+    from .store import Store
 
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--out {options.out}: {error.strerror or error}") from error
-    path = options.out / "quality.json"
-    if not options.report:
-        torch.set_num_threads(options.threads)
-        screen = Screen()
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load(options.model, dtype="float32", device=device, say=screen.say)
-        plan = Plan(options.model or "packaged", options.quick, options.seed)
-        phases: dict[str, float] = {}
-
-        def phase(name: str, total: int) -> AbstractContextManager[Any]:
-            return screen.phase(phases, name, total)
-
-        measure_all(model, tokenizer, plan, Store(path, plan, facts(model)), screen.say, phase)
-    elif not path.exists():
-        raise DemoError(f"--report: nothing was measured yet, {path} is missing")
-    for written in report.write(json.loads(path.read_text(encoding="utf-8")), options.out):
+    torch.set_num_threads(options.threads)
+    screen, store = Screen(), Store()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(options.model, dtype="float32", device=device, say=screen.say)
+    plan = Plan(options.model or "packaged", options.quick, options.seed)
+    head = facts(plan, model)
+    records = Run(model, tokenizer, plan, store, screen).records()
+    tables.write(options.out / "quality.csv", records, **head)
+    for written in report.write({**head, "records": records}, options.out):
         print(written)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .methods import Method
+from .methods import Cell
 from .replay import Replay
 from .tasks import Haystack
 
@@ -19,7 +19,6 @@ PROMPT = 64  # tokens at the start of every text that no method may touch
 AHEAD = 192  # tokens that are read with the compressed cache
 DISTANCES = (0, 16, 64, 128, AHEAD)  # since the compression, in tokens
 
-Cell = tuple[Method, float]
 Record = dict[str, Any]
 
 
@@ -60,7 +59,6 @@ def recall(model: Any, tokenizer: Any, haystack: Haystack, cells: list[Cell], se
             exact.append(bool((logits.argmax(-1) == answer).all()))
         return {"kinds": [case.kind for case in haystack.cases], "nll": nll, "exact": exact}
 
-    yield {"task": "recall", "item": haystack.name, "method": "full", "retention": 1.0, **judge(replay.full())}
     yield from _judged("recall", haystack.name, replay, cells, seed, judge)
 
 

@@ -35,6 +35,11 @@ class Method:
     layer_budgets: Callable[[int, int], list[int]] | None = None
 
     @property
+    def own_scores(self) -> bool:
+        """By the library's scores, not by somebody else's."""
+        return isinstance(self.scorer, Kara)
+
+    @property
     def scored_as(self) -> tuple[Any, ...]:
         """Methods that agree in this share their scores."""
         return self.scorer, self.window, self.tail
@@ -42,6 +47,9 @@ class Method:
     def keep(self, retention: float, layers: int) -> int | list[int]:
         kept = round(retention * self.window)
         return kept if self.layer_budgets is None else self.layer_budgets(kept, layers)
+
+
+Cell = tuple[Method, float]  # a method at a retention
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ OURS = Kara()
 SELECTION = {name: getattr(Policy(), name) for name in ("chunk_fraction", "max_chunk", "pool")}
 CHUNKS = {"chunk_fraction": 0.3, "max_chunk": 8}
 
+FULL = Method("full", "the full cache: at retention 1 all scores keep everything", "full", peers.nothing_known)
 METHODS = [
     Method(DEFAULT, "rms, value norms, tail queries, looking ahead, chunks 0.1 / 8, per head", "kara", OURS, SELECTION),
     Method(BASE, "the default without Token2Chunk", "kara", OURS),

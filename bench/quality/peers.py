@@ -40,6 +40,11 @@ def _generator(window: Window) -> torch.Generator:
     return torch.Generator().manual_seed(window.seed)
 
 
+def nothing_known(window: Window) -> Tensor:
+    """The same score for everything."""
+    return torch.zeros(window.window_keys.shape[:3], device=window.keys.device)
+
+
 def random_per_head(window: Window) -> Tensor:
     """Chance, one list per layer and KV head: the null baseline (arXiv 2609.03430)."""
     return torch.rand(window.window_keys.shape[:3], generator=_generator(window)).to(window.keys.device)

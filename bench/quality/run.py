@@ -1,88 +1,65 @@
-"""What is measured, in which order, and where it is kept: one JSON file, written after every text, so that a run that
-was stopped goes on."""
+"""What is measured, and in which order."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import kara_kernels
-from demos.model import cache_root
+from demos.screen import Screen
 
-from . import texts
+from . import sources, texts
 from .decode import decoding, write
-from .measure import AHEAD, PROMPT, Cell, Record, fidelity, recall
-from .methods import ABLATION_RETENTION, DEFAULT, METHODS, RETENTIONS, TAIL, WINDOW, Method, ablations
+from .measure import AHEAD, PROMPT, Record, fidelity, recall
+from .methods import ABLATION_RETENTION, DEFAULT, FULL, METHODS, RETENTIONS, TAIL, WINDOW, Cell, Method, ablations
+from .store import Store
 from .tasks import haystacks
 
-SCHEMA = 1
 WINDOWS, HAYSTACK_WINDOWS = 8, 6
-OWN_TOKENS, GREEDY_TOKENS = 2440, 600
+OWN_TOKENS, GREEDY_TOKENS = 2560, 600
 GREEDY_PROMPTS = (
     "Explain step by step how a steam engine turns heat into motion.",
     "Write a story about two brothers who build a boat.",
     "A farmer has 17 sheep, 9 cows and 12 hens. Work out, in detail, what they need to eat in a month.",
     "Write a Python class for a bank account, with tests, and explain every line.",
 )
-DECODED = (DEFAULT, "kara, not ahead", "straight", "H2O", "R-KV", "SnapKV", "StreamingLLM", "random")
-QUICK_METHODS = (DEFAULT, "straight", "random", "StreamingLLM", "H2O", "R-KV", "SnapKV")
+DECODED = (
+    DEFAULT, "kara, not ahead", "straight", "Compactor", "KeyDiff", "H2O", "R-KV", "SnapKV", "StreamingLLM", "random",
+)  # fmt: skip
+QUICK_METHODS = (DEFAULT, "straight", "random", "StreamingLLM", "Compactor", "KeyDiff", "H2O", "R-KV", "SnapKV")
 QUICK_TEXTS = ("manual-1", "argparse", "licence-python", "readme-transformers")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the figures."""
+    """What a user may ask for."""
 
     model: str
     quick: bool
     seed: int
 
-    @property
-    def key(self) -> str:
-        held = json.dumps([SCHEMA, asdict(self), kara_kernels.__version__, torch.__version__, transformers.__version__])
-        return hashlib.sha256(held.encode()).hexdigest()[:16]
+
+@dataclass(frozen=True)
+class Item:
+    """One text or haystack: every cell that is wanted of it, and how the missing ones are measured."""
+
+    task: str
+    name: str
+    content: Any  # whatever was read, for the key
+    cells: list[Cell]
+    measure: Callable[[list[Cell]], Iterator[Record]]
 
 
-class Store:
-    """The records of one plan. A file of another plan is put aside, never mixed in."""
-
-    def __init__(self, path: Path, plan: Plan, facts: dict[str, Any]) -> None:
-        self.path = path
-        self.records: list[Record] = []
-        self.head = {"schema": SCHEMA, "key": plan.key, "plan": asdict(plan), **facts}
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found.get("key") == plan.key:
-                self.records = found["records"]
-            else:
-                path.rename(path.with_suffix(".other.json"))
-
-    def missing(self, task: str, item: str, cells: Iterable[Cell]) -> list[Cell]:
-        held = {(r["method"], r["retention"]) for r in self.records if (r["task"], r["item"]) == (task, item)}
-        return [(method, retention) for method, retention in cells if (method.name, retention) not in held]
-
-    def add(self, records: list[Record]) -> None:
-        self.records += records
-        beside = self.path.with_suffix(".part")
-        lines = ",\n".join(json.dumps(record) for record in self.records)
-        head = json.dumps({**self.head, "records": []}, indent=1)
-        beside.write_text(head[: head.rindex("[]")] + "[\n" + lines + "\n]\n}\n", encoding="utf-8")
-        os.replace(beside, self.path)
-
-
-def facts(model: Any) -> dict[str, Any]:
-    """What a reader of figures wants to know of the machine and the versions."""
+def facts(plan: Plan, model: Any) -> dict[str, Any]:
+    """What a reader of figures wants to know of the run, the versions and the machine."""
     return {
+        "plan": asdict(plan),
         "kara_kernels": kara_kernels.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -94,100 +71,114 @@ def facts(model: Any) -> dict[str, Any]:
 
 def cells_of(methods: Iterable[Method], retentions: Iterable[float]) -> list[Cell]:
     """Methods that share their scores stand together."""
-    ordered = sorted(methods, key=lambda method: str(method.scored_as))
-    return [(method, retention) for method in ordered for retention in retentions]
+    alike: dict[Any, list[Method]] = {}
+    for method in methods:
+        alike.setdefault(method.scored_as, []).append(method)
+    return [(method, retention) for some in alike.values() for method in some for retention in retentions]
 
 
-def measure_all(
-    model: Any, tokenizer: Any, plan: Plan, store: Store, say: Callable[[str], None], phase: Callable[..., Any]
-) -> None:
-    """Fills ``store``. ``phase(name, total)`` is a context manager that yields ``advance(count, note)``."""
-    methods = [method for method in METHODS if not plan.quick or method.name in QUICK_METHODS]
-    retentions = (0.3, 0.5) if plan.quick else RETENTIONS
-    cells = cells_of(methods, retentions)
-    extra = [] if plan.quick else cells_of(ablations(), [ABLATION_RETENTION])
-    written = texts.shipped()
-    if not plan.quick:
-        written += _own(model, tokenizer, plan, say)
-    length = PROMPT + WINDOWS * WINDOW + TAIL + AHEAD
+class Run:
+    """Measures what the store does not hold yet."""
 
-    def keep(task: str, item: str, wanted: list[Cell], advance: Any, measure: Callable[..., Iterator[Record]]) -> None:
-        """Measures of ``wanted`` what the store does not hold yet."""
-        missing = store.missing(task, item, wanted)
-        advance(len(wanted) - len(missing), item)
-        found: list[Record] = []
-        for record in measure(missing) if missing else ():
-            found.append(record)
-            if record["method"] != "full":
-                advance(1, item)
-        store.add(found)
+    def __init__(self, model: Any, tokenizer: Any, plan: Plan, store: Store, screen: Screen) -> None:
+        self.model, self.tokenizer, self.plan, self.store, self.screen = model, tokenizer, plan, store, screen
+        self.phases: dict[str, float] = {}
+        self.methods = [method for method in METHODS if not plan.quick or method.name in QUICK_METHODS]
+        self.cells = cells_of(self.methods, (0.3, 0.5) if plan.quick else RETENTIONS)
+        versions = platform.python_version(), torch.__version__, transformers.__version__
+        self._writer = sources.digest(sources.of_model(model), plan.seed, *versions)
+        self._reader = sources.digest(self._writer, platform.machine(), torch.get_num_threads(), str(model.device))
+        # All code is looked at now: who edits a file while this runs has started what was there before.
+        self._files = {
+            (task, own): sources.of_files(task, own) for task in sources.BENCH for own in (False, True)
+        }  # fmt: skip
+        self._methods = {method.name: sources.of_method(method) for method in [FULL, *METHODS, *ablations()]}
+        self._texts_by, self._greedy_by = sources.of_callable(texts.own), sources.of_callable(write)
 
-    documents = []
-    for text in written:
-        ids = torch.tensor(tokenizer(text.text, add_special_tokens=False).input_ids[:length], device=model.device)
-        if len(ids) == length and (not plan.quick or text.name in QUICK_TEXTS):
-            documents.append((text, ids))
-        elif len(ids) < length:
-            say(f"left out {text.name}: {len(ids)} tokens, {length} are needed")
-    # Ablations are read off every other text: they share the hour with everything else.
-    asked = [cells if i % 2 else cells + extra for i in range(len(documents))]
-    with phase("fidelity", sum(map(len, asked))) as advance:
-        for (text, ids), some in zip(documents, asked, strict=True):
-            name = f"{text.name} ({text.kind})"
-            keep("fidelity", name, some, advance, partial(fidelity, model, name, ids, seed=plan.seed))
+    def records(self) -> list[Record]:
+        """Every record of the plan, in its order."""
+        written = self._texts()
+        found = self._measured("fidelity", list(self._documents(written)))
+        found += self._measured("recall", list(self._haystacks(written)))
+        if not self.plan.quick:
+            found += self._measured("decoding", list(self._generations()))
+        return found
 
-    filler = [text.text for text in written if text.kind in ("manual", "prose")]
-    size = PROMPT + HAYSTACK_WINDOWS * WINDOW + TAIL
-    stacks = haystacks(tokenizer, filler, 2 if plan.quick else 4, size, TAIL, plan.seed)
-    with phase("recall", len(stacks) * len(cells)) as advance:
-        for stack in stacks:
-            keep("recall", stack.name, cells, advance, partial(recall, model, tokenizer, stack, seed=plan.seed))
+    def key(self, item: Item, cell: Cell) -> str:
+        """Says all that a record depends on: code, model, versions, processors, the text and the method."""
+        method, retention = cell
+        code = self._files[item.task, method.own_scores], self._methods[method.name]
+        return sources.digest(self._reader, code, item.task, item.name, item.content, retention)
 
-    if not plan.quick:
-        some = cells_of([method for method in METHODS if method.name in DECODED], (0.2, 0.3, 0.5))
-        greedy = _greedy(model, tokenizer, plan, say)
-        with phase("decoding", len(greedy) * len(some)) as advance:
-            for i, (prompt, own) in enumerate(greedy):
-                name = f"greedy-{i + 1}"
-                keep("decoding", name, some, advance, partial(decoding, model, name, prompt, own))
+    def _measured(self, task: str, items: list[Item]) -> list[Record]:
+        wanted = [[(self.key(item, cell), cell) for cell in item.cells] for item in items]
+        missing = [[(key, cell) for key, cell in own if self.store.get(key) is None] for own in wanted]
+        total = sum(map(len, missing))
+        held = sum(map(len, wanted)) - total
+        if held:
+            self.screen.say(f"{task}: {held:,} measurements of an earlier run still hold, {total:,} are missing")
+        if total:
+            with self.screen.phase(self.phases, task, total, "measurements") as advance:
+                for item, some in zip(items, missing, strict=True):
+                    found = item.measure([cell for _, cell in some]) if some else ()
+                    for (key, _), record in zip(some, found, strict=True):
+                        self.store.put(key, record)
+                        advance(1, item.name)
+        return [self.store.get(key) for own in wanted for key, _ in own]
 
+    def _texts(self) -> list[texts.Text]:
+        if self.plan.quick:
+            return [text for text in texts.shipped() if text.name in QUICK_TEXTS]
 
-def _kept(plan: Plan, what: str, make: Callable[[], Any]) -> Any:
-    """JSON in the user's cache, made where missing."""
-    key = hashlib.sha256(json.dumps([plan.model, plan.seed, what]).encode()).hexdigest()[:16]
-    path = cache_root() / "quality" / f"{what.split()[0]}-{key}.json"
-    if not path.exists():
-        made = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(made), encoding="utf-8")
-        os.replace(beside, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+        def make() -> list[dict[str, str]]:
+            self.model.set_attn_implementation("sdpa")
+            with self.screen.waiting(self.phases, "the model writes its own texts (once, 15 minutes on two cores)"):
+                return [asdict(text) for text in texts.own(self.model, self.tokenizer, OWN_TOKENS, self.plan.seed)]
 
+        key = sources.digest("own", self._writer, OWN_TOKENS, self._texts_by)
+        return texts.shipped() + [texts.Text(**text) for text in self.store.kept(key, make)]
 
-def _own(model: Any, tokenizer: Any, plan: Plan, say: Callable[[str], None]) -> list[texts.Text]:
-    def make() -> list[dict[str, str]]:
-        say("the model writes its own texts (once, about 15 minutes on two cores)")
-        model.set_attn_implementation("sdpa")
-        return [asdict(text) for text in texts.own(model, tokenizer, OWN_TOKENS, plan.seed)]
+    def _documents(self, written: list[texts.Text]) -> Iterator[Item]:
+        extra = [] if self.plan.quick else cells_of(ablations(), [ABLATION_RETENTION])
+        length, read = PROMPT + WINDOWS * WINDOW + TAIL + AHEAD, 0
+        for text in written:
+            ids = self.tokenizer(text.text, add_special_tokens=False).input_ids[:length]
+            if len(ids) < length:
+                self.screen.say(f"left out {text.name}: {len(ids)} tokens, {length} are needed")
+                continue
+            # Ablations are read off every other text: they share the hour with everything else.
+            cells, read = self.cells if read % 2 else self.cells + extra, read + 1
+            name, given = f"{text.name} ({text.kind})", torch.tensor(ids, device=self.model.device)
+            yield Item("fidelity", name, ids, cells, partial(fidelity, self.model, name, given, seed=self.plan.seed))
 
-    return [texts.Text(**text) for text in _kept(plan, f"own {OWN_TOKENS}", make)]
+    def _haystacks(self, written: list[texts.Text]) -> Iterator[Item]:
+        filler = [text.text for text in written if text.kind in ("manual", "prose")]
+        size, count = PROMPT + HAYSTACK_WINDOWS * WINDOW + TAIL, 2 if self.plan.quick else 4
+        for stack in haystacks(self.tokenizer, filler, count, size, TAIL, self.plan.seed):
+            content = stack.ids, [asdict(case) for case in stack.cases]
+            measure = partial(recall, self.model, self.tokenizer, stack, seed=self.plan.seed)
+            yield Item("recall", stack.name, content, [(FULL, 1.0), *self.cells], measure)
 
+    def _generations(self) -> Iterator[Item]:
+        cells = cells_of([method for method in METHODS if method.name in DECODED], (0.2, 0.3, 0.5))
+        chats = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            )
+            for prompt in GREEDY_PROMPTS
+        ]
+        prompts = [self.tokenizer(chat, add_special_tokens=False).input_ids for chat in chats]
 
-def _greedy(
-    model: Any, tokenizer: Any, plan: Plan, say: Callable[[str], None]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-        for prompt in GREEDY_PROMPTS
-    ]
-    prompts = [tokenizer(chat, add_special_tokens=False).input_ids for chat in chats]
-    given = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+        def tensors(rows: list[list[int]]) -> list[torch.Tensor]:
+            return [torch.tensor(row, device=self.model.device) for row in rows]
 
-    def make() -> list[list[int]]:
-        say("the model writes greedily with its full cache (once, about 4 minutes on two cores)")
-        model.set_attn_implementation("sdpa")
-        return [text.tolist() for text in write(model, given, GREEDY_TOKENS)]
+        def make() -> list[list[int]]:
+            self.model.set_attn_implementation("sdpa")
+            with self.screen.waiting(self.phases, "the model writes greedily (once, 4 minutes on two cores)"):
+                return [text.tolist() for text in write(self.model, tensors(prompts), GREEDY_TOKENS)]
 
-    found = _kept(plan, f"greedy {GREEDY_TOKENS}", make)
-    return [(prompt, torch.tensor(text, device=model.device)) for prompt, text in zip(given, found, strict=True)]
+        key = sources.digest("greedy", self._writer, GREEDY_TOKENS, prompts, self._greedy_by)
+        found = self.store.kept(key, make)
+        for i, (prompt, text) in enumerate(zip(tensors(prompts), tensors(found), strict=True)):
+            name, content = f"greedy-{i + 1}", [prompts[i], found[i]]
+            yield Item("decoding", name, content, cells, partial(decoding, self.model, name, prompt, text))

@@ -1,0 +1,108 @@
+"""What a measurement depends on, as hashes: a scorer that changed is measured again, and nothing else.
+
+Code counts without comments, docstrings and layout. Of the library every file counts that is not known to be idle in a
+measurement, so a file that is new counts too.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from .methods import Method
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
+VLLM = ("integrations/vllm/*", "integrations/__init__.py")
+SCORES = ("*/score.py",)  # idle where others score
+# Idle where no engine runs: replays call compress_window themselves.
+SHIM = (
+    "__main__.py", "engine/*", "windows/events.py", "windows/execute.py", "windows/plan.py", "windows/policy.py",
+    "windows/queries.py", "integrations/transformers/[!r]*",  # all but rotary.py
+)  # fmt: skip
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def of_files(task: str, own_scores: bool, root: Path = ROOT) -> str:
+    """The bench's and the library's files behind every record of ``task``; ``own_scores``: the library's."""
+    idle = VLLM + (() if own_scores else SCORES) + (() if task == "decoding" else SHIM)
+    library = root / "kara_kernels"
+    files = [root / "bench/quality" / f"{name}.py" for name in BENCH[task]]
+    for path in sorted(library.rglob("*.py")):
+        if not any(fnmatch(path.relative_to(library).as_posix(), pattern) for pattern in idle):
+            files.append(path)
+    return digest([(path.relative_to(root).as_posix(), _code(path.read_text(encoding="utf-8"))) for path in files])
+
+
+def of_method(method: Method) -> str:
+    """Its settings and the code of its scorer."""
+    budgets = [] if method.layer_budgets is None else of_callable(method.layer_budgets)
+    return digest(method.name, method.window, method.tail, dict(method.selection), budgets, of_callable(method.scorer))
+
+
+def of_callable(thing: Any) -> list[str]:
+    """The code of a function, or of an object's class with its fields, and whatever of its module it reaches."""
+    if isinstance(thing, FunctionType):
+        return sorted(_reached(thing, {}).values())
+    return [repr(thing), *sorted(_reached(type(thing), {}).values())]
+
+
+def _reached(thing: Any, found: dict[str, str]) -> dict[str, str]:
+    """Code or value by name, of ``thing`` and of the functions, classes and constants of its module that it names."""
+    found[thing.__qualname__] = _code(textwrap.dedent(inspect.getsource(thing)))
+    functions = [thing] if isinstance(thing, FunctionType) else filter(inspect.isfunction, vars(thing).values())
+    for function in map(inspect.unwrap, functions):
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            if name in found:
+                continue
+            if isinstance(value, FunctionType | type) and value.__module__ == thing.__module__:
+                _reached(value, found)
+            elif isinstance(value, str | int | float | tuple):
+                found[name] = f"{name} = {value!r}"
+    return found
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@functools.cache
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def of_model(model: Any) -> str:
+    """Configuration and weights, wherever they came from."""
+    held = hashlib.sha256()
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    held.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        held.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        held.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return held.hexdigest()
