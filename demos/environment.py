@@ -4,7 +4,7 @@ What is large, vLLM and PyTorch, is installed once per user, under ``$XDG_CACHE_
 virtual environment named by a hash of what it holds. FOLDER becomes a second, tiny one: it sees the packages
 of the first and adds this checkout, editable, so that vLLM finds the plugin and no two checkouts meet.
 
-Needs nothing but the standard library, pip and the network; only Linux has the wheels.
+Needs a checkout, pip and the network, and nothing but the standard library; only Linux has the wheels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from . import DemoError
+from .command import Parser, concluded
 from .model import cache_root
 
 PINS = (
@@ -40,10 +42,22 @@ CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyPI has no CPU build of 
 DISK_NEEDED = 8 << 30  # 3.5 GB stay; pip unpacks wheels of 1 GB beside them
 COMPLETE = ".complete"
 CHECKOUT = Path(__file__).resolve().parents[1]
+PROJECT = "kara-kernels"
+PROG = "python -m demos.environment"
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def check_checkout() -> None:
+    """The plugin comes from the checkout that holds this file; copied elsewhere, it has nothing to install."""
+    try:
+        name = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+    except (OSError, KeyError, ValueError):
+        name = None
+    if name != PROJECT:
+        raise DemoError(f"this needs a checkout of {PROJECT}, and {CHECKOUT} is none: no pyproject.toml of it is there")
 
 
 def packages() -> Path:
@@ -133,22 +147,27 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m demos.environment FOLDER", file=sys.stderr)
-        return 0 if "--help" in arguments else 2
-    try:
+def main(argv: list[str] | None = None) -> int:
+    def body() -> None:
+        parser = Parser(
+            prog=PROG,
+            usage="%(prog)s FOLDER",
+            description="Make FOLDER a virtual environment that runs vLLM on a CPU with this checkout, and print the "
+            "path of its Python.",
+            epilog="vLLM and PyTorch are installed once per user, 3.5 GB in ~/.cache/kara_kernels.",
+        )
+        parser.add_argument("folder", metavar="FOLDER", type=Path, help="it is made, or brought up to date")
+        folder = parser.parse_args(argv).folder
+        check_checkout()
         if sys.platform != "linux" or sys.version_info < (3, 11):
             raise DemoError("vLLM's CPU wheels need Linux and Python 3.11 or newer")
-        print(layer(Path(arguments[0]).absolute(), packages()))
-    except (DemoError, OSError) as error:
-        print(f"python -m demos.environment: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        try:
+            print(layer(folder.absolute(), packages()))
+        except OSError as error:
+            raise DemoError(str(error)) from error
+
+    return concluded(PROG, body)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -164,6 +164,15 @@ def load(name: str | None, *, dtype: str, device: str, say: Say) -> tuple[Any, A
     return model.to(device).eval(), tokenizer
 
 
+def row_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers of a model, `itemsize` bytes a number."""
+    config = config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * itemsize
+
+
 def _check_name(name: str) -> None:
     """Say now, not after a minute of retries, that the Hub has no such model or cannot be reached."""
     from huggingface_hub import HfApi, try_to_load_from_cache

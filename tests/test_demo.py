@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from demos import DemoError, model
+from demos import command as command_line
 from demos.generate import __main__
 
 for needed in ("transformers", "matplotlib", "rich"):
@@ -40,6 +41,7 @@ SMALL = [
 ]
 DOCUMENTED = {
     "": {
+        "time_ratio",
         "schema",
         "versions",
         "machine",
@@ -54,6 +56,7 @@ DOCUMENTED = {
         "picture",
     },
     "prompt": {"text", "tokens"},
+    "machine": {"device", "threads", "threads_tried_ms", "cores", "cpu_share_of_others"},
     "full": {
         "tokens",
         "text",
@@ -162,7 +165,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
 def test_says_what_it_does(demo: SimpleNamespace) -> None:
     out = demo.done.stdout
     assert demo.done.stderr == ""
-    for phase in ("decoding, full cache", "decoding, Kara", "comparing, same text"):
+    for phase in ("decoding in turns", "comparing, same text"):
         assert re.search(rf"^{phase}: 60 of 60 tokens, \d+ s", out, re.MULTILINE)
     for word in (
         "Prompt",
@@ -279,15 +282,168 @@ def test_a_single_token(tiny: Path) -> None:
     assert __main__.main(["--model", str(tiny), "--tokens", "1", "--prompt", "x", "--no-picture"]) == 0
 
 
-def test_slices_end_where_windows_fall_due() -> None:
-    from demos.generate.run import SLICE, slices
+def options_for(tiny: Path, *more: str) -> Any:
+    return __main__.parse(["--model", str(tiny), *SMALL, "--no-picture", *more])
 
-    for fed, window, tail in ((0, 4, 2), (5, 4, 2), (500, 128, 32), (300, 7, 0), (200, 1, 3), (90, 300, 9)):
-        cuts = list(slices(fed, window, tail))
+
+def test_only_what_is_told_reaches_the_cache(tiny: Path, demo: SimpleNamespace) -> None:
+    from kara_kernels.options import RECOMMENDED
+
+    assert options_for(tiny).policy == {}
+    assert options_for(tiny, "--value-norm", "off", "--pool", "layer").policy == {"value_norm": False, "pool": "layer"}
+    assert {name: demo.figures["settings"][name] for name in RECOMMENDED} == dict(RECOMMENDED)
+
+
+@pytest.mark.parametrize("penalty", ["1", "1.3"])
+def test_decoding_writes_what_generate_writes(tiny: Path, penalty: str) -> None:
+    """Greedily, and never ending; the loop of the demo exists to let caches take turns."""
+    from transformers import DynamicCache
+
+    from demos.generate.decode import Decoding, Sampler, take_turns
+    from demos.generate.run import encode
+
+    options = options_for(tiny, "--temperature", "0", "--repetition-penalty", penalty)
+    network, tokenizer = model.load(str(tiny), dtype="float32", device="cpu", say=lambda line: None)
+    prompt = encode(tokenizer, "hello")
+    cache = DynamicCache(config=network.config)
+    decoding = Decoding(network, prompt, cache, Sampler(options, network), lambda: 0, 60)
+    take_turns({"full": decoding}, 60, lambda *_: None)
+    expected = network.generate(
+        prompt, max_new_tokens=60, min_new_tokens=60, do_sample=False, repetition_penalty=float(penalty)
+    )
+    assert decoding.ids == expected[0, prompt.shape[1] :].tolist()
+    assert 256 not in decoding.ids
+    assert len(decoding.seconds) == len(decoding.blocks) == 60
+
+
+def test_caches_take_turns_token_by_token() -> None:
+    from demos.generate.decode import take_turns
+
+    calls: list[str] = []
+    told: list[str] = []
+
+    def decoding(name: str) -> Any:
+        return SimpleNamespace(step=lambda: calls.append(name), blocks=[7])
+
+    both = {name: decoding(name) for name in ("full", "kara")}
+    take_turns(both, 3, lambda count, note: told.append(f"{count} {note}"))
+    assert calls == ["full", "kara"] * 3
+    assert told == ["1 blocks: full 7, kara 7"] * 3
+
+
+@pytest.mark.parametrize(
+    ("most", "took", "tried", "chosen"),
+    [
+        (8, {1: 4.0, 2: 2.5, 4: 1.5, 8: 1.2}, [1, 2, 4, 8], 8),
+        (6, {1: 4.0, 2: 2.5, 4: 1.5, 6: 1.6}, [1, 2, 4, 6], 4),
+        (8, {1: 0.1, 2: 1.2, 4: 0.05, 8: 0.05}, [1, 2], 1),  # beside a busy program: no need to try more
+        (1, {1: 1.0}, [1], 1),
+    ],
+)
+def test_a_trial_chooses_the_threads(
+    monkeypatch: pytest.MonkeyPatch, most: int, took: dict[int, float], tried: list[int], chosen: int
+) -> None:
+    from demos.generate import decode
+
+    network: Any = SimpleNamespace(config=None)
+    monkeypatch.setattr(decode, "DynamicCache", lambda config: None)
+    monkeypatch.setattr(decode, "next_logits", lambda *_: None)
+    monkeypatch.setattr(decode, "_token_seconds", lambda step: took[torch.get_num_threads()])
+    torch.set_num_threads(most)
+    assert list(decode.choose_threads(network, torch.zeros(1, 2))) == tried
+    assert torch.get_num_threads() == chosen
+
+
+def test_the_trial_is_told_unless_threads_are_given(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo: SimpleNamespace
+) -> None:
+    assert demo.figures["machine"]["threads_tried_ms"] == {}
+    assert "threads:" not in demo.done.stdout
+    arguments = [*SMALL[: SMALL.index("--threads")], "--prompt", "x", "--model", str(tiny), "--no-picture"]
+    assert __main__.main([*arguments, "--json", str(tmp_path / "f.json")]) == 0
+    machine = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))["machine"]
+    assert str(machine["threads"]) in machine["threads_tried_ms"]
+    shown = capsys.readouterr().out
+    assert re.search(
+        rf"^threads: {machine['threads']}, after a trial \(a token took \d+ ms with 1", shown, re.MULTILINE
+    )
+    assert re.search(r"^decoding will take about \d+ s$", shown, re.MULTILINE)
+
+
+def test_times_are_medians_and_doubted_on_a_busy_machine(demo: SimpleNamespace) -> None:
+    from demos.generate.report import findings
+
+    figures = json.loads(json.dumps(demo.figures))
+    ratio = figures["kara"]["ms_per_token_median"] / figures["full"]["ms_per_token_median"]
+    assert figures["time_ratio"] == pytest.approx(ratio)
+    for others, doubtful in ((None, False), (0.01, False), (0.5, True)):
+        figures["machine"]["cpu_share_of_others"] = others
+        said = findings(figures)
+        assert f"a token took {ratio:.2f} times as long with Kara (medians)" in said[2]
+        assert ("50% of the processors' time" in said[-1]) == doubtful
+
+
+@pytest.mark.parametrize("more", [(), ("--no-baseline",), ("--block-size", "64"), ("--tail", "40")])
+def test_the_estimate_of_memory_covers_what_the_caches_hold(tiny: Path, more: tuple[str, ...]) -> None:
+    from demos.generate import memory, run
+
+    options = options_for(tiny, *more)
+    stage = run._load(options)
+    decoded, _ = run._decode(stage)
+    cache = stage.kara_cache()
+    with torch.inference_mode():
+        for a in range(0, 59):
+            run.next_logits(stage.model, stage.prompt if not a else stage.prompt[:, :1], cache)
+    one = cache.pool_bytes + cache.query_bytes
+    held = decoded["full"].held["kv_bytes"] + one * (1 if options.no_baseline else 2)
+    needed = memory.needed(memory.Rows.of(stage.model), options, stage.prompt.shape[1])
+    logits = 3 * 64 * 4 * 257
+    assert held <= needed <= 2 * held + logits
+
+
+@pytest.mark.parametrize(("option", "value"), [("block-size", 1_000_000), ("tail", 1_000_000)])
+def test_what_exceeds_the_memory_is_refused_before_a_cache_is_made(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str, value: int
+) -> None:
+    from demos.generate import run
+
+    monkeypatch.setattr(run, "available_bytes", lambda device: 300 << 20)
+    monkeypatch.setattr(run.Stage, "kara_cache", lambda *_, **__: pytest.fail("a cache was made"))
+    told = one_line(capsys, "--model", str(tiny), *SMALL, "--no-picture", f"--{option}", str(value))
+    assert re.search(rf"--{option}: expected at most [\d,]+ here, got {value:,}: the caches would take", told)
+
+
+@pytest.mark.parametrize(("option", "value"), [("block_size", 10**12), ("tail", 10**7), ("tokens", 10**9)])
+def test_the_expected_value_is_the_largest_that_fits(option: str, value: int) -> None:
+    from demos.generate import memory
+
+    rows, free = memory.Rows(kv=46_080, queries=69_120, logits=196_608), 8 << 30
+    usual = __main__.parse(["--no-picture"])
+    options = __main__.parse(["--no-picture", f"--{option.replace('_', '-')}", str(value)])
+    with pytest.raises(DemoError, match=rf"--{option.replace('_', '-')}: expected at most ") as refused:
+        memory.check_memory(rows, options, options.usual, 30, free)
+    found = re.search(r"at most ([\d,]+) here, got ([\d,]+)", str(refused.value))
+    assert found
+    most, got = (int(count.replace(",", "")) for count in found.groups())
+    assert got == value
+    for count, fits in ((most, True), (most + 1, False)):
+        setattr(options, option, count)
+        assert (memory.needed(rows, options, 30) <= free * memory.SPARE) == fits
+    memory.check_memory(rows, usual, usual.usual, 30, free)
+    memory.check_memory(rows, options, usual, 30, None)  # nobody knows what is free
+    with pytest.raises(DemoError, match="--model, --tokens: expected caches that fit into"):
+        memory.check_memory(rows, usual, usual.usual, 30, 1 << 20)
+
+
+def test_slices_end_where_a_cache_compresses() -> None:
+    from demos.generate.closeness import SLICE, slices
+
+    for fed, stops in ((0, []), (5, [6]), (500, [160, 288, 416]), (300, [7, 14, 299, 300]), (200, []), (90, [64, 65])):
+        cuts = list(slices(fed, stops))
         assert [a for a, _ in cuts] == [0, *(b for _, b in cuts)][: len(cuts)]
         assert not fed or cuts[-1][1] == fed
         assert all(0 < b - a <= SLICE for a, b in cuts)
-        assert set(range(window + tail, fed + 1, window)) <= {b for _, b in cuts}
+        assert {stop for stop in stops if stop <= fed} <= {b for _, b in cuts}
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +451,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         __main__.main(["--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert "--chunk-fraction F" in shown
+    assert "--chunk-fraction X" in shown
     for action in __main__._parser()._actions:
         assert action.help
         assert all(option in shown for option in action.option_strings)
@@ -306,14 +462,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--tokens", "many"], "--tokens"),
-        (["--keep", "200"], "--keep must be in 1..128 (--window), got 200"),
+        (["--keep", "300"], "--keep must be in 1..256 (--window), got 300"),
         (["--window", "0"], "--window must be at least 1"),
         (["--window", "5000"], "--window must be at most 4096"),
         (["--window", "8", "--keep", "9"], "1..8"),
         (["--keep", "0"], "--keep"),
         (["--tail", "-1"], "--tail must be at least 0"),
         (["--block-size", "0"], "--block-size"),
-        (["--chunk-fraction", "1.5"], "--chunk-fraction must be in 0..1"),
+        (["--chunk-fraction", "1.5"], "--chunk-fraction: expected 0.0..1.0, got 1.5"),
         (["--chunk-fraction", "nan"], "--chunk-fraction"),
         (["--max-chunk", "0"], "--max-chunk"),
         (["--redundancy", "inf"], "--redundancy"),
@@ -366,15 +522,15 @@ def test_what_shows_only_later_is_one_line_too(
     assert "cannot load the model" in one_line(capsys, "--model", str(tmp_path), "--no-picture", code=1)
     if not torch.cuda.is_available():
         assert "finds no GPU" in one_line(capsys, *at, "--device", "cuda")
-    monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'kara-kernels[demo]'" in one_line(capsys, *at, code=1)
 
 
 def test_interrupting_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(options: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(__main__, "_check_extras", interrupt)
+    monkeypatch.setattr(__main__, "require", interrupt)
     assert __main__.main([]) == 130
     assert capsys.readouterr().err.strip() == "python -m demos.generate: interrupted"
 

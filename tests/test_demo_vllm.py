@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from demos import DemoError, environment
 from demos.serve import __main__, server
@@ -123,8 +125,10 @@ def test_no_process_outlives_its_server(
     ):
         child = int(running.metrics()["vllm:child"])
         assert alive(child)
-        ours, busy, there = running.cpu_seconds()
-        assert 0 < ours < busy <= there
+        cpu = running.cpu_seconds()
+        assert cpu
+        assert server.session_seconds(running.session) > 0
+        assert 0 < cpu.own < cpu.busy <= cpu.there
         if error:
             raise error
     end = time.monotonic() + 5
@@ -188,8 +192,7 @@ def test_figures_agree_with_what_was_seen() -> None:
 
 
 def result(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    options = __main__._parser().parse_args(["--picture", str(tmp_path / "p.png"), *arguments])
-    __main__._check(options)
+    options = __main__.parse(["--picture", str(tmp_path / "p.png"), "--logs", str(tmp_path), *arguments])
     found = {
         stage: {
             "blocks": count,
@@ -222,7 +225,68 @@ def test_doubtful_times_are_called_so(tmp_path: Path) -> None:
     found = result(tmp_path)
     assert not any("doubtful" in line for line in report.findings(found))
     found["plentiful"]["vllm"]["cpu_share_of_others"] = 0.4
-    assert any("40% of the CPU" in line for line in report.findings(found))
+    assert any("40% of the processors' time" in line for line in report.findings(found))
+    found["plentiful"]["vllm"]["cpu_share_of_others"] = found["limited"]["kara"]["cpu_share_of_others"] = None
+    assert not any("doubtful" in line for line in report.findings(found))  # nobody knows
+
+
+def test_only_what_is_told_reaches_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kara_kernels.engine import Policy
+
+    monkeypatch.chdir(tmp_path)
+    assert __main__.parse([]).given == {}
+    assert __main__.parse([]).policy == dataclasses.asdict(Policy())
+    options = __main__.parse(["--window", "64", "--policy", '{"pool": "layer", "trace": "t"}'])
+    assert options.given == {"window": 64, "keep": 32, "pool": "layer", "trace": "t"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model directory with a configuration, 2 x 2 x 2 x 8 float32 numbers a token; every prompt has 10 tokens."""
+    transformers = pytest.importorskip("transformers")
+    from demos.serve import demand
+
+    transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048
+    ).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demand, "prompt_lengths", lambda model, prompts: [10] * len(prompts))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+def prepared(config: Path, *arguments: str) -> Any:
+    from demos.serve import demand
+
+    return demand.prepare(__main__.parse(arguments), str(config))
+
+
+def test_blocks_of_a_load(config: Path) -> None:
+    load = prepared(config, "--requests", "30", "--tokens", "150", "--block-size", "32")
+    assert len(load.prompts) == len(load.lengths) == 30
+    assert load.demand == 30 * 5
+    assert load.longest == 160
+    assert load.stages(plentiful=True) == {"limited": 50, "plentiful": 180}
+    assert load.stages(plentiful=False) == {"limited": 50}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--requests", str(10**12)],
+            r"--requests, --tokens: expected at most [\d,]+ blocks in all, got [\d,]{15,}, which",
+        ),
+        (["--tokens", "2007"], "--tokens: expected at most 2,006 with this model, got 2,007"),
+        (["--requests", "1"], "--budget 0.333333 is 17 blocks, but one request alone needs 51"),
+    ],
+)
+def test_what_no_server_has_room_for_is_refused_before_one_starts(
+    config: Path, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(DemoError, match=message):
+        prepared(config, *arguments)
+    prepared(config, "--tokens", "2006")
 
 
 @pytest.mark.parametrize(

@@ -11,40 +11,122 @@ import json
 import os
 import platform
 import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import DynamicCache, PreTrainedModel
 
 from kara_kernels import __version__
+from kara_kernels.integrations.transformers import KaraCache
+from kara_kernels.options import RECOMMENDED
 
 from .. import DemoError
+from ..machine import doubt, size
 from ..screen import READABLE, Screen
+from .closeness import Found
 
 SCHEMA = 1
 
 
+@dataclass(frozen=True)
+class Window:
+    """One compression of the only sequence. Tokens are counted from the first decoded one."""
+
+    decoded_tokens: int  # by then
+    first_token: int  # of the window
+    physical_before: int
+    physical_after: int
+    freed_blocks: int
+    seconds: float
+    keep_indices: torch.Tensor  # [L, H, K], window-relative, ascending
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What is left of one decoding; its cache is gone."""
+
+    ids: list[int]
+    seconds: list[float] = field(repr=False)  # of every new token; the first is computed with the prompt
+    blocks: list[int] = field(repr=False)  # in use when new token i was known
+    held: dict[str, Any]
+    windows: list[Window]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one cache made of the common text: ``kl`` and ``top1`` per token."""
+
+    found: Found = field(repr=False)
+    windows: list[Window]
+
+
+def windows(cache: KaraCache, prompt_tokens: int) -> list[Window]:
+    """The cache's own records; nothing else here knows their form."""
+    found = []
+    for event in cache.events:
+        decoded = event.logical_len - prompt_tokens
+        found.append(
+            Window(
+                decoded_tokens=decoded,
+                first_token=decoded - (event.physical_len_before - event.window_start),
+                physical_before=event.physical_len_before,
+                physical_after=event.physical_len_after,
+                freed_blocks=event.freed_blocks,
+                seconds=event.seconds or 0.0,
+                keep_indices=event.keep_indices,
+            )
+        )
+    return found
+
+
+def held_in_full(cache: DynamicCache, block_size: int) -> dict[str, Any]:
+    """What transformers' own cache holds, in blocks as if it had some."""
+    rows = cache.get_seq_length()
+    return {
+        "logical_tokens": rows,
+        "physical_tokens": rows,
+        "retention": 1.0,
+        "blocks_end": -(-rows // block_size),
+        "blocks_peak": -(-rows // block_size),
+        "kv_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+    }
+
+
+def held_in_kara(cache: KaraCache) -> dict[str, Any]:
+    return {
+        "logical_tokens": cache.get_seq_length(),
+        "physical_tokens": int(cache.physical_lengths[0]),
+        "retention": cache.retention,
+        "blocks_end": cache.blocks_in_use,
+        "blocks_peak": cache.peak_blocks,
+        "kv_bytes": cache.kv_bytes,
+        "query_bytes": cache.query_bytes,
+    }
+
+
 def collect(
     options: argparse.Namespace,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Any,
-    prompt_tokens: int,
-    full: Any,
-    kara: Any,
-    close: dict[str, dict[str, list[float]]],
-    caches: dict[str, Any],
-    phases: dict[str, float],
+    trial: dict[int, float],
+    decoded: dict[str, Decoded],
+    others: float | None,
+    compared: dict[str, Compared],
 ) -> dict[str, Any]:
-    """Everything about the run as plain numbers, strings, lists and dictionaries."""
-    import torch
-    import transformers
+    """Everything about the run as plain numbers, strings, lists and dictionaries; ``phases`` are added last.
 
-    config, cache = model.config, kara.cache
-    logical = prompt_tokens + options.tokens - 1  # the newest token is known, but not cached yet
-    full_blocks = -(-logical // options.block_size)
-    compressing = sum(event.seconds for event in cache.events)
+    Args:
+        trial: seconds of a token by the number of threads tried.
+        others: share of the processors' time that other programs had while decoding; None: nobody knows.
+    """
+    full, kara = decoded["full"], decoded["kara"]
+    both = {name: _decoded(run, tokenizer) | run.held for name, run in decoded.items()}
     differ = [a != b for a, b in zip(full.ids, kara.ids, strict=True)]
     return {
         "schema": SCHEMA,
@@ -54,103 +136,83 @@ def collect(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "machine": {"device": str(model.device), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-        "model": {
-            "name": options.model or "SmolLM2-135M-Instruct",
-            "layers": config.num_hidden_layers,
-            "query_heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "dtype": options.dtype,
+        "machine": {
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "threads_tried_ms": {str(count): round(seconds * 1e3, 3) for count, seconds in trial.items()},
+            "cores": os.cpu_count(),
+            "cpu_share_of_others": others,
         },
-        "settings": {
-            name: getattr(options, name)
-            for name in (
-                "tokens",
-                "temperature",
-                "repetition_penalty",
-                "seed",
-                "window",
-                "keep",
-                "tail",
-                "block_size",
-                "chunk_fraction",
-                "max_chunk",
-                "pool",
-                "redundancy",
-                "backend",
-            )
-        },
-        "prompt": {"text": options.prompt, "tokens": prompt_tokens},
-        "full": _decoded(full, tokenizer)
-        | {
-            "logical_tokens": logical,
-            "physical_tokens": logical,
-            "retention": 1.0,
-            "blocks_end": full_blocks,
-            "blocks_peak": full_blocks,
-            "kv_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in full.cache.layers),
-        },
-        "kara": _decoded(kara, tokenizer)
-        | {
-            "logical_tokens": logical,
-            "physical_tokens": int(cache.physical_lengths[0]),
-            "retention": cache.retention,
-            "blocks_end": cache.blocks_in_use,
-            "blocks_peak": cache.peak_blocks,
-            "kv_bytes": cache.kv_bytes,
-            "query_bytes": cache.query_bytes,
-            "compressions": len(cache.events),
-            "compress_seconds": compressing,
-            "compress_share": compressing / max(kara.decode_seconds, 1e-9),
-            "windows": [_window(event, prompt_tokens) for event in cache.events],
-        },
+        "model": _model(options, model),
+        "settings": _settings(options),
+        "prompt": {"text": options.prompt, "tokens": both["full"]["logical_tokens"] - options.tokens + 1},
+        "full": both["full"],
+        "kara": both["kara"] | _compressions(kara),
+        "time_ratio": both["kara"]["ms_per_token_median"] / max(both["full"]["ms_per_token_median"], 1e-9),
         "same_text_tokens": differ.index(True) if True in differ else options.tokens,
-        "closeness": {"random": None}
-        | {name: _closeness(found, caches[name].events, prompt_tokens) for name, found in close.items()},
-        "phases": {name: round(seconds, 3) for name, seconds in phases.items()},
+        "closeness": {"random": None} | {name: _closeness(run) for name, run in compared.items()},
         "picture": None if options.picture is None else str(options.picture),
     }
 
 
-def _decoded(run: Any, tokenizer: Any) -> dict[str, Any]:
-    steps = run.step_seconds or [0.0]
+def _model(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "name": options.model or "SmolLM2-135M-Instruct",
+        "layers": model.config.num_hidden_layers,
+        "query_heads": model.config.num_attention_heads,
+        "kv_heads": model.config.num_key_value_heads,
+        "dtype": options.dtype,
+    }
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = "tokens", "temperature", "repetition_penalty", "seed", "window", "keep", "tail", "block_size", "backend"
+    return {name: getattr(options, name) for name in names} | dict(RECOMMENDED) | options.policy
+
+
+def _decoded(run: Decoded, tokenizer: Any) -> dict[str, Any]:
+    steps = run.seconds[1:]
     return {
         "tokens": len(run.ids),
         "text": tokenizer.decode(run.ids, skip_special_tokens=True),
-        "prefill_seconds": run.prefill_seconds,
-        "decode_seconds": run.decode_seconds,
-        "ms_per_token": 1e3 * statistics.fmean(steps),
-        "ms_per_token_median": 1e3 * statistics.median(steps),
+        "prefill_seconds": run.seconds[0],
+        "decode_seconds": sum(steps),
+        "ms_per_token": 1e3 * statistics.fmean(steps or [0.0]),
+        "ms_per_token_median": 1e3 * statistics.median(steps or [0.0]),
         "blocks": run.blocks,
     }
 
 
-def _window(event: Any, prompt_tokens: int) -> dict[str, Any]:
-    """One compression of the only sequence, with the survivors of all heads and of one head."""
-    keep = event.keep_indices.long()  # [L, H, K]
-    layers, heads, _ = keep.shape
-    physical_start, before, after = event.window_start, event.physical_len_before, event.physical_len_after
-    width = before - after + keep.shape[-1]
+def _compressions(run: Decoded) -> dict[str, Any]:
+    seconds = sum(window.seconds for window in run.windows)
+    return {
+        "compressions": len(run.windows),
+        "compress_seconds": seconds,
+        "compress_share": seconds / max(sum(run.seconds[1:]), 1e-9),
+        "windows": [_window(window) for window in run.windows],
+    }
+
+
+def _window(window: Window) -> dict[str, Any]:
+    """Figures of a compression, with the survivors of all heads and of one head."""
+    keep = window.keep_indices.long()
+    layers, heads, count = keep.shape
+    width = window.physical_before - window.physical_after + count
     share = keep.flatten().bincount(minlength=width) / (layers * heads)
     layer = layers // 2  # the middle, chosen before looking
-    return {
-        "decoded_tokens": event.logical_len - prompt_tokens,
-        "first_token": event.logical_len - prompt_tokens - (before - physical_start),
-        "physical_before": before,
-        "physical_after": after,
-        "freed_blocks": event.freed_blocks,
-        "seconds": event.seconds,
+    names = "decoded_tokens", "first_token", "physical_before", "physical_after", "freed_blocks", "seconds"
+    return {name: getattr(window, name) for name in names} | {
         "kept_share": [round(float(x), 4) for x in share],
         "kept_one_head": {"layer": layer, "head": 0, "positions": keep[layer, 0].tolist()},
     }
 
 
-def _closeness(found: dict[str, list[float]], events: list[Any], prompt_tokens: int) -> dict[str, Any]:
+def _closeness(run: Compared) -> dict[str, Any]:
     """Means over all decoded tokens and, the honest ones, over those predicted from a compressed cache."""
-    kl, top1 = found["kl"], found["top1"]
+    kl, top1 = run.found["kl"], run.found["top1"]
     # A window is compressed after the forward that fills it; the token that this forward predicts is exact.
-    first = events[0].logical_len - prompt_tokens + 1 if events else len(kl)
-    kept = [event.keep_indices for event in events]
+    first = run.windows[0].decoded_tokens + 1 if run.windows else len(kl)
+    kept = [window.keep_indices for window in run.windows]
     runs = sum(int((keep.diff(dim=-1) > 1).sum()) + keep[..., 0].numel() for keep in kept)
     return {
         "kl": _mean(kl),
@@ -220,9 +282,11 @@ def _cost_table(result: dict[str, Any]) -> Table:
         ("realised retention", "100.0%", f"{kara['retention']:.1%}"),
         ("blocks in use at the end", f"{full['blocks_end']:,}", f"{kara['blocks_end']:,}"),
         ("blocks in use at peak", f"{full['blocks_peak']:,}", f"{kara['blocks_peak']:,}"),
-        ("KV cache", _bytes(full["kv_bytes"]), _bytes(kara["kv_bytes"])),
-        ("queries kept for scoring", "-", _bytes(kara["query_bytes"])),
-        ("time per token", f"{full['ms_per_token']:.1f} ms", f"{kara['ms_per_token']:.1f} ms"),
+        ("KV cache", size(full["kv_bytes"]), size(kara["kv_bytes"])),
+        ("queries kept for scoring", "-", size(kara["query_bytes"])),
+        ("time per token, median", f"{full['ms_per_token_median']:.1f} ms", f"{kara['ms_per_token_median']:.1f} ms"),
+        ("  as a multiple of the full cache's", "1.00", f"{result['time_ratio']:.2f}"),
+        ("time per token, mean", f"{full['ms_per_token']:.1f} ms", f"{kara['ms_per_token']:.1f} ms"),
         ("time compressing", "-", f"{kara['compress_seconds']:.2f} s ({kara['compress_share']:.1%})"),
         ("compressions", "-", f"{kara['compressions']:,}"),
     ]
@@ -262,19 +326,25 @@ def findings(result: dict[str, Any]) -> list[str]:
     full, kara, close = result["full"], result["kara"], result["closeness"]
     if not kara["compressions"]:
         due = result["settings"]["window"] + result["settings"]["tail"]
-        return [f"Nothing was compressed: the first window (--window, --tail) is due after {due:,} tokens."]
+        line = f"Nothing was compressed. The first window is due after {due:,} new tokens (--window plus --tail)."
+        return [line, *_timing(result)]
     lines = [
-        f"Kara ends with {kara['blocks_end']:,} blocks instead of {full['blocks_end']:,} and "
-        + f"still caches {kara['retention']:.0%} of all tokens, the prompt whole."
+        f"Kara ends with {kara['blocks_end']:,} blocks instead of {full['blocks_end']:,}. It still caches "
+        f"{kara['retention']:.0%} of all tokens, among them the whole prompt."
     ]
     mine, other = close["kara"], close["random"]
-    if mine["kl_compressed"] is not None and other and other["kl_compressed"] is not None:
+    if mine["kl_compressed"] is not None:
         lines.append(
-            f"Once compressed, its next-token predictions are {mine['kl_compressed']:.2g} nats from "
-            f"the full cache's; with as many tokens drawn at random: {other['kl_compressed']:.2g}."
+            f"Once compressed, its next-token predictions are {mine['kl_compressed']:.2g} nats from the full cache's."
         )
-    return lines
+        if other:
+            lines[-1] += f" With as many tokens kept at random they are {other['kl_compressed']:.2g} nats away."
+    return lines + _timing(result)
 
 
-def _bytes(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+def _timing(result: dict[str, Any]) -> list[str]:
+    """A line about time, and one that doubts it where the machine was busy."""
+    if result["full"]["tokens"] < 2:
+        return []
+    line = f"Decoding in turns, a token took {result['time_ratio']:.2f} times as long with Kara (medians)."
+    return [line, *filter(None, [doubt(result["machine"]["cpu_share_of_others"])])]

@@ -2,6 +2,7 @@
 
     __main__.py   what may be asked: options, checks, exit codes
     prompts.py    what the clients ask
+    demand.py     how many blocks that takes, and whether there is room for them
     server.py     one OpenAI-compatible server: environment, start, metrics, certain end
     load.py       the clients: every request a stream of the openai package
     run.py        what happens: servers and loads in turn

@@ -1,9 +1,9 @@
-"""Command line of the serving demo: ``python -m demos.serve``. Errors and exit codes as in ``demo``."""
+"""Command line of the serving demo: ``python -m demos.serve``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import dataclasses
 import json
 import signal
 import sys
@@ -11,9 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from .. import DemoError
-from ..generate.__main__ import Parser, add_outputs, check_model, check_output, check_outputs
+from ..command import (
+    Parser,
+    add_outputs,
+    add_policy,
+    check_least,
+    check_model,
+    check_output,
+    check_outputs,
+    concluded,
+    fill_policy,
+    require,
+    told,
+)
 
 PROG = "python -m demos.serve"
+ADVICE = "`make demo-vllm` makes one that has it, for CPUs"
 POLICY = ("window", "keep", "tail")
 OTHERS = ("trace",)  # settings of the plugin that are not of the policy
 
@@ -21,18 +34,37 @@ OTHERS = ("trace",)  # settings of the plugin that are not of the policy
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROG,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-        description="Serve the same requests with vLLM without Kara and with it, first with so few cache blocks that "
-        "memory is the limit, then with enough of them, and compare.",
-        epilog="Without options: a small packaged model (fetched once, 93 MB), about ten minutes on two cores. "
-        "Results go to the terminal and a picture, with --json to a file too.",
+        description="Serve the same requests with vLLM twice, without Kara and with it. First the cache has so few "
+        "blocks that memory is the limit, then it has enough of them.",
+        epilog="Without options the demo takes about ten minutes on two cores. It serves a small packaged model, which "
+        "is fetched once (93 MB). It prints its results and draws a picture; --json writes the figures to a file.",
     )
+    _add_load(parser)
+    _add_server(parser)
+    group = add_policy(parser)
+    group.add_argument(
+        "--policy",
+        metavar="JSON",
+        default="{}",
+        help="more settings of the plugin, as in vLLM's --additional-config '{\"kara\": ...}'",
+    )
+    group = add_outputs(parser, Path("demo-out/vllm.png"))
+    group.add_argument(
+        "--logs",
+        metavar="DIR",
+        type=Path,
+        default=Path("demo-out"),
+        help="where the servers' logs go (default: %(default)s)",
+    )
+    return parser
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is served")
     group.add_argument(
         "--model",
         metavar="DIR_OR_NAME",
-        help="an instruct model that vLLM knows: a directory, or a Hugging Face name "
+        help="a directory or a Hugging Face name of an instruct model that vLLM knows "
         "(default: the packaged SmolLM2-135M-Instruct)",
     )
     group.add_argument(
@@ -43,16 +75,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1600,
-        help="new tokens of each; the model is not allowed to stop earlier (default: %(default)s)",
+        help="new tokens of each request; the model is not allowed to stop earlier (default: %(default)s)",
     )
 
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the server")
     group.add_argument(
         "--budget",
         metavar="F",
         type=float,
         default=1 / 3,
-        help="share of all the blocks that the requests would need which the server has (default: a third)",
+        help="blocks the server has, as a share of those that all requests together would need (default: a third)",
     )
     group.add_argument(
         "--no-plentiful", action="store_true", help="leave out the second comparison, with room for everything"
@@ -67,103 +101,68 @@ def _parser() -> argparse.ArgumentParser:
         help="type of weights and cache (default: %(default)s)",
     )
     group.add_argument(
-        "--compile", action="store_true", help="let vLLM compile the model and capture graphs: starts are slower"
+        "--compile", action="store_true", help="let vLLM compile the model and capture graphs, which starts slower"
     )
-    group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one per core)")
-
-    group = parser.add_argument_group("how the cache is compressed")
     group.add_argument(
-        "--window",
-        metavar="W",
+        "--threads",
+        metavar="N",
         type=int,
-        default=128,
-        help="tokens looked at in one compression (default: %(default)s)",
-    )
-    group.add_argument(
-        "--keep", metavar="K", type=int, help="tokens kept of each window, 1 to W-1 (default: half of the window)"
-    )
-    group.add_argument(
-        "--tail", metavar="N", type=int, default=32, help="newest tokens, left alone (default: %(default)s)"
-    )
-    group.add_argument(
-        "--policy",
-        metavar="JSON",
-        default="{}",
-        help="more settings of the plugin, as in vLLM's --additional-config '{\"kara\": ...}'",
+        help="CPU threads; 1 is fastest beside other busy programs (default: one per core)",
     )
 
-    group = add_outputs(parser, Path("demo-out/vllm.png"))
-    group.add_argument(
-        "--logs",
-        metavar="DIR",
-        type=Path,
-        default=Path("demo-out"),
-        help="where the servers' logs go (default: %(default)s)",
-    )
-    return parser
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options that make sense; DemoError (code 2) names the first that does not.
 
-def _check(options: argparse.Namespace) -> None:
-    """Raise DemoError (code 2) for the first option that makes no sense. Fills in --keep and the policy."""
-    if options.keep is None:
-        options.keep = max(1, options.window // 2)
-    for name, least in (("requests", 1), ("tokens", 2), ("block_size", 1), ("window", 2), ("keep", 1), ("tail", 0)):
-        if getattr(options, name) < least:
-            raise DemoError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}", 2)
+    ``given`` is added, the settings that the plugin is told, and ``policy``, all that hold with them.
+    """
+    options = _parser().parse_args(argv)
+    given = told(options, POLICY)
+    fill_policy(options)
+    if "window" in given:
+        given["keep"] = options.keep
+    check_least(options, requests=1, tokens=2, block_size=1, window=2, keep=1, tail=0, threads=1)
     if not 0 < options.budget <= 1:
         raise DemoError(f"--budget must be over 0 and at most 1, got {options.budget}", 2)
-    if options.threads is not None and options.threads < 1:
-        raise DemoError(f"--threads must be at least 1, got {options.threads}", 2)
-    options.policy = _policy(options)
-    if options.model is not None:
-        check_model(options.model)
+    options.given, options.policy = _policy(options, given)
+    check_model(options.model)
     check_outputs(options)
     check_output("--logs", options.logs / "limited-vllm.log")
+    return options
 
 
-def _policy(options: argparse.Namespace) -> dict[str, Any]:
-    """What the plugin is told. Its own check of it happens here: a server would take half a minute to refuse."""
+def _policy(options: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings as told and in full, checked as the plugin does: a server would take half a minute to refuse."""
+    from kara_kernels.engine import Policy
+
     try:
         more = json.loads(options.policy)
     except ValueError as error:
         raise DemoError(f"--policy is not JSON: {error}", 2) from error
     if not isinstance(more, dict):
         raise DemoError(f"--policy must be a JSON object, got {options.policy}", 2)
-    settings = {name: getattr(options, name) for name in POLICY} | more
-    from kara_kernels.engine import Policy
-
+    given = given | more
     try:
-        policy = Policy.from_settings({name: value for name, value in settings.items() if name not in OTHERS})
+        policy = Policy.from_settings({name: value for name, value in given.items() if name not in OTHERS})
         policy.check_page_size(options.block_size)
     except (ValueError, TypeError) as error:
         raise DemoError(f"--window, --keep, --tail or --policy: {error}", 2) from error
-    return settings
-
-
-def _check_extras(options: argparse.Namespace) -> None:
-    needed = ["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"])
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(f"this demo needs {', '.join(missing)} in this Python; `make demo-vllm` installs them for CPUs")
+    return given, dataclasses.asdict(policy) | given
 
 
 def main(argv: list[str] | None = None) -> int:
     # A terminated demo must not leave a server behind: let it end as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        options = _parser().parse_args(argv)
-        _check(options)
-        _check_extras(options)
+
+    def body() -> None:
+        require(["torch"], ADVICE)
+        options = parse(argv)
+        require(["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
         from .run import run
 
         run(options)
-    except DemoError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("\n" * sys.stderr.isatty() + f"{PROG}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return concluded(PROG, body)
 
 
 if __name__ == "__main__":

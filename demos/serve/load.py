@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 
 import openai
 
 from .. import DemoError
+from ..machine import share_of_others
+from ..screen import Advance
 from .report import Stream, Watched
 from .server import MODEL, Server
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 1800  # of one request; a starved one waits for others to finish
-
-Advance = Callable[..., None]
 
 
 def drive(server: Server, prompts: list[str], tokens: int, advance: Advance = lambda *_: None) -> Watched:
@@ -76,14 +75,14 @@ async def _drive(server: Server, prompts: list[str], tokens: int, advance: Advan
         finally:
             watcher.cancel()
         seconds = now()
-    ours, busy, there = (after - before for before, after in zip(cpu_before, server.cpu_seconds(), strict=True))
+    others = share_of_others(cpu_before, server.cpu_seconds())
     after = server.metrics()
     return Watched(
         seconds=seconds,
         streams=[task.result() for task in tasks],
         polls=[poll for poll in polls if len(poll) > 1],
         counters={name: value - before.get(name, 0.0) for name, value in after.items()},
-        others=max(0.0, busy - ours) / max(there, 1e-9),
+        others=others,
     )
 
 

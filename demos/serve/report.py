@@ -19,11 +19,11 @@ from rich.text import Text
 from kara_kernels import __version__
 
 from .. import DemoError
+from ..machine import doubt
 from ..screen import READABLE, Screen
 from .server import Settings
 
 SCHEMA = 1
-BUSY = 0.05  # other programs with more of the CPU than this make timings doubtful
 PAUSE_SECONDS = 2.0  # a stream that is silent for longer waits: for its first turn, or after a preemption
 
 Figures = dict[str, Any]
@@ -50,7 +50,7 @@ class Watched:
     streams: list[Stream]
     polls: list[dict[str, float]]  # metrics of the server, and "seconds"
     counters: dict[str, float]  # what its counters grew by
-    others: float  # share of the machine's CPU time that went to other programs
+    others: float | None  # share of the processors' time that went to other programs; None: nobody knows
 
 
 def figures(watched: Watched, blocks: int, start_seconds: float) -> Figures:
@@ -241,18 +241,18 @@ def findings(result: Figures) -> list[str]:
     share = limited["blocks"] / result["demand_blocks"]
     lines = [
         f"With room for {share:.0%} of the demand, Kara makes {limited['speedup']:.2f} times vLLM's output tokens per "
-        f"second: {limited['kara']['running_mean']:.1f} requests run at once instead of "
+        f"second, since {limited['kara']['running_mean']:.1f} requests run at once instead of "
         f"{limited['vllm']['running_mean']:.1f}."
     ]
     if plentiful:
         lines.append(
-            f"With room for all of it, {plentiful['speedup']:.2f} times, with {plentiful['kara']['blocks_peak']:,} "
-            f"blocks at peak instead of {plentiful['vllm']['blocks_peak']:,}."
+            f"With room for all of it, Kara makes {plentiful['speedup']:.2f} times vLLM's output tokens per second and "
+            f"uses {plentiful['kara']['blocks_peak']:,} blocks at peak instead of {plentiful['vllm']['blocks_peak']:,}."
         )
     stages = [stage for stage in (limited, plentiful) if stage]
-    others = max(stage[side]["cpu_share_of_others"] for stage in stages for side in ("vllm", "kara"))
-    if others > BUSY:
-        lines.append(f"Other programs took up to {others:.0%} of the CPU meanwhile, so the times are doubtful.")
+    shares = [stage[side]["cpu_share_of_others"] for stage in stages for side in ("vllm", "kara")]
+    if doubtful := doubt(max((share for share in shares if share is not None), default=None)):
+        lines.append(doubtful)
     if limited["kara"]["kara"] is None or not limited["kara"]["kara"]["compressions"]:
-        lines.append("Nothing was compressed: the two servers did the same work.")
+        lines.append("Nothing was compressed, so the two servers did the same work.")
     return lines

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import DemoError
+from ..machine import Seconds, cpu_seconds, own_seconds, usable_cores
 
 MODEL = "demo"  # the name under which the server offers the model
 START_SECONDS = 900  # the first start compiles the model
@@ -62,18 +63,20 @@ class Server:
         except (OSError, ValueError):
             return {}
 
-    def cpu_seconds(self) -> tuple[float, float, float]:
-        """CPU time spent so far: by this server and us, by everything on the machine, and what there was of it."""
-        ours = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                fields = stat.read_text().rpartition(")")[2].split()  # the name before may hold anything
-                if int(fields[3]) == self.session or stat.parent.name == str(os.getpid()):
-                    ours += int(fields[11]) + int(fields[12])
-        ticks = [int(count) for count in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        idle = ticks[3] + ticks[4]
-        each = os.sysconf("SC_CLK_TCK")
-        return ours / each, (sum(ticks) - idle) / each, sum(ticks) / each
+    def cpu_seconds(self) -> Seconds | None:
+        """CPU time so far, this server's processes being ours as well as this one."""
+        return cpu_seconds(lambda: own_seconds() + session_seconds(self.session))
+
+
+def session_seconds(session: int) -> float:
+    """CPU time of the living processes of a session and of their children that have ended."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()  # the name before may hold anything
+            if int(fields[3]) == session:
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def samples(text: str) -> dict[str, float]:
@@ -95,7 +98,7 @@ def cpu_environment(threads: int | None = None) -> dict[str, str]:
     vLLM by default pins its threads and keeps a core for itself, which on two cores halves the speed.
     """
     found = {
-        "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0))),
+        "OMP_NUM_THREADS": str(threads or usable_cores()),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,0 +1,206 @@
+"""Command lines of the demos: options they share, exit codes, one line on standard error for whatever goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import DemoError
+
+PICTURE_TYPES = (".png", ".svg", ".pdf")
+ON_OFF = {"on": True, "off": False}
+# What an option of kara_kernels.options is for, in a line. Names, defaults and checks come from there.
+MEANINGS = {
+    "attention": "causal hides later keys from every query, as an ablation",
+    "reduction": "take the root mean square over the queries, or the mean",
+    "value_norm": "on weighs every key by the length of its value",
+    "redundancy": "over 0 marks down keys that resemble the others",
+    "pool": "every KV head keeps its own tokens, or the heads of a layer share a list, or the whole model does",
+    "chunk_fraction": "share of the kept tokens that may fill gaps between others, 0 to 1",
+    "max_chunk": "longest stretch without gaps that is kept in one piece, in tokens",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, description: str, epilog: str, usage: str = "%(prog)s [options]") -> None:
+        super().__init__(prog=prog, usage=usage, allow_abbrev=False, description=description, epilog=epilog)
+
+    def error(self, message: str) -> NoReturn:
+        """One line like every other error, without argparse's usage block in front of it."""
+        raise DemoError(f"{message} (--help lists the options)", 2)
+
+
+def flag(name: str) -> str:
+    """``block_size`` as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_policy(parser: argparse.ArgumentParser) -> Any:
+    """Window, keep and tail. What is not given stays None, and the library's own defaults hold."""
+    from kara_kernels.engine import Policy
+
+    usual = Policy()
+    group = parser.add_argument_group("how the cache is compressed")
+    group.add_argument(
+        "--window", metavar="W", type=int, help=f"tokens looked at in one compression (default: {usual.window})"
+    )
+    group.add_argument(
+        "--keep", metavar="K", type=int, help="tokens of each window that stay (default: half of the window)"
+    )
+    group.add_argument(
+        "--tail",
+        metavar="N",
+        type=int,
+        help=f"newest tokens, left alone; their queries help to score the window (default: {usual.tail})",
+    )
+    return group
+
+
+def add_options(group: Any) -> None:
+    """Every option of scoring and selection, as :mod:`kara_kernels.options` lists them."""
+    from kara_kernels import options
+
+    choices = {"attention": options.ATTENTIONS, "reduction": options.REDUCTIONS, "pool": options.POOLS}
+    for name, field in options.OPTIONS.items():
+        meaning = MEANINGS.get(name, "see kara_kernels.options")
+        if field.default is None or isinstance(field.default, bool):
+            group.add_argument(flag(name), choices=ON_OFF, help=f"{meaning} (default: on)")
+        elif name in choices:
+            group.add_argument(flag(name), choices=choices[name], help=f"{meaning} (default: {field.default})")
+        else:
+            kind = type(field.default)
+            metavar = "N" if kind is int else "X"
+            group.add_argument(flag(name), metavar=metavar, type=kind, help=f"{meaning} (default: {field.default})")
+
+
+def told(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options `names` that were given."""
+    given = {name: getattr(options, name) for name in names}
+    return {name: ON_OFF.get(value, value) for name, value in given.items() if value is not None}
+
+
+def fill_policy(options: argparse.Namespace) -> None:
+    """Give window, keep and tail the values that hold where they were not given."""
+    from kara_kernels.engine import Policy
+
+    usual = Policy()
+    options.window = usual.window if options.window is None else options.window
+    options.keep = max(1, options.window // 2) if options.keep is None else options.keep
+    options.tail = usual.tail if options.tail is None else options.tail
+
+
+@contextlib.contextmanager
+def library_checks() -> Iterator[None]:
+    """The library's refusals, which begin with the name of an argument, as refusals of an option."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        name, colon, rest = str(error).partition(":")
+        raise DemoError(f"{flag(name)}: {rest.strip()}" if colon and name.isidentifier() else str(error), 2) from error
+
+
+def check_least(options: argparse.Namespace, **least: float) -> None:
+    """Refuse the first number below its least value, and infinities and NaN."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value < float("inf"):
+            raise DemoError(f"{flag(name)} must be at least {low}, got {value}", 2)
+
+
+def add_outputs(parser: argparse.ArgumentParser, picture: Path) -> Any:
+    """The options of picture and figures, the same for every demo; returns their group."""
+    group = parser.add_argument_group("what comes out")
+    group.add_argument(
+        "--picture",
+        metavar="FILE",
+        type=Path,
+        default=picture,
+        help="where the picture goes, PNG, SVG or PDF (default: %(default)s)",
+    )
+    group.add_argument("--no-picture", action="store_true", help="draw no picture")
+    group.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file as JSON")
+    return group
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise DemoError (code 2) where :func:`add_outputs`' options cannot be followed. Resolves --no-picture."""
+    if options.no_picture:
+        options.picture = None
+    elif options.picture.suffix.lower() not in PICTURE_TYPES:
+        raise DemoError(f"--picture must end in {', '.join(PICTURE_TYPES)}, got {options.picture}", 2)
+    check_output("--picture", options.picture)
+    check_output("--json", options.json)
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Fail now rather than after minutes of decoding. Makes the parent directories."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        was_there = path.exists()
+        with open(path, "ab"):  # the only test that also holds for root and for read-only mounts
+            pass
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise DemoError(f"{option} {path}: {error.strerror}", 2) from error
+
+
+def check_model(name: str | None) -> None:
+    """Refuse what can be neither a model directory nor a name on the Hub."""
+    if name is None:
+        return
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DemoError(f"--model {name} holds no config.json, so it is not a model directory", 2)
+    # What looks like a path is one; only "name" and "owner/name" can be names.
+    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+        raise DemoError(f"--model {name or repr(name)}: there is no such directory", 2)
+
+
+def require(packages: Sequence[str], advice: str) -> None:
+    """Name those of `packages` that this Python lacks, with `advice` on how to get them."""
+    if lacking := ", ".join(name for name in packages if importlib.util.find_spec(name) is None):
+        raise DemoError(f"the demo needs {lacking} in this Python: {advice}")
+
+
+@contextlib.contextmanager
+def imports(prog: str) -> Iterator[None]:
+    """For the seconds in which torch is imported: there, Ctrl-C would come out as some ImportError."""
+
+    def leave(*_: object) -> NoReturn:
+        os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def concluded(prog: str, body: Callable[[], object]) -> int:
+    """Run `body`. Exit code 0, that of a DemoError (2 for a bad option, 1 for what failed later), 130 for Ctrl-C."""
+    try:
+        body()
+    except DemoError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        # A terminal has echoed ^C, which deserves a line of its own.
+        print("\n" * sys.stderr.isatty() + f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
