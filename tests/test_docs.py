@@ -296,7 +296,7 @@ OPERATIONS = {
 
 
 def test_contributing_names_the_test_of_every_operation_and_proof() -> None:
-    rows = table("CONTRIBUTING.md", "Where the test of what is")
+    rows = table("CONTRIBUTING.md", "Which test proves what")
     assert list(rows) == list(OPERATIONS)
     for operation, cells in rows.items():
         assert len(cells) == 6
@@ -306,8 +306,9 @@ def test_contributing_names_the_test_of_every_operation_and_proof() -> None:
             names = re.findall(r"`([\w/.]+)`", cell)
             assert names
             for name in names:
-                text = (ROOT / "tests" / name).read_text(encoding="utf-8")
-                assert re.search(mention, text), f"tests/{name} does not mention {operation}"
+                folder, _, stem = name.rpartition("/")
+                file = ROOT / "tests" / folder / f"test_{stem}.py"
+                assert re.search(mention, file.read_text(encoding="utf-8")), f"{file} does not mention {operation}"
 
 
 @pytest.mark.parametrize("demo", ["generate", "serve"])
