@@ -15,20 +15,29 @@ class Written(griffe.Extension):
     """Roles such as ``:func:`kara_kernels.ops.select_topk``` become links, where a page has what they name. Parameters
     that share a line, ``scale, k_scale: ...``, get one each."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is None:
-            return
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        write_out(pkg)
 
-        def link(match: re.Match[str]) -> str:
-            name = match[2].lstrip(".")
-            try:
-                target = name if name.startswith("kara_kernels") else obj.resolve(name)
-            except griffe.NameResolutionError:
-                return f"`{name}`"
-            shown = name.rpartition(".")[2] if match[1] else name
-            return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
 
-        def each(match: re.Match[str]) -> str:
-            return "\n".join(f"{match[1]}{name}: {match[3]}" for name in match[2].split(", "))
+def write_out(item: griffe.Object) -> None:
+    if item.docstring is not None:
+        text = ROLE.sub(lambda role: link(item, *role.groups()), item.docstring.value)
+        item.docstring.value = GROUP.sub(each, text)
+    for member in item.members.values():
+        if not isinstance(member, griffe.Alias):
+            write_out(member)
 
-        obj.docstring.value = GROUP.sub(each, ROLE.sub(link, obj.docstring.value))
+
+def link(item: griffe.Object, short: str, name: str) -> str:
+    name = name.lstrip(".")
+    shown = name.rpartition(".")[2] if short else name
+    try:
+        target = name if name.startswith("kara_kernels") else item.resolve(name)
+    except griffe.NameResolutionError:
+        return f"`{shown}`"
+    return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
+
+
+def each(group: re.Match[str]) -> str:
+    indent, names, text = group.groups()
+    return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))
