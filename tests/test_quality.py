@@ -24,7 +24,7 @@ from transformers import DynamicCache  # noqa: E402
 
 import bench.quality.__main__ as command  # noqa: E402
 from bench import tables  # noqa: E402
-from bench.quality import decode, measure, peers, report, run, sources, statistics, tasks  # noqa: E402
+from bench.quality import decode, measure, peers, picture, report, run, sources, statistics, tasks  # noqa: E402
 from bench.quality.methods import DEFAULT, METHODS, OURS, STRAIGHT, Kara, Method, ablations, pyramid  # noqa: E402
 from bench.quality.replay import Replay, Window  # noqa: E402
 from kara_kernels.integrations.transformers import KaraCache  # noqa: E402
@@ -334,6 +334,28 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         interval = statistics.difference(ours, theirs)
         hits += interval.low <= 1 <= interval.high
     assert 170 <= hits <= 198
+
+
+def test_ranks_are_read_off_the_data() -> None:
+    less = {("a", 0.3): {"t": 1.0}, ("b", 0.3): {"t": 2.0}, ("c", 0.3): {"t": 2.0},
+            ("a", 0.5): {"t": 9.0}, ("b", 0.5): {"t": 1.0}, ("c", 0.5): {"t": 2.0}, ("d", 0.3): {"t": 0.0}}  # fmt: skip
+    more = {("a", 1.0): {"t": 0.0}, ("a", 0.3): {"t": 0.1}, ("b", 0.3): {"t": 0.2}, ("c", 0.3): {"t": 0.3}}
+    # a: 1, 3, 3. b: 2, 1, 2. c: 2, 2, 1. d has not been everywhere.
+    assert statistics.ranks([(less, 1), (more, -1)], "dcba") == {"c": 5 / 3, "b": 5 / 3, "a": 7 / 3}
+    assert next(iter(statistics.ranks([(less, 1), (more, -1)], "dbca"))) == "b"
+
+
+def test_the_picture_names_the_best_peers_of_its_data() -> None:
+    def record(task: str, method: str, rank: int) -> dict[str, Any]:
+        return {"task": task, "item": "t", "method": method, "retention": 0.5, "kl": 0.1 * rank, "kinds": ["a"],
+                "nll": [1.0 + rank], "exact": [rank < 2]}  # fmt: skip
+
+    names = [method.name for method in METHODS if method.family == "peer"]
+    for order in (names, names[::-1]):
+        records = [record(task, name, rank) for task in ("fidelity", "recall") for rank, name in enumerate(order, 1)]
+        records.append(record("recall", "full", 0) | {"retention": 1.0})
+        records += [record(task, "random", 0) for task in ("fidelity", "recall")]  # chance is no peer, however good
+        assert list(picture.best_peers(records)) == order[:3]
 
 
 def test_recall_is_judged_by_what_the_full_cache_can() -> None:

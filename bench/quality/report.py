@@ -44,6 +44,10 @@ def _page(result: Mapping[str, Any]) -> list[str]:
         "",
         "![KL divergence and recall by retention](quality.png)",
         "",
+        "The picture names the peers that rank best, over its three panels and all retentions: "
+        + ", ".join(f"{name} (mean rank {rank:.1f})" for name, rank in picture.best_peers(records).items())
+        + ".",
+        "",
         "## In short",
         "",
         *_short(kl, above, exact, retentions),

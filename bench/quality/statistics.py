@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 DRAWS, LEVEL = 4000, 0.95
@@ -52,6 +52,21 @@ def _interval(ours: Mapping[str, float], theirs: Mapping[str, float], compare: A
     seen = sorted(compare(sum(a[i] for i in pick) / n, sum(b[i] for i in pick) / n) for pick in picks)
     edge = round((1 - LEVEL) / 2 * (DRAWS - 1))
     return Interval(compare(sum(a) / n, sum(b) / n), seen[edge], seen[-1 - edge])
+
+
+def ranks(tables: Sequence[tuple[Table, int]], names: Iterable[str]) -> dict[str, float]:
+    """Mean rank of every method of ``names`` over all tables and retentions, best first; equals share the better rank.
+
+    A table comes with 1 where less is better and with -1 where more is. Methods that miss a value are left out.
+    """
+    places = [(table, sign, r) for table, sign in tables for r in sorted({r for _, r in table if r < 1})]
+    found = [name for name in names if all((name, r) in table for table, _, r in places)]
+    sums = dict.fromkeys(found, 0.0)
+    for table, sign, r in places:
+        values = {name: sign * mean(table[name, r]) for name in found}
+        for name in found:
+            sums[name] += 1 + sum(value < values[name] for value in values.values())
+    return {name: sums[name] / len(places) for name in sorted(found, key=lambda name: sums[name])}
 
 
 def recall_tables(records: Sequence[Mapping[str, Any]]) -> tuple[Table, Table]:
