@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kara_kernels.engine import Policy
+from kara_kernels.engine import Compression, Policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -197,7 +197,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         file = (page.parent / target).resolve() if target else page
         assert file.is_file(), f"{page.name} links to {target}"
         assert file.is_relative_to(ROOT)
-        if anchor:
+        if anchor and not anchor.startswith("kara_kernels."):  # those of the API pages: the strict build knows them
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -318,6 +318,10 @@ def test_documented_keys_are_written_by_the_demos(demo: str) -> None:
     text = " ".join(f"{name} {' '.join(cells)}" for name, cells in rows.items())
     for key in re.findall(r"[a-z_0-9]{2,}(?=`|\[\])", text):
         assert re.search(rf"\b{key}\b", source), key
+
+
+def test_the_trace_has_the_documented_keys() -> None:
+    assert tuple(table("docs/vllm.md", "The trace")) == Compression._fields
 
 
 def test_documented_metrics_exist() -> None:
