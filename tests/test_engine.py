@@ -975,6 +975,7 @@ class Worker:
         self.v = [self._rows(V_DIM).to(dtype) for _ in range(LAYERS)]
         self.ring = make_ring(policy, len(decoded), sum(lengths) + 5, dtype=dtype)
         self.queries: dict[str, torch.Tensor] = {}
+        self.every: dict[str, torch.Tensor] = {}
         spans, held, steps = [], [], []
         for i, length in enumerate(lengths):
             name, prompt, first = str(i), 3 + i, 3 + i + (unseen[i] if unseen else 0)
@@ -984,6 +985,7 @@ class Worker:
             every = torch.randn(LAYERS, length, HEADS * GROUP, DIM).to(dtype)
             recorded = [p for p in range(first, length) if p % policy.query_stride == 0]
             self.queries[name] = every[:, recorded[-policy.query_rows :]]
+            self.every[name] = every
             steps.append(every[:, first:])
         self.ring.prepare(spans)
         for layer in range(LAYERS):
@@ -1010,13 +1012,19 @@ class Worker:
         self.at = k_at, v_at
         return PackedCache(pools, k_at, v_at)
 
+    def queries_of(self, plan: Plan) -> torch.Tensor:
+        """`[L, N, H*G, D]`: those that the plan names, oldest first; of a causal plan, of the window's own tokens."""
+        if self.policy.attention == "causal":
+            return self.every[plan.request_id][:, plan.window_start : plan.window_start + self.policy.window]
+        return self.queries[plan.request_id]
+
     def expected(self, **options: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Keep lists and caches after `compress_window` on one sequence after the other, with queries in order."""
         ks, vs = [k.clone() for k in self.k], [v.clone() for v in self.v]
         keeps = []
         for plan in self.plans:
             done = compress_window(
-                self.queries[plan.request_id][:, None], ks, vs,
+                self.queries_of(plan)[:, None], ks, vs,
                 torch.tensor([plan.blocks], dtype=torch.int32), torch.tensor([plan.physical_len], dtype=torch.int32),
                 window=self.policy.window, keep=self.policy.keep, backend="torch",
                 window_starts=torch.tensor([plan.window_start], dtype=torch.int32),
@@ -1032,14 +1040,80 @@ def equal(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("page", [1, 3, 4])
-@pytest.mark.parametrize("pool", ["head", "model"])
-def test_every_plan_of_a_step_is_executed(page: int, pool: str) -> None:
-    worker = Worker(small(pool=pool), decoded=(12, 17, 15), page=page)
+@pytest.mark.parametrize(("pool", "attention"), [("head", "bidirectional"), ("model", "causal"), ("head", "causal")])
+def test_every_plan_of_a_step_is_executed(page: int, pool: str, attention: str) -> None:
+    worker = Worker(small(pool=pool, attention=attention, chunk_fraction=0.0), decoded=(12, 17, 15), page=page)
     keeps, ks, vs = worker.expected(scale=0.7, k_scale=1.5)
     kept = execute(worker.plans, worker.cache, worker.ring, worker.policy, scale=0.7, k_scale=1.5)
     assert equal(kept, keeps)
     assert equal(worker.k, ks)
     assert equal(worker.v, vs)
+
+
+class Spied:
+    """What `execute` hands to `compress_window`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        module = sys.modules["kara_kernels.windows.execute"]
+        inner = module.compress_window  # type: ignore[attr-defined]
+
+        def spy(query: Any, k: Any, v: Any, tables: Any, lengths: Any, **options: Any) -> CompressedWindow:
+            self.calls.append((query, tables, lengths, options))
+            return inner(query, k, v, tables, lengths, **options)
+
+        monkeypatch.setattr(module, "compress_window", spy)
+
+
+def test_only_blocks_that_are_rewritten_or_freed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, lengths and starts begin with the first written block, however long the sequence is before it."""
+    worker, spied = Worker(small(), decoded=(12, 17), page=2), Spied(monkeypatch)
+    assert all(plan.first_written > 0 for plan in worker.plans)
+    execute(worker.plans, worker.cache, worker.ring, worker.policy)
+    [(_, tables, lengths, options)] = spied.calls
+    for s, plan in enumerate(worker.plans):
+        touched = len(plan.touched)
+        assert tables[s, :touched].tolist() == list(plan.touched)
+        assert set(tables[s].tolist()) == set(plan.touched), "what fills a shorter table up is its own"
+        assert lengths[s] == plan.physical_len - 2 * plan.first_written
+        assert options["window_starts"][s] == plan.window_start - 2 * plan.first_written
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_queries_are_read_where_the_ring_has_them(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    worker, spied = Worker(small()), Spied(monkeypatch)
+    execute(worker.plans, worker.packed() if packed else worker.cache, worker.ring, worker.policy)
+    assert len(spied.calls) == (len(worker.plans) if packed else 1)
+    rows = torch.cat([options["query_rows"] for _, _, _, options in spied.calls])
+    assert torch.equal(rows, worker.ring.select(worker.plans)[1])
+    assert all(query is worker.ring.queries for query, _, _, _ in spied.calls)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_turned_queries_score(packed: bool) -> None:
+    worker = Worker(small(chunk_fraction=0.0), decoded=(12, 17, 15), unseen=(0, 0, 9))
+
+    def turn(queries: torch.Tensor) -> torch.Tensor:
+        assert queries.shape[:1] + queries.shape[3:] == (LAYERS, HEADS * GROUP, DIM)
+        return queries.roll(1, -1)
+
+    for name, queries in worker.queries.items():
+        worker.queries[name] = turn(queries[:, None])[:, 0]
+    keeps, ks, vs = worker.expected()
+    cache = worker.packed() if packed else worker.cache
+    assert equal(execute(worker.plans, cache, worker.ring, worker.policy, turn=turn), keeps)
+    assert packed or equal(worker.k + worker.v, ks + vs)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_given_scores_select_in_the_order_of_the_plans(packed: bool) -> None:
+    worker = Worker(small(max_sequences=8, chunk_fraction=0.0), decoded=(12, 17, 13, 30), unseen=(0, 13, 9, 26))
+    scores = torch.rand(LAYERS, 4, HEADS, 8)
+    order = [2, 0, 3, 1]
+    cache = worker.packed() if packed else worker.cache
+    kept = execute([worker.plans[i] for i in order], cache, worker.ring, worker.policy, scores=scores)
+    for s, keep in enumerate(kept):
+        assert torch.equal(keep.long(), scores[:, s].topk(4).indices.sort(-1).values)
 
 
 def test_plans_with_different_numbers_of_queries_are_mixed() -> None:
@@ -1127,10 +1201,14 @@ def test_the_ranks_agree_through_the_hook() -> None:
     assert all(keep.tolist() == [[[4, 5, 6, 7]] * HEADS] * LAYERS for keep in kept)
 
 
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_warming_up_calls_everything_and_changes_nothing(backend: str, packed: bool) -> None:
-    policy, pools = small(pool="layer"), torch.randn(2, 2, 5, 4, 2, 16)  # two layers, K and V, 5 blocks of 4 rows
-    before, called = pools.clone(), []
+def test_warming_up_calls_everything_and_changes_nothing(backend: str, packed: bool, attention: str) -> None:
+    policy, pools = (
+        small(pool="layer", attention=attention),
+        torch.randn(2, 2, 5, 4, 2, 16),
+    )
+    before, called = pools.clone(), []  # two layers, K and V, 5 blocks of 4 rows
     if packed:
         offsets = torch.randperm(4 * 2 * 16).view(4, 2, 16)
         both = [torch.cat([k.flatten(1), v.flatten(1)], 1) for k, v in pools]

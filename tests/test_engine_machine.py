@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hypothesis.strategies as st
 import oracle
@@ -473,17 +473,27 @@ class Engine:
             window = set(rows[start:end])
             assert not window & request.looked_at, "a token is looked at twice"
             assert min(window) >= max(request.prompt_len, policy.protected), "the window swallows the prompt"
-            # The oldest window there is: the row before it is out of bounds.
+            # The oldest window there is: the row before it is out of bounds, or its query is not in the ring.
             before = start - 1
             assert (
                 before < max(request.prompt_len, policy.protected)
                 or rows[before] in request.looked_at
                 or before < self._first_owned(request) * page
+                or (policy.attention == "causal" and rows[before] not in request.recorded[-policy.query_rows :])
             )
         overdue = self._uncompressed(request.name) >= policy.window + policy.tail + page
         assert len(plan.freed) >= policy.min_freed_blocks or overdue
         self.events["goes ahead without gain"] += len(plan.freed) < policy.min_freed_blocks
         recorded = request.recorded[-policy.query_rows :]
+        if policy.attention == "causal":
+            first = plan.last_query - plan.num_queries + 1
+            assert set(range(first, plan.last_query + 1)) <= set(recorded)
+            assert all(list(range(first, plan.last_query + 1)) == rows[start:end] for rows in request.rows)
+            self.events["causal"] += 1
+            self.events["causal behind tokens without queries"] += start > max(
+                request.frontier, self._first_owned(request) * page, policy.protected
+            )
+            return
         assert plan.num_queries == len(recorded) > 0
         assert plan.last_query * policy.query_stride == recorded[-1]
         self.events["few queries"] += len(recorded) < policy.query_rows
@@ -494,17 +504,16 @@ class Engine:
         mean = self.policy.query_heads == "mean"
         for count in {plan.num_queries for plan in plans}:
             group = [plan for plan in plans if plan.num_queries == count]
-            chosen = self.ring.select(group)
-            assert chosen.shape == (LAYERS, len(group), count, HEADS if mean else HEADS * GROUP, DIM)
-            for s, plan in enumerate(group):
+            queries, rows = self.ring.select(group)
+            assert (queries.shape[2], rows.shape) == (HEADS if mean else HEADS * GROUP, (len(group), count))
+            for plan, of_plan in zip(group, rows, strict=True):
                 positions = [(plan.last_query - back) * stride for back in range(count)][::-1]
                 codes = torch.tensor([self._query_code(plan.request_id, position) for position in positions])
                 for layer in range(LAYERS):
                     expected = self._queries(codes, layer)
                     if mean:
                         expected = expected.unflatten(1, (HEADS, GROUP)).mean(2)
-                    got = chosen[layer, s]
-                    assert torch.equal(got[got[:, 0, 0].argsort()], expected)
+                    assert torch.equal(queries[layer, of_plan], expected)
 
     def check(self) -> None:
         """What must hold between any two steps."""
@@ -566,6 +575,8 @@ def draw_setup(rng: random.Random, tensors: str) -> Setup:
     )
     blocks = -(-rng.randint(40, 90) // page)
     budget, max_running = rng.choice([3, 8, 20]), rng.randint(1, 4)
+    if policy.query_stride == 1 and rng.random() < 0.4:
+        policy = replace(policy, attention="causal")
     return Setup(policy=policy, page=page, blocks=blocks, budget=budget, max_running=max_running, tensors=tensors)
 
 
@@ -631,7 +642,8 @@ TestPackedCache.settings = TestStridedCache.settings
 EXPECTED = (
     "compression", "blocks freed", "preemption", "preemption of a compressed sequence", "prefix hit",
     "decoded text from the prefix cache", "window behind shared blocks", "goes ahead without gain", "few queries",
-    "chunk", "finish", "abort", "waits for others", "preempted in the step of its plan",
+    "chunk", "finish", "abort", "waits for others", "preempted in the step of its plan", "causal",
+    "causal behind tokens without queries",
 )  # fmt: skip
 
 
