@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu import measure, report
 from bench.speed import __main__ as speed
 from kara_kernels import compress_window, reference
+from kara_kernels.options import PAPER, RECOMMENDED
 
 # ---------------------------------------------------------------------------------------------------- tables
 
@@ -123,7 +125,7 @@ def test_the_predecessors_work_is_ours() -> None:
     query, tables = torch.randn(1, 1, 24, 4, 8), torch.randperm(20).int().view(1, 20)
     starts, lengths = torch.zeros(1, dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
     theirs = baselines.score(baselines.mean_attention, list(query), list(keys), tables, starts, 24)
-    ours = compress_window(query, keys, values, tables, lengths, window=24, keep=8, window_starts=starts)
+    ours = compress_window(query, keys, values, tables, lengths, window=24, keep=8, window_starts=starts, **PAPER)
     assert torch.allclose(theirs, ours.scores, atol=1e-6)
 
 
@@ -235,10 +237,63 @@ def test_quantiles() -> None:
 
 def test_floor_of_a_case() -> None:
     case = measure.Case("c", layers=2, heads=3, group=4, dim=8, window=16, batch=5)
-    lists, rows = 2 * 3 * 5, 8 + measure.TAIL
-    assert measure.floor_bytes(case) == {"score": lists * 16 * 8 * 2 * 5, "compact": lists * rows * 8 * 2 * 2 * 2}
+    lists, rows, recorded = 2 * 3 * 5, 8 + 128, (16 + 128) // 2
+    assert case.recorded == recorded
+    assert measure.floor_bytes(case) == {
+        "score": lists * 8 * 2 * (recorded + 16 + 16),  # a query of each group, a key and a value
+        "paper's score": lists * 8 * 2 * (4 * 16 + 16),
+        "compact": lists * rows * 8 * 2 * 2 * 2,
+    }
     latent = measure.Case("c", 2, 3, 4, 8, 16, 5, values=False)
     assert measure.floor_bytes(latent)["compact"] == lists * rows * 8 * 2 * 2
+    assert measure.floor_bytes(latent)["score"] == lists * 8 * 2 * (recorded + 16)
+
+
+def test_what_is_timed_first_is_what_the_shim_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options, rows and numbers of the queries of every call; and nothing of every token where that is too much."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def seen(name: str, call: Any) -> Any:
+        def wrapper(query: Any, *a: Any, **k: Any) -> Any:
+            calls.append((name, {"query": query, **k}))
+            return call(query, *a, **k)
+
+        return wrapper
+
+    for name in ("compress_window", "score_window"):
+        monkeypatch.setattr(measure, name, seen(name, getattr(measure, name)))
+    case = measure.REHEARSAL[1]
+    world = measure.World(case, "cpu", torch.float32)
+    jobs = world.jobs("torch")
+    assert list(jobs)[:4] == ["event", "score", "select", "compact"]
+    for name in ("event", "score", "paper's event", "paper's score"):
+        calls.clear()
+        jobs[name]()
+        [(_, given)] = calls
+        if name.startswith("paper"):
+            assert given["query"].shape[2:4] == (case.window, case.heads * case.group)
+            assert given["query_rows"] is None
+            assert given["reduction"] == "mean"
+        else:
+            assert given["query"].shape[1:3] == (case.batch * case.recorded, case.heads)
+            assert given["query_rows"].shape == (case.batch, (case.window + 128) // 2)
+            assert given["reduction"] == "rms"
+    calls.clear()
+    jobs["event"]()
+    assert {name: calls[0][1][name] for name in RECOMMENDED} == dict(RECOMMENDED)
+    jobs["paper's event"]()
+    assert {name: calls[1][1][name] for name in PAPER} == dict(PAPER)
+    monkeypatch.setattr(measure, "MOST_QUERIES", 1)
+    assert list(measure.World(case, "cpu", torch.float32).jobs("torch")) == ["event", "score", "select", "compact"]
+
+
+def test_jobs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    names = ["event", "score", "compact"]
+    monkeypatch.setattr(measure.World, "jobs", lambda self, backend: {n: lambda n=n: turns.append(n) for n in names})
+    row = measure.measure(measure.REHEARSAL[0], "cpu", 4, 0)
+    assert turns == names * 5  # the first of each warms up
+    assert list(row["times"]) == names
 
 
 def test_the_reference_check_sees_a_wrong_move(monkeypatch: pytest.MonkeyPatch) -> None:

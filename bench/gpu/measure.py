@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -9,19 +10,24 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import baselines
-from kara_kernels import PagedCache, compress_window
+from bench.tables import Row
+from kara_kernels import CompressedWindow, PagedCache, compress_window
+from kara_kernels.engine import Policy
 from kara_kernels.ops import compact_blocks, expand_chunks, score_window
+from kara_kernels.options import PAPER, RECOMMENDED, split_options
 
 ROOT = Path(__file__).parents[2]
-TAIL, PAGE = 128, 16
+TAIL, PAGE = Policy().tail, 16
+MOST_QUERIES = 8 << 30  # bytes; DeepSeek-V3's 128 query heads take 147 GB at batch 32
 L2_FALLBACK = 256 << 20  # bytes, where a device does not tell: more than any has
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Case:
     def label(self) -> str:
         return f"{self.name}, W {self.window}, batch {self.batch}"
 
+    @property
+    def recorded(self) -> int:
+        """Queries of a sequence that the shim records by default: means of GQA groups, one row a KV head."""
+        return Policy(window=self.window, keep=self.window // 2).query_rows
+
 
 SHAPES = {
     "Llama-3.1-8B": (32, 8, 4, 128), "Qwen3-14B": (40, 8, 5, 128), "SmolLM2": (30, 3, 3, 64),
@@ -52,60 +63,97 @@ REHEARSAL = [Case("tiny", 2, 2, 2, 64, 64, 1), Case("tiny", 2, 2, 2, 64, 128, 2)
 
 
 class World:
-    """Inputs of one event. Replays restore nothing: rows that moved once move again, the same bytes either way."""
+    """Inputs of one event. Replays restore nothing: rows that moved once move again, the same bytes either way.
+
+    Queries come twice: as the engine shim records them by default, a ring whose rows are read in place, and those of
+    every token and head, unless they take more than ``MOST_QUERIES``.
+    """
 
     def __init__(self, case: Case, device: str, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
         blocks = -(-(case.window + TAIL) // PAGE) * case.batch
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
         shape = (case.layers, blocks, PAGE, case.heads, case.dim)
         self.case, self.keep = case, case.window // 2
         self.cache = PagedCache(random(*shape), random(*shape) if case.values else None)
-        self.query = random(case.layers, case.batch, case.window, case.heads * case.group, case.dim)
         self.tables = torch.randperm(blocks, generator=generator, device=device).int().view(case.batch, -1)
         self.lengths = torch.full((case.batch,), case.window + TAIL, dtype=torch.int32, device=device)
         self.starts = torch.zeros(case.batch, dtype=torch.int32, device=device)
+        rows = case.batch * case.recorded
+        self.ring = random(case.layers, rows, case.heads, case.dim)
+        self.ring_rows = torch.randperm(rows, generator=generator, device=device).int().view(case.batch, -1)
+        every = (case.layers, case.batch, case.window, case.heads * case.group, case.dim)
+        self.every = random(*every) if math.prod(every) * dtype.itemsize <= MOST_QUERIES else None
 
     @property
     def bytes(self) -> int:
+        """What an event reads at least."""
         halves = [self.cache.k, *([self.cache.v] if self.cache.v is not None else [])]
-        return sum(t.nbytes for half in halves for t in half) + self.query.nbytes
+        return sum(t.nbytes for half in halves for t in half) + self.ring.nbytes
+
+    def event(self, backend: str, paper: bool = False, scores: torch.Tensor | None = None) -> CompressedWindow:
+        query, rows = (self.every, None) if paper else (self.ring, self.ring_rows)
+        return compress_window(
+            query if scores is None else None, self.cache.k, self.cache.v, self.tables, self.lengths,
+            window=self.case.window, keep=self.keep, window_starts=self.starts, scores=scores,
+            query_rows=rows if scores is None else None, backend=backend, **(PAPER if paper else RECOMMENDED),
+        )  # fmt: skip
+
+    def score(self, backend: str, paper: bool = False) -> torch.Tensor:
+        query, rows = (self.every, None) if paper else (self.ring, self.ring_rows)
+        assert query is not None
+        scoring, _ = split_options(PAPER if paper else RECOMMENDED)
+        return score_window(
+            query, self.cache.k, self.tables, self.starts, self.case.window, query_rows=rows, backend=backend,
+            attention=scoring.attention, reduction=scoring.reduction, redundancy=scoring.redundancy,
+            v_cache=None if scoring.value_norm is False else self.cache.v,
+        )  # fmt: skip
 
     def jobs(self, backend: str) -> dict[str, Callable[[], object]]:
-        case, cache, keep = self.case, self.cache, self.keep
-        scores = score_window(self.query, cache.k, self.tables, self.starts, case.window, backend=backend)
-        budget = round(0.3 * keep)
-        kept = expand_chunks(scores, keep, budget, 8, backend=backend)
-        given: dict[str, Any] = {
-            "window": case.window, "keep": keep, "window_starts": self.starts, "backend": backend,
-        }  # fmt: skip
+        """What is recommended first; then the published method and other ways, all with the queries of every token."""
+        cache, keep = self.cache, self.keep
+        _, selection = split_options(RECOMMENDED)
+        scores, budget = self.score(backend), selection.chunk_budget(keep)
+
+        def select() -> torch.Tensor:
+            return expand_chunks(scores, keep, budget, selection.max_chunk, backend=backend)
+
+        kept = select()
         jobs: dict[str, Callable[[], object]] = {
-            "event": lambda: compress_window(self.query, cache.k, cache.v, self.tables, self.lengths, **given),
-            "score": lambda: score_window(self.query, cache.k, self.tables, self.starts, case.window, backend=backend),
-            "select": lambda: expand_chunks(scores, keep, budget, 8, backend=backend),
-            "compact": lambda: compact_blocks(cache.k, cache.v, self.tables, self.starts, self.lengths, kept,
-                                              case.window, backend=backend),
+            "event": partial(self.event, backend),
+            "score": partial(self.score, backend),
+            "select": select,
+            "compact": partial(compact_blocks, cache.k, cache.v, self.tables, self.starts, self.lengths, kept,
+                               self.case.window, backend=backend),
         }  # fmt: skip
+        if self.every is None:
+            return jobs
+        jobs |= {
+            "paper's event": partial(self.event, backend, paper=True),
+            "paper's score": partial(self.score, backend, paper=True),
+        }
         if cache.v is not None:
-            values = list(cache.v)
+            given = (list(self.every), list(cache.k), list(cache.v), self.tables, self.starts, self.lengths,
+                     self.case.window, keep)  # fmt: skip
             for name, scorer in (("predecessor", baselines.mean_attention), ("r-kv", baselines.rkv),
                                  ("snapkv", baselines.snapkv)):  # fmt: skip
-                jobs[name] = lambda scorer=scorer: baselines.compress(  # type: ignore[misc]
-                    scorer, list(self.query), list(cache.k), values, self.tables, self.starts, self.lengths,
-                    case.window, keep,
-                )  # fmt: skip
+                jobs[name] = partial(baselines.compress, scorer, *given)
         return jobs
 
 
+GRAPHED = ("event", "score", "select", "compact", "paper's event", "paper's score")
+
+
 def floor_bytes(case: Case, size: int = 2) -> dict[str, int]:
-    """What must move: queries and keys once; survivors and tail of each cache read and written once."""
+    """What must move: queries, keys and weighing values once; survivors and tail of caches read and written once."""
     lists = case.layers * case.batch * case.heads
     rows = lists * (case.window // 2 + TAIL) * case.dim * (2 if case.values else 1)
     return {
-        "score": lists * case.dim * size * case.window * (case.group + 1),
+        "score": lists * case.dim * size * (case.recorded + case.window * (2 if case.values else 1)),
+        "paper's score": lists * case.dim * size * case.window * (case.group + 1),
         "compact": 2 * rows * size,
     }
 
@@ -131,44 +179,43 @@ def suite_is_green() -> str | None:
 
 def differs_from_reference(world: World) -> str | None:
     """What of a Triton event is not the PyTorch path's, given the same scores; None where nothing is."""
-    cache = world.cache
-    given: dict[str, Any] = {"window": world.case.window, "keep": world.keep, "window_starts": world.starts}
-    halves = [cache.k, *([cache.v] if cache.v is not None else [])]
-    before = [half.stacked.clone() for half in halves if half.stacked is not None]
-    kernel = compress_window(world.query, cache.k, cache.v, world.tables, world.lengths, backend="triton", **given)
-    moved = [half.stacked.clone() for half in halves if half.stacked is not None]
-    for half, old in zip(halves, before, strict=True):
-        assert half.stacked is not None
-        half.stacked.copy_(old)
-    twin = compress_window(world.query, cache.k, cache.v, world.tables, world.lengths, backend="torch",
-                           scores=kernel.scores.contiguous(), **given)  # fmt: skip
-    if not torch.equal(kernel.keep_indices, twin.keep_indices):
-        return "keep lists"
-    if not all(torch.equal(a, half.stacked) for a, half in zip(moved, halves, strict=True)):  # type: ignore[arg-type]
-        return "moved rows"
+    for paper in (False, True) if world.every is not None else (False,):
+        halves = [world.cache.k, *([world.cache.v] if world.cache.v is not None else [])]
+        pools = [half.stacked for half in halves if half.stacked is not None]
+        before = [pool.clone() for pool in pools]
+        kernel = world.event("triton", paper)
+        moved = [pool.clone() for pool in pools]
+        for pool, old in zip(pools, before, strict=True):
+            pool.copy_(old)
+        twin = world.event("torch", paper, scores=kernel.scores.contiguous())
+        if not torch.equal(kernel.keep_indices, twin.keep_indices):
+            return "keep lists"
+        if not all(torch.equal(a, b) for a, b in zip(moved, pools, strict=True)):
+            return "moved rows"
     return None
 
 
-def measure(case: Case, device: str, rounds: int, l2: int) -> dict[str, Any]:
-    """Samples of every job. On a GPU each is captured once per world; worlds rotate so that none is in L2 twice."""
+def measure(case: Case, device: str, rounds: int, l2: int) -> Row:
+    """Samples of every job, in turns, so that a slow moment of the machine meets all of them. On a GPU each is captured
+    once per world; worlds rotate so that none is in L2 twice."""
     gpu = device != "cpu"
     worlds = [World(case, device, torch.bfloat16 if gpu else torch.float32)]
     while gpu and sum(world.bytes for world in worlds) < 3 * l2:
         worlds.append(World(case, device, torch.bfloat16))
     if gpu and (wrong := differs_from_reference(worlds[0])):
         raise RuntimeError(f"{case.label}: {wrong} differ from the PyTorch path's")
-    times: dict[str, dict[str, Any]] = {}
     jobs = [world.jobs("triton" if gpu else "torch") for world in worlds]
-    for name in jobs[0]:
-        graphed = False
-        runs = [job[name] for job in jobs]
-        if gpu and name in ("event", "score", "select", "compact"):
-            runs, graphed = [_graph(run) for run in runs], True
-        samples = [_seconds(runs[i % len(runs)], gpu) for i in range(rounds + len(runs))][len(runs) :]
-        times[name] = {**quantiles(samples), "graph": graphed}
-    size = 2 if gpu else 4
-    return {**asdict(case), "case": case.label, "buffers": len(worlds), "times": times,
-            "floor_bytes": floor_bytes(case, size)}  # fmt: skip
+    graphed = {name: gpu and name in GRAPHED for name in jobs[0]}
+    runs = {name: [_graph(job[name]) if graphed[name] else job[name] for job in jobs] for name in graphed}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + len(worlds)):  # the first turn of every world fetches code and memory
+        for name, run in runs.items():
+            seconds = _seconds(run[round_ % len(run)], gpu)
+            if round_ >= len(worlds):
+                samples[name].append(seconds)
+    times = {name: {**quantiles(samples[name]), "graph": graphed[name]} for name in samples}
+    return {**asdict(case), "case": case.label, "recorded": case.recorded, "buffers": len(worlds), "times": times,
+            "floor_bytes": floor_bytes(case, 2 if gpu else 4)}  # fmt: skip
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object]:
