@@ -69,7 +69,7 @@ def check_query(
         check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, cache.k[0].device)
         _check_queries("query", first, window, attention)
     else:
-        if first.dim() != 4 or first.shape[0] != 1:  # what a caller made Layers of himself
+        if first.dim() != 4 or first.shape[0] != 1:  # Layers that the caller made
             raise ValueError(f"query: expected layers of [1, R, H*G, D] with query_rows, got shape {list(first.shape)}")
         check_tensor("query", first[0], (None, None, dim), SCORED_DTYPES, cache.k[0].device)
         if first.shape[1] < 1 and sequences:
@@ -187,11 +187,11 @@ def check_contents(
     window: int = 0,
     written: bool = True,
 ) -> None:
-    """Block ids and lengths that tokens ``starts..ends`` of the ``active`` sequences would be reached through.
+    """Block ids and lengths that lead to tokens ``starts..ends`` of the ``active`` sequences.
 
-    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. From a start on, ``window`` tokens must
-    lie before the end. With ``written`` no block may be used by two sequences: only blocks that a sequence owns alone
-    may be rewritten. Only called where reading contents is free or asked for.
+    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. ``window`` tokens must fit between start
+    and end. With ``written`` no two sequences may share a block: only blocks that one sequence owns alone may be
+    rewritten. Only called where reading contents is free or asked for.
     """
     blocks, page, _, _ = cache.shape
     capacity = block_tables.shape[1] * page

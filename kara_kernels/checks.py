@@ -1,8 +1,8 @@
 """Checks of values and tensors: the ground of the house. Nothing here knows what a cache is.
 
-Every check raises before anything is written, naming argument, expected and got. What only the *contents* of a tensor
-can tell (block ids, lengths) is checked where reading them is free, on the CPU; on a GPU it would stall the stream, so
-there it is the caller's promise unless ``KARA_KERNELS_DEBUG=1``.
+Every check raises before anything is written, naming argument, expected and got. Contents of tensors (block ids,
+lengths) are checked on the CPU, where reading them is free. On a GPU that would stall the stream, so there they are the
+caller's promise unless ``KARA_KERNELS_DEBUG=1``.
 """
 
 from __future__ import annotations
@@ -123,5 +123,5 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def contents_are_checked(device: torch.device) -> bool:
-    """On the CPU always; elsewhere it costs a stream synchronisation and is asked for by KARA_KERNELS_DEBUG=1."""
+    """Always on the CPU. Elsewhere it costs a stream synchronisation, and KARA_KERNELS_DEBUG=1 asks for it."""
     return device.type == "cpu" or os.environ.get("KARA_KERNELS_DEBUG", "0") == "1"

@@ -39,11 +39,11 @@ class Scoring:
     """
 
     attention: str = "bidirectional"
-    """``"bidirectional"``: every query sees the whole window. ``"causal"``: none looks ahead, as an ablation."""
+    """``"bidirectional"`` lets every query see the whole window. ``"causal"``, an ablation, hides what comes later."""
     reduction: str = "rms"
-    """What is taken over queries and GQA group: the root mean square ``"rms"``, or the ``"mean"``."""
+    """Root mean square (``"rms"``) or ``"mean"`` over queries and GQA group."""
     value_norm: bool | None = None
-    """Multiply each score by the Euclidean length of the value. None: where a ``v_cache`` is given."""
+    """Multiply each score by the Euclidean length of the value. None does so where a ``v_cache`` is given."""
     redundancy: float = 0.0
     """Weight of a key's similarity to the other keys, which is subtracted from its score."""
 
@@ -52,7 +52,7 @@ class Scoring:
         check_choice("reduction", self.reduction, REDUCTIONS)
         if self.value_norm is not None:
             check_flag("value_norm", self.value_norm)
-        # A float whatever was given: Triton would compile once more for an int.
+        # Always a float: Triton would compile once more for an int.
         object.__setattr__(self, "redundancy", check_number("redundancy", self.redundancy, 0.0, 3.4e38))
 
 
@@ -95,7 +95,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[Scoring, Selection]:
-    """Keywords as their two parts; what is not given takes its default.
+    """Keywords, split into their two parts. What is not given takes its default.
 
     Raises:
         TypeError: an unknown name.

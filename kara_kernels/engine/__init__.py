@@ -1,17 +1,17 @@
-"""The engine-neutral shim: what a serving engine needs to switch Kara on, with no engine imported.
+"""The engine-neutral shim: what a serving engine needs to switch Kara on. It imports no engine.
 
-- :class:`Policy`: settings, checked.
-- :class:`Ledger`: who is compressed when, and what happens to blocks and lengths (plan, commit).
-- :class:`QueryRing`: the queries that score, in bounded memory.
-- :func:`execute`: moves the rows, on any paged view; :class:`PackedCache` for layouts that no strides describe;
-  :func:`warm_up`: compiles it before.
-- :class:`Compression`: the record of what one did.
+- :class:`Policy` holds the settings and checks them.
+- :class:`Ledger` decides who is compressed when, and what happens to blocks and lengths (plan, commit).
+- :class:`QueryRing` keeps the queries that score, in bounded memory.
+- :func:`execute` moves the rows on any paged view. :class:`PackedCache` serves layouts that no strides describe, and
+  :func:`warm_up` compiles the kernels beforehand.
+- :class:`Compression` is the record of what one compression did.
 
-An engine calls ``ledger.start`` when a sequence is scheduled first and ``ledger.forget`` when it finishes, is aborted
-or preempted; before every step ``ledger.plan``, takes ``plan.touched`` out of its prefix cache, ``ledger.commit``,
-returns ``plan.freed`` to its pool and has every worker ``execute`` before anything is written to a block. From then on
-lengths and slots of a sequence are its logical ones minus ``ledger.dropped``; positions stay logical. The README shows
-it in twenty lines.
+An engine calls ``ledger.start`` when it first schedules a sequence, and ``ledger.forget`` when the sequence finishes,
+is aborted or is preempted. Before every step it calls ``ledger.plan``, takes ``plan.touched`` out of its prefix cache,
+calls ``ledger.commit``, returns ``plan.freed`` to its pool, and has every worker ``execute`` before anything is written
+to a block. From then on a sequence's lengths and slots are its logical ones minus ``ledger.dropped``. Positions stay
+logical. ``docs/engine.md`` shows it in thirty lines.
 """
 
 from ..windows.events import Compression

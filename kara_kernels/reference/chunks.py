@@ -1,4 +1,4 @@
-"""Token2Chunk: spend part of the budget on the interiors of short gaps between good tokens (README, "expand")."""
+"""Token2Chunk: spend part of the budget on short gaps between good tokens, as ``docs/method.md`` says."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _expand_rows(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int) -
     candidates = positions_of_best(rank, keep - chunk_budget).long()
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, candidates, True)
     kept |= _bought_interiors(keys, candidates, chunk_budget, max_chunk)
-    # What is kept outranks everything and is never more than `keep`, so the fill is one more exact top-k.
+    # Kept tokens outrank all others and are at most `keep`, so filling up is one more exact top-k.
     return positions_of_best(torch.where(kept, torch.iinfo(torch.int64).max, rank), keep)
 
 

@@ -1,4 +1,4 @@
-"""Move the survivors of a window together, in place, through the block table (README, "compact")."""
+"""Move the survivors of a window together, in place, through the block table; see Compact in ``docs/method.md``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention mass that every key of a window receives from all window queries (README, "score")."""
+"""Attention that every key of a window receives from all window queries; ``docs/method.md`` calls it Score."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from ..arguments import check_score_window
 from ..checks import FP8_DTYPES, slices
 from ..paged import Layers, per_layer
 
-# Logits are made a slice of rows at a time, which bounds the memory for any window: 1 MB of them stays in a core's
-# cache (a 256-token window of 9 heads took 37 ms instead of 42 over 30 layers). Keys are made float32 some heads at a
-# time.
+# Slices bound the memory for any window. 1 MB of logits stays in a core's cache: a 256-token window of 9 heads took
+# 37 ms instead of 42 over 30 layers. Keys become float32 some heads at a time.
 SLICE_BYTES = 1 << 20
 KEY_BYTES = 32 << 20
 

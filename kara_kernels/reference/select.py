@@ -1,4 +1,4 @@
-"""Exact top-k of a row of scores, in position order (README, "select")."""
+"""Exact top-k of a row of scores, in position order; ``docs/method.md`` calls it Select."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_scores, slices
 
-SLICE_ELEMENTS = 1 << 20  # scores in work at once: about a dozen int64 temporaries of it, 100 MB
+SLICE_ELEMENTS = 1 << 20  # scores handled at once; a dozen int64 temporaries of that size take 100 MB
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:

@@ -56,7 +56,7 @@ def compress_window(
     windows with many queries are scored some layers at a time, two launches each; on the CPU, PyTorch works in slices.
 
     Args:
-        query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16 or float32, in any order; those of tokens
+        query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16 or float32, in any order. Queries of tokens
             behind the window may be among them and make good judges. For many layers ``[L, S, N, H*G, D]`` or ``L``
             tensors. None with ``scores``.
         k_cache: ``[B, P, H, D]``, or ``L`` of them, or ``PagedCache.k``. Any strides; the Triton path needs the last
@@ -69,8 +69,8 @@ def compress_window(
         seq_lens: int32 ``[S]``, **physical** lengths in tokens.
         window: ``W``, tokens that are compressed, up to 4096.
         keep: ``K``, tokens of them that stay, ``1 <= keep <= window``.
-        scores: float32 ``[S, H, W]`` (``[L, S, H, W]``) to select by instead of scoring: any policy can be plugged
-            in.
+        scores: float32 ``[S, H, W]`` (``[L, S, H, W]``) to select by instead of scoring, so that any policy can be
+            plugged in.
         window_starts: int32 ``[S]``, physical index of the first window token; ``seq_lens - window`` by default.
             What lies behind the window is the tail, which stays whole and moves up.
         protected_lens: int32 ``[S]``, physical tokens that may not be compressed: the prompt at first, then the
@@ -102,17 +102,17 @@ def compress_window(
     Not checked on a GPU, unless ``KARA_KERNELS_DEBUG=1`` (it costs a synchronisation): used block ids in ``0..B-1``,
     ``query_rows`` in ``0..R-1``, lengths within the table's capacity, starts of 0 or more, and that no two sequences
     share a block from their windows on.
-    Blocks that other sequences or a prefix cache still read must not be written: that is the engine's to know.
+    Blocks that other sequences or a prefix cache still read must not be written; only the engine can know them.
 
-    Before serving, call it once with ``seq_lens`` of zeros: every sequence is skipped and every kernel compiled;
-    batch, lengths, ``N`` and ``keep`` may then change without compiling anew. For CUDA graphs pass a
-    :class:`PagedCache` and one stacked ``query``: lists of tensors cost an upload of their addresses per call.
+    Before serving, call it once with ``seq_lens`` of zeros. That skips every sequence and compiles every kernel; batch,
+    lengths, ``N`` and ``keep`` may then change without another compilation. For CUDA graphs pass a
+    :class:`~kara_kernels.PagedCache` and one stacked ``query``: lists of tensors cost an upload of addresses per call.
 
-    Under ``torch.compile`` the call is one node of the graph. Queries and caches must be tensors there, for many layers
-    stacked ones; lists, a :class:`PagedCache` and ``reduce_scores`` are a TypeError.
+    Under ``torch.compile`` the call is one node of the graph. Queries and caches must be tensors there, stacked
+    ones for many layers. Lists, a :class:`~kara_kernels.PagedCache` and ``reduce_scores`` are a TypeError.
 
-    Method: Kara, sliding-window KV cache compression (arXiv 2607.01237); what the paper leaves open is marked where
-    it is computed.
+    Method: Kara, sliding-window KV cache compression (arXiv 2607.01237). ``docs/method.md`` has the formulas and marks
+    what the paper leaves open.
     """
     if torch.compiler.is_compiling():
         return CompressedWindow(*in_graph(

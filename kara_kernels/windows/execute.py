@@ -1,7 +1,7 @@
 """Executing plans: the only part of the shim that touches the cache.
 
-Every worker executes the same plans before its step zeroes, copies or writes a block: freed blocks may already belong
-to another sequence of that step, and on one stream whoever writes to them comes later.
+Every worker executes the same plans before its step zeroes, copies or writes a block. Freed blocks may already belong
+to another sequence of that step, and on one stream its writes come later.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from .queries import QueryRing, upload
 class PackedCache:
     """Pools whose blocks hold rows at arbitrary element offsets, such as bfloat16 packed for matrix instructions.
 
-    Compressing one reads the touched blocks into plain ones, compresses those and writes them back: more traffic than
-    moving rows in place, for layouts that no strides describe.
+    A compression copies the touched blocks into plain ones, compresses those and writes them back. That is more traffic
+    than moving rows in place.
 
     Args:
         pools: ``L`` tensors ``[B, E]``, one row of ``E`` elements per block, stride 1 along ``E``, of one dtype and
             device.
-        k_offsets: int64 ``[P, H, D]``: where in a block's row element ``d`` of the key of token ``t``, head ``h`` lies.
+        k_offsets: int64 ``[P, H, D]``, the offset in a block's row of element ``d`` of the key of token ``t``, head
+            ``h``.
         v_offsets: the same for values, ``[P, H, Dv]``.
 
     Raises:
@@ -106,8 +107,8 @@ def execute(
         ring: the recorded queries.
         policy: the one the plans were made with.
         scale, k_scale, reduce_scores, backend: see :func:`kara_kernels.compress_window`.
-        turn: called with a copy of the queries that score, ``[L, S, N, H*G, D]``, oldest first; what it returns, in
-            the same shape, scores instead. Without it the ring's rows are read where they lie.
+        turn: a function from the queries that score, ``[L, S, N, H*G, D]``, oldest first, to those that score in their
+            place. It gets a copy; without it the ring's rows are read where they lie.
         scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of scoring.
 
     Returns:
@@ -146,10 +147,10 @@ def warm_up(
     turn: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> None:
-    """Compiles what :func:`execute` with the same options launches, before the first request pays for it.
+    """Compiles what :func:`execute` launches with the same options, so that the first request need not wait for it.
 
-    One sequence without rows, which is skipped: nothing is read or written but for ``turn``, which gets queries that
-    nobody recorded. ``reduce_scores`` is called.
+    It compresses one sequence without rows, which is skipped, so no row is read or written. ``turn`` is called with
+    queries that nobody recorded, and ``reduce_scores`` is called too.
     """
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
@@ -198,7 +199,7 @@ class _Call:
         scores: Tensor | None,
     ) -> Tensor:
         count, width = len(plans), max(map(len, tables))
-        # Blocks before the first written one stay here: lengths and starts count from it on.
+        # Blocks before the first written one are left out: lengths and starts count from it.
         before = [plan.first_written * cache.shape[1] for plan in plans]
         numbers = [
             [plan.physical_len - rows for plan, rows in zip(plans, before, strict=True)],
@@ -222,8 +223,8 @@ class _Call:
 
 
 def _groups(plans: Sequence[Plan], packed: bool, scored: bool) -> list[list[int]]:
-    """Indices of plans that one call compresses: of packed caches one each, of others all that as many queries score,
-    nearly always all there are."""
+    """Indices of plans that one call compresses. A packed cache takes one plan a call; others take all plans with the
+    same number of queries, which is nearly always all of them."""
     if packed:
         return [[s] for s in range(len(plans))]
     groups: dict[int, list[int]] = {}

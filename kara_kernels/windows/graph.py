@@ -1,7 +1,8 @@
 """compress_window as an operator of PyTorch, for graphs that `torch.compile` makes.
 
-Dynamo cannot look into checks that read addresses, nor need it: under `torch.compile` the call becomes one node that
-changes the caches in place. Eager calls never come here: an operator's dispatch costs more than the call's own checks.
+Dynamo cannot look into checks that read addresses, and need not: under `torch.compile` the call becomes one node that
+changes the caches in place. Eager calls never come here, because dispatching an operator costs more than the call's own
+checks.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Who is compressed when, and what that does to blocks and lengths: host logic on counts alone.
+"""Who is compressed when, and what that does to blocks and lengths. Host logic on counts alone.
 
-A compression has three parts. **plan**: the scheduler decides on a window from counts it has anyway. **execute**
-(:mod:`.execute`): every worker moves rows, before the step writes into freed blocks. **commit**: the scheduler books
-the new lengths. How many tokens stay is fixed when it is planned, so no scheduler waits for a worker and every
-tensor-parallel rank agrees.
+A compression has three parts. To **plan**, the scheduler decides on a window from counts it has anyway. To **execute**
+(:mod:`.execute`), every worker moves rows before the step writes into freed blocks. To **commit**, the scheduler books
+the new lengths. The plan fixes how many tokens stay, so no scheduler waits for a worker and all tensor-parallel ranks
+agree.
 
-Two lengths are kept apart. The *logical* length counts every token ever seen: positions, stop conditions,
-recomputation. The *physical* length counts the rows a sequence still holds: slots, attention. They differ by what was
-*dropped*. The *frontier* is the physical length of what is never touched (again): the prompt, then what earlier
-compressions kept.
+Two lengths are kept apart. The *logical* length counts every token ever seen; positions, stop conditions and
+recomputation use it. The *physical* length counts the rows a sequence still holds; slots and attention use it. They
+differ by what was *dropped*. The *frontier* is the physical length of what is never touched again: the prompt, then
+what earlier compressions kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .policy import Policy
 
 
 class Held(NamedTuple):
-    """What an engine tells about a sequence that may be compressed now: its prompt is through, nothing in flight."""
+    """A sequence that may be compressed now: its prompt is computed and none of its tokens is in flight."""
 
     request_id: str
     logical_len: int
@@ -31,11 +31,11 @@ class Held(NamedTuple):
     blocks: Sequence[int]
     """Ids of its blocks in order, or its slots with a page size of 1."""
     first_owned: int
-    """Index of the first block from which on every block belongs to this sequence alone (reference count 1)."""
+    """Index of a block; it and all behind it belong to this sequence alone (reference count 1)."""
 
 
 class Plan(NamedTuple):
-    """One compression of one sequence, complete for a worker that knows nothing else of it."""
+    """One compression of one sequence: all that a worker needs to know."""
 
     request_id: str
     logical_len: int
@@ -52,8 +52,8 @@ class Plan(NamedTuple):
     last_query: int
     """Sample number of the last query that scores, see :class:`kara_kernels.engine.QueryRing`."""
     num_queries: int
-    """``N``, recorded queries that score: the last one and those before it. With ``attention="causal"`` they are
-    those of the window's own tokens."""
+    """``N``, how many recorded queries score: the last one and those before it. With ``attention="causal"`` these are
+    the queries of the window's own tokens."""
 
     @property
     def touched(self) -> tuple[int, ...]:
@@ -71,27 +71,28 @@ class _State:
     """One running sequence."""
 
     order: int
-    recorded_from: int  # logical position from which on its queries are in the ring
+    recorded_from: int  # logical position of the first query in the ring
     frontier: int
     dropped: int = 0
     windows: int = 0
-    said: set[str] = field(default_factory=set)  # reasons why this window waited, so that each is counted once
+    said: set[str] = field(default_factory=set)  # why this window waited; each reason counts once
 
 
 class Ledger:
     """The compression state of every running sequence of one engine.
 
-    ``start`` it when its first tokens are scheduled, ``forget`` it when it finishes, is aborted **or preempted**: what
-    was kept is lost with the blocks, and recomputation begins anew. No state is tied to a place in a batch.
+    Call ``start`` when a sequence's first tokens are scheduled. Call ``forget`` when it finishes, is aborted **or is
+    preempted**: what was kept is lost with the blocks, and recomputation begins anew. No state is tied to a place in a
+    batch.
 
     Args:
         policy: what to do.
         page_size: ``P``, tokens in a block; 1 for slot tables.
-        query_rows: queries that the ring holds of each sequence, at least and by default those of ``policy``. With
-            more of them a window that had to wait is still judged by its own queries and its tail's.
+        query_rows: queries that the ring holds per sequence; by default, and at least, ``policy.query_rows``. With
+            more of them, a window that had to wait is still judged by its own queries and its tail's.
 
     Raises:
-        TypeError, ValueError: settings that could never free a block of this size, too few rows.
+        TypeError, ValueError: settings that could never free a block of this size; too few rows.
     """
 
     def __init__(self, policy: Policy, page_size: int, *, query_rows: int | None = None) -> None:
@@ -114,7 +115,7 @@ class Ledger:
         Args:
             request_id: its name.
             prompt_len: tokens that are never compressed, at least those of ``policy.protected``.
-            computed: tokens that the prefix cache served: their queries were not seen.
+            computed: tokens that the prefix cache served; their queries were never seen.
         """
         self._planned.pop(request_id, None)
         frontier = max(prompt_len, self.policy.protected)
@@ -122,7 +123,7 @@ class Ledger:
         self._started += 1
 
     def forget(self, request_id: str) -> None:
-        """The sequence holds no blocks any more. Unknown names are fine: it may never have begun."""
+        """The sequence holds no blocks any more. Unknown names are ignored: it may never have begun."""
         self._states.pop(request_id, None)
         self._planned.pop(request_id, None)
 
@@ -142,14 +143,14 @@ class Ledger:
         return 0 if state is None else max(0, logical_len - state.dropped - state.frontier)
 
     def is_due(self, request_id: str, logical_len: int) -> bool:
-        """Whether the sequence has a window and a tail to compress: the cheap question before making a Held."""
+        """Whether the sequence has a window and a tail to compress. Cheap; ask before you make a :class:`Held`."""
         return self.uncompressed(request_id, logical_len) >= self.policy.window + self.policy.tail
 
     def plan(self, held: Iterable[Held]) -> list[Plan]:
         """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
 
-        Those with most uncompressed tokens go first, then the longest running, so that nobody starves. Changes no
-        length: a plan that is not committed before the next call has not happened.
+        Sequences with most uncompressed tokens go first, then those that run longest, so that nobody starves. No
+        length changes: a plan that is not committed before the next call has not happened.
 
         Raises ValueError if a sequence that is due has fewer blocks than rows.
         """
@@ -169,7 +170,7 @@ class Ledger:
     def commit(self, plan: Plan) -> None:
         """Books a plan that every worker executes before it computes another token of this sequence.
 
-        Raises ValueError for a plan that is not of the latest round, was committed before, or whose sequence was
+        Raises ValueError for a plan of an earlier round, one that was committed before, or one whose sequence was
         forgotten or began anew since.
         """
         if self._planned.get(plan.request_id) != plan:
@@ -202,10 +203,10 @@ class Ledger:
         reason = ""
         if physical - begin < enough:
             reason = "shared"
-        # Within one block of further tokens every gain comes up that can come up at all; then it goes ahead anyway.
+        # A block of further tokens passes through every gain there can be; after that the window goes ahead anyway.
         elif filled - kept < policy.min_freed_blocks and physical - begin < enough + page:
             reason = "gain"
-        # A sequence whose decoded tokens came from the prefix cache has to be watched for a while.
+        # Decoded tokens that the prefix cache served left no queries: wait until enough are recorded.
         elif physical - start < enough or last - first + 1 < max(1, policy.query_rows // 4):
             reason = "queries"
         if reason:
@@ -231,12 +232,12 @@ class Ledger:
         # Sample n is that of logical position n * stride; a ring holds the newest ones.
         oldest = max((state.recorded_from - 1) // stride, newest - self.query_rows) + 1
         if policy.attention == "causal":
-            # Query i judges as window token i: a token whose own query is gone can be in no window any more.
+            # Query i judges as window token i, so a token whose own query is gone fits into no window.
             start = max(begin, oldest - state.dropped)
             first = start + state.dropped
             return start, first, first + policy.window - 1
         rows = policy.query_rows
-        # Those of the window and its tail, or later ones: where it had to wait, they have taken the rows of older ones.
+        # Queries of the window and its tail. Where it had to wait, later ones have overwritten the oldest of them.
         first = max(oldest, min(-(-(begin + state.dropped) // stride), newest - rows + 1))
         return begin, first, min(newest, first + rows - 1)
 

@@ -29,22 +29,22 @@ class Policy(Scoring, Selection):
     keep: int = 128
     """``K``: tokens of them that stay, below ``window``."""
     tail: int = 128
-    """Newest tokens left alone until the next round; they judge the window before them."""
+    """Newest tokens, left alone until the next round. Their queries judge the window before them."""
     protected: int = 0
     """Tokens from the start of a sequence that are never compressed. The whole prompt is protected in any case."""
     period: int = 1
     """Engine steps from one planning round to the next."""
     max_sequences: int = 4
-    """Sequences compressed in one step at most; the others wait, those with most to compress go first."""
+    """Sequences compressed in one step at most. Those with most to compress go first, and the others wait."""
     min_freed_blocks: int = 1
-    """A compression waits until it frees that many blocks, but never for more than one block of tokens. 0: it never
-    waits, blocks may be longer than a window, and nothing has to be dropped (``keep == window``)."""
+    """A compression waits until it frees that many blocks, but never for more than one block of tokens. With 0 it never
+    waits, blocks may be longer than a window, and ``keep`` may equal ``window``."""
     query_stride: int = 2
-    """Queries of every n-th decoded token are recorded to score with; 1: of all."""
+    """The query of every n-th decoded token is recorded to score with; 1 records all of them."""
     query_heads: str = "mean"
-    """``"all"`` query heads are recorded, or the ``"mean"`` of each GQA group: ``G`` times less memory."""
+    """Records ``"all"`` query heads, or the ``"mean"`` of each GQA group, which takes ``G`` times less memory."""
     max_query_gib: float = 4.0
-    """Upper bound of the query ring's memory per worker, in GiB; a ring that would be larger is refused."""
+    """Bound of the query ring's memory per worker, in GiB. A larger ring is refused."""
 
     def __post_init__(self) -> None:
         Scoring.__post_init__(self)
@@ -64,8 +64,15 @@ class Policy(Scoring, Selection):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], *, beside: Sequence[str] = ()) -> Policy:
-        """The policy of a mapping such as parsed JSON. Unknown keys are a ValueError that lists the known ones, and
-        those that an engine's adapter has ``beside`` them and has taken out before."""
+        """The policy of a mapping such as parsed JSON.
+
+        Args:
+            settings: fields of the policy.
+            beside: keys that an engine's adapter knows too and has taken out; the error for an unknown key lists them.
+
+        Raises:
+            TypeError, ValueError: unknown keys, or values that a field refuses.
+        """
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]

@@ -1,8 +1,8 @@
-"""The queries that score: a ring of the newest ones of every running sequence, written by the attention layers.
+"""The queries that score: attention layers write the newest ones of every running sequence into a ring.
 
-Queries of decoded tokens only, of every ``query_stride``-th. Sample number ``n`` of a sequence is the query of its
-token at logical position ``n * query_stride``; it lies in row ``n % rows``, so a ring needs no state of its own, and a
-sequence that is recomputed after preemption writes the same rows again. Scoring reads the rows where they lie.
+Only decoded tokens are recorded, every ``query_stride``-th. Sample ``n`` of a sequence is the query at logical
+position ``n * query_stride``, and it lies in row ``n % rows``. So a ring needs no state of its own, and a sequence that
+is recomputed after preemption writes the same rows again. Scoring reads the rows where they lie.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Span(NamedTuple):
 class QueryRing:
     """Rings of post-RoPE queries for up to ``max_sequences`` running sequences, one allocation for life.
 
-    Memory: :attr:`nbytes`, allocated once and zeroed by nobody: on a CPU a page costs memory when it is first written.
-    ``prepare`` a step on the host, then ``record`` each layer inside the forward: its indices live at a fixed address,
-    so a captured CUDA graph that contains ``record`` writes what the latest ``prepare`` says. Both on one stream; then
-    the host may run as far ahead of it as it likes.
+    It allocates :attr:`nbytes` once and zeroes nothing, so on a CPU a page costs memory when it is first written.
+    Call ``prepare`` on the host before a step, and ``record`` in each layer of the forward. The indices that ``record``
+    reads live at a fixed address, so a captured CUDA graph follows the latest ``prepare``. Call both on one stream; the
+    host may then run ahead of it.
 
     Args:
         policy: stride, rows and whether groups are averaged.
@@ -85,7 +85,7 @@ class QueryRing:
         self.queries = torch.empty(shape, dtype=dtype, device=device)
         """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
-        self._written = 0  # targets that may point elsewhere than to the last row
+        self._written = 0  # targets that may point to another row than the last
         self._slots: dict[str, int] = {}
         self._free = list(range(max_sequences - 1, -1, -1))
 
@@ -126,7 +126,7 @@ class QueryRing:
         for at, row in marks:
             targets[at] = row
         if targets:
-            # Memory of its own for every step: the copy before may still wait for the stream.
+            # New memory for every step: the stream may not have made the previous copy yet.
             self._targets[: len(targets)].copy_(staged(targets, torch.int64, self.queries.device), non_blocking=True)
         self._written = end
         return bool(marks)
@@ -179,7 +179,7 @@ def ring_bytes(
     dtype: torch.dtype,
     rows: int | None = None,
 ) -> int:
-    """What a :class:`QueryRing` takes that records ``heads`` heads: query heads, or KV heads with means of groups."""
+    """Bytes of a :class:`QueryRing` that records ``heads`` heads: query heads, or KV heads with means of groups."""
     rows = policy.query_rows if rows is None else rows
     return layers * (max_sequences * rows + 1) * heads * head_dim * dtype.itemsize
 

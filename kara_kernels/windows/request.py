@@ -65,7 +65,7 @@ class Request:
     def windows(self) -> tuple[Tensor, Tensor]:
         """``(starts int32 [S], fits bool [S])``."""
         starts = self.seq_lens - self.window if self.window_starts is None else self.window_starts
-        # Nothing is added to a start: one near 2^31 would wrap around and seem to fit.
+        # Nothing is added to a start, because one near 2^31 would wrap around and seem to fit.
         fits = (starts >= 0) & (self.seq_lens >= self.window) & (starts <= self.seq_lens - self.window)
         return starts, fits if self.protected_lens is None else fits & (starts >= self.protected_lens)
 

@@ -6,17 +6,17 @@
         outputs = model.generate_batch(inputs, generation_config=..., continuous_batching_config=...)
     print(kara.retention, len(kara.events))
 
-Between two steps, requests that have ``window + tail`` uncompressed decoded tokens have a window of them compressed
-in transformers' own pages, and the blocks that fall empty go back to its pool. The scheduler then counts a request's
-*physical* length (``position_offset``), so admission, allocation, masks, slots and block tables need no change; only
-the positions that the model sees are raised again to the *logical* ones.
+A request is due when it has ``window + tail`` uncompressed decoded tokens. Between two steps a window of them is
+compressed in transformers' own pages, and the blocks that fall empty go back to its pool. The scheduler then counts the
+request's *physical* length (``position_offset``), so admission, allocation, masks, slots and block tables need no
+change. Only the positions that the model sees are raised to the *logical* ones again.
 
 While the context is open, four methods of every batch processor made from the model are wrapped on that instance, and
-the attention function in use also hands its queries over. Prefix sharing stays on: only blocks that a request owns
-alone are written, their hashes go first, and what was compressed is never hashed again.
+the attention function in use also hands its queries over. Prefix sharing stays on. Only blocks that a request owns
+alone are written, their hashes are removed first, and compressed content is never hashed again.
 
-A window must hold at least a page: transformers' default ``page_size`` is 256, and smaller pages free more. The
-memory for queries comes on top of what ``max_memory_percent`` allots to the cache.
+A window must hold at least a page. transformers' default ``page_size`` is 256, and smaller pages free more. The memory
+for queries comes on top of what ``max_memory_percent`` allots to the cache.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ _REQUEST = "_true_initial_tokens initial_tokens position_offset remaining_prefil
 class KaraBatching:
     """Compresses the requests that a model serves by continuous batching, for as long as this context is open.
 
-    Works with ``generate_batch``, ``continuous_batching_context_manager`` and ``init_continuous_batching``. Leaving
-    the context waits for managers that still run (stops them at once if it is left by an exception), destroys a
-    persistent one, and puts everything back.
+    It works with ``generate_batch``, ``continuous_batching_context_manager`` and ``init_continuous_batching``. Leaving
+    the context waits for managers that still run, or stops them if an exception left it. It destroys a persistent
+    manager and undoes all wrapping.
 
     Args:
         model: a transformers model whose layers are all full causal softmax attention.
@@ -145,7 +145,7 @@ class KaraBatching:
                 return processor
 
             manager._create_batch_processor = create_batch_processor
-            # Now, so that whatever is refused is refused here and not in the manager's thread.
+            # Check now: an error here reaches the caller, one in the manager's thread does not.
             with torch.inference_mode(False):
                 manager.batch_processor = create_batch_processor()
             name = self.model.config.get_text_config()._attn_implementation
@@ -161,7 +161,7 @@ class KaraBatching:
 
 
 class _Run:
-    """One batch processor under compression: its ledger, its query ring, and what its methods do besides."""
+    """One batch processor under compression: its ledger, its query ring, and what its wrapped methods add."""
 
     def __init__(self, processor: Any, kara: KaraBatching) -> None:
         _need(processor, _PROCESSOR)
@@ -207,12 +207,12 @@ class _Run:
     # ------------------------------------------------------------------------- what transformers calls, wrapped
 
     def prepare_next_batch(self) -> bool:
-        """Compresses what is due first, so that this step's requests can already have the blocks."""
+        """Compresses what is due first, so that requests of this step can have the freed blocks."""
         self.compress()
         return self._prepare_next_batch()
 
     def prepare_batch_tensors(self, requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
-        """Tensors by physical lengths, then positions by logical ones."""
+        """Makes tensors from physical lengths, then raises positions to logical ones."""
         spans, shift = [], []
         for future in requests_in_batch:
             state, count = future.state, future.query_length
@@ -296,7 +296,7 @@ class _Run:
         )
 
     def _start(self, state: Any) -> None:
-        """A request is scheduled first, or first again; one that finds the ring full is tried again every step."""
+        """A request is scheduled for the first time, or again. One that finds the ring full is tried every step."""
         if state.request_id in self.running or len(self.running) >= self.room:
             return
         self.running.add(state.request_id)
@@ -309,7 +309,7 @@ class _Run:
 
 
 def _prompt_len(state: Any) -> int:
-    # A request that was preempted has its decoded text in initial_tokens.
+    # After a preemption initial_tokens holds the decoded text too.
     return state._true_initial_tokens or len(state.initial_tokens)
 
 

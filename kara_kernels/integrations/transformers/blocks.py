@@ -11,8 +11,8 @@ from kara_kernels import PagedCache
 
 
 class Allocator:
-    """Which blocks are free; one id is the same block in every layer. The lowest ids are handed out first and
-    sequences give back their last blocks, so a lone sequence always holds the blocks 0, 1, 2, ..."""
+    """Which blocks are free. One id is the same block in every layer. The lowest ids are handed out first, and
+    sequences give back their last blocks, so a lone sequence always holds blocks 0, 1, 2, ..."""
 
     def __init__(self, size: int | None) -> None:
         self.growable = size is None
@@ -45,11 +45,11 @@ class Allocator:
 
 
 class Blocks:
-    """Keys and values of a batch in blocks of ``page`` rows; memory stays allocated when sequences leave.
+    """Keys and values of a batch, in blocks of ``page`` rows. Memory stays allocated when sequences leave.
 
     Args:
         page: rows in a block.
-        num_blocks: size of the pools, None: they grow.
+        num_blocks: size of the pools; with None they grow.
     """
 
     def __init__(self, page: int, num_blocks: int | None) -> None:
@@ -88,7 +88,7 @@ class Blocks:
             assert self._table is not None
             for s, count in kept.items():
                 del self.tables[s][count:]
-            # Whoever gets these blocks next writes to them on the same stream, hence after the moves.
+            # The next owner writes to these blocks on the same stream, hence after the moves.
             self.allocator.give_back(freed)
             self._tables_changed(self._table.device)
 
@@ -136,7 +136,7 @@ class Blocks:
 
     def _tables_changed(self, device: torch.device) -> None:
         width = max(map(len, self.tables))
-        # Short tables are filled up with a block of their own, which attention gathers and masks.
+        # Short tables are padded with one of their own blocks, which attention gathers and masks.
         filled = [table + (table or [0])[:1] * (width - len(table)) for table in self.tables]
         self._table = torch.tensor(filled, device=device)
         self._chosen = slice(width) if len(filled) == 1 else self._table.flatten()

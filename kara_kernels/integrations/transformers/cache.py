@@ -7,16 +7,15 @@
     model.generate(**inputs, past_key_values=cache)
     print(cache.retention, cache.peak_blocks, len(cache.events))
 
-``KaraCache.update`` stores nothing: it tags the new keys. The attention function "kara", which also sees
-queries and mask, finds the tag and lets the cache write the new tokens into its blocks, note the queries of
-decoded tokens, and gather keys and values for transformers' own sdpa attention. No model is patched. After
-the last layer of a forward, every sequence with ``window + tail`` uncompressed decoded tokens has the oldest
-``window`` of them compressed to ``keep`` in all layers, judged by the queries of the window and of the tail.
+``KaraCache.update`` only tags the new keys. The attention function "kara", which also sees queries and mask, finds the
+tag. It lets the cache write the new tokens into its blocks, record the queries of decoded tokens, and gather keys and
+values for transformers' own sdpa attention. No model is patched. A sequence is due when it has ``window + tail``
+uncompressed decoded tokens. After the last layer of a forward, the oldest ``window`` of them are compressed to ``keep``
+in all layers. The queries of window and tail judge.
 
-Two numbers are kept apart: the *logical* length (positions, RoPE, the model's masks) counts every token ever
-seen, the *physical* length counts the rows that a sequence still holds. Padding is never stored. The first
-forward is the prompt and never compressed; whatever follows is decoded text, however many tokens a forward
-brings.
+Two numbers are kept apart. The *logical* length counts every token ever seen; positions, RoPE and the model's masks use
+it. The *physical* length counts the rows that a sequence still holds. Padding is never stored. The first forward is the
+prompt and never compressed. Whatever follows is decoded text, however many tokens a forward brings.
 """
 
 from __future__ import annotations
@@ -51,25 +50,25 @@ class KaraCache(Cache):
     """A paged KV cache for ``generate()`` and plain forwards that compresses decoded text window by window.
 
     Args:
-        model_or_config: the model (its attention implementation is checked) or its config. Every layer must
-            be full causal softmax attention: no sliding windows, sinks, soft-capping, encoder-decoder.
+        model_or_config: the model, whose attention implementation is checked, or its config. Every layer must be full
+            causal softmax attention, without sliding windows, sinks, soft caps or an encoder.
         window: decoded tokens that are compressed together (``W``), up to 4096.
         keep: how many of them stay (``K``), ``1 <= keep <= window``.
-        tail: decoded tokens that must lie behind a window before it is compressed. They stay whole, are the
-            first of the next window, and their queries judge this one.
+        tail: decoded tokens that must lie behind a window before it is compressed. They stay whole, their queries
+            judge this window, and the next window begins with them.
         block_size: tokens per block.
-        protected: prompt length in real tokens, one int or one per sequence. Needed only where the prompt
-            comes in more than one forward; by default the first forward is the prompt.
-        num_blocks: size of the pool, shared by all sequences. None: the pool doubles when it is full.
+        protected: prompt length in real tokens, one int or one per sequence. Needed only where the prompt comes in
+            more than one forward; by default the first forward is the prompt.
+        num_blocks: size of the pool that all sequences share. With None the pool doubles when it is full.
         backend: of :func:`kara_kernels.compress_window`: ``"auto"``, ``"triton"`` or ``"torch"``.
         scorer: replaces the scoring. Called for the sequences that are due as ``scorer(query=, k_cache=,
             v_cache=, block_tables=, window_starts=, window=)`` with ``query [L, S, N, H*G, D]`` (window, then
             tail, oldest first), ``L`` tensors ``[B, P, H, D]`` each, ``block_tables [S, max_blocks]`` and
             ``window_starts [S]`` int32. Returns float32 scores ``[L, S, H, W]``; the highest stay.
-        look_ahead: score with queries rotated this many positions ahead: kept tokens serve queries that come after
-            the window. None: ``window`` positions where the model's rotary position embedding is found
-            (``cache.look_ahead`` tells), 0 for other models, for a config, and with ``attention="causal"``. A
-            scorer gets the queries as they are.
+        look_ahead: score with queries rotated this many positions ahead: kept tokens serve queries that come after the
+            window. None means ``window`` positions where the model's rotary position embedding is found, and 0 for
+            other models, for a config, and with ``attention="causal"``; ``cache.look_ahead`` tells which. A scorer
+            gets the queries as they are.
         **options: ``attention``, ``reduction``, ``value_norm``, ``redundancy`` of
             :class:`~kara_kernels.options.Scoring` and ``pool``, ``chunk_fraction``, ``max_chunk`` of
             :class:`~kara_kernels.options.Selection`. With ``attention="causal"`` only the window's queries judge.
@@ -81,9 +80,9 @@ class KaraCache(Cache):
             beam search, assisted generation, batch selection, offloading, ``torch.compile``.
         RuntimeError: in a forward, when the fixed pool is too small; the message says what it takes.
 
-    For inference: no gradient flows through cached attention. All layers must be on one device. A forward
-    that fails leaves the cache as it was. A finished sequence of a batch that still decodes is stored and
-    compressed like the others.
+    It is for inference: no gradient flows through cached attention. All layers must be on one device. A forward that
+    fails leaves the cache as it was. A finished sequence of a batch that still decodes is stored and compressed like
+    the others.
     """
 
     is_compileable = False
@@ -177,8 +176,8 @@ class KaraCache(Cache):
 
     @property
     def query_bytes(self) -> int:
-        """Bytes allocated for queries: ``window + tail`` rows per layer and sequence, more if one forward brings more
-        decoded tokens than that, and a row per layer that takes the prompts' queries."""
+        """Bytes allocated for queries: ``window + tail`` rows per layer and sequence, or more if one forward brings
+        more decoded tokens than that, and one row per layer for the queries of prompts."""
         ring = self._sequences.ring
         return 0 if ring is None else ring.nbytes
 
@@ -203,7 +202,7 @@ class KaraCache(Cache):
         return self._sequences.logical
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Logical sizes: masks over its rows are the cache's own business."""
+        """Logical sizes. The cache makes masks over its rows itself."""
         return self._sequences.logical + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -264,7 +263,7 @@ class KaraCache(Cache):
 
 
 def _policy(window: int, keep: int, tail: int, options: dict[str, Any]) -> Policy:
-    """Every query is recorded; a window is compressed as soon as it and its tail are there, whatever it frees."""
+    """Records every query, and compresses a window as soon as it and its tail are there, whatever that frees."""
     split_options(options)  # a TypeError for unknown ones that names the known
     return Policy(
         window=window, keep=keep, tail=tail, query_stride=1, query_heads="all", min_freed_blocks=0,

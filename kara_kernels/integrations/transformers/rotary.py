@@ -1,8 +1,8 @@
-"""Queries as they would be further on: turned by the model's own rotary position embedding.
+"""Queries rotated ahead by the model's own rotary position embedding.
 
-Cached queries stand where their tokens stood. What is kept of a window is for queries that come after all of it, so the
-queries that judge it are moved on by some positions first. A rotary embedding turns a query by an angle that is linear
-in the position: turning a cached query once more, by the angle of ``n``, puts it ``n`` positions further on.
+Recorded queries carry the positions of their tokens. Kept tokens serve queries that come after the window, so the
+queries that judge it are moved ahead first. A rotary embedding turns a query by an angle that is linear in the
+position. Turning a recorded query once more, by the angle of ``n``, moves it ``n`` positions ahead.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ Ahead = Callable[[Tensor, int], Tensor]
 
 
 def find_rotation(model: Any) -> Ahead | None:
-    """``ahead(query [..., N, heads, D], n)``: the queries ``n`` positions further on; None for a model whose rotary
-    embedding is not of the common kind: one module ``rotary_emb`` with angles that do not depend on the length of the
-    text, and a function ``apply_rotary_pos_emb`` in the model's module."""
+    """``ahead(query [..., N, heads, D], n)``, which returns the queries ``n`` positions ahead.
+
+    None for a model whose rotary embedding is not of the common kind. The common kind has one module ``rotary_emb``,
+    whose angles do not depend on the length of the text, and a function ``apply_rotary_pos_emb`` in the model's module.
+    """
     found = [module.rotary_emb for module in getattr(model, "modules", list)() if hasattr(module, "rotary_emb")]
     apply = getattr(sys.modules.get(type(model).__module__), "apply_rotary_pos_emb", None)
     if apply is None or len({id(rotary) for rotary in found}) != 1:

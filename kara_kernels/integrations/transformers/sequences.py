@@ -1,4 +1,4 @@
-"""The sequences of a batch under one ledger: what a forward brings is stored, what is due is compressed."""
+"""The sequences of a batch under one ledger, which stores what a forward brings and compresses what is due."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Sequences:
         self.reset()
 
     def reset(self) -> None:
-        """Nobody is there; memory stays allocated."""
+        """Forgets all sequences; memory stays allocated."""
         self._begin([])
         self.events.clear()
 
@@ -122,7 +122,7 @@ class Sequences:
     # ------------------------------------------------------------------------------------- before a forward
 
     def _begin(self, prompts: Sequence[int]) -> None:
-        """New sequences, each with as many tokens that are never compressed."""
+        """Starts sequences, each with the number of its tokens that are never compressed."""
         if self.ring is not None:
             for s in range(len(self.blocks.tables)):
                 self.ring.release(str(s))
@@ -151,7 +151,7 @@ class Sequences:
 
     @torch.inference_mode(False)  # a ring born in inference mode could not be written to outside of it
     def _room(self, new: list[int], query: Tensor) -> QueryRing | None:
-        """A ring with room for all uncompressed tokens once ``new`` ones have come; None: there will be none."""
+        """A ring with room for all uncompressed tokens after ``new`` ones, or None if there will be none."""
         batch, old = len(new), self.ring
         need = max(self._uncompressed(s, count) for s, count in enumerate(new))
         if need == 0:

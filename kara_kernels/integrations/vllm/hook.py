@@ -1,6 +1,6 @@
 """The one method of vLLM that is hooked: the end of its configuration, where all settings meet.
 
-Every process of vLLM loads this module, configured or not. So it imports nothing before it has something to do.
+Every process of vLLM loads this module, configured or not, so it imports nothing before it has something to do.
 """
 
 from __future__ import annotations

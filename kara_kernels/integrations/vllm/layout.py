@@ -1,7 +1,7 @@
-"""Where the rows of a KV cache lie: measured by writing to it, not read off its shape.
+"""Where the rows of a KV cache lie, measured by writing to it.
 
 The shape of vLLM's caches says little: on CPUs keys are transposed inside a block, and bfloat16 is packed for matrix
-instructions. So numbered rows are written through the attention backend itself into one free block and looked up.
+instructions. So the attention backend itself writes numbered rows into one free block, and they are looked up there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PROBED = 1  # block 0 is vLLM's null block
 
 @torch.inference_mode()
 def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> PagedCache | PackedCache:
-    """All layers' caches as strided views ``[B, P, H, D]`` if strides describe them, else with element offsets.
+    """The caches of all layers as strided views ``[B, P, H, D]`` where strides describe them, else by element offsets.
 
     Args:
         layers: vLLM's attention layers, their caches allocated and not in use yet.

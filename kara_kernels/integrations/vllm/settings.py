@@ -20,7 +20,7 @@ class Settings:
     """File to which one JSON line per compression and request is appended."""
 
     def check_trace(self) -> None:
-        """One ValueError now for a file that cannot be written, not a failure at the first compression."""
+        """Raises a ValueError now for a file that cannot be written; the first compression would fail later."""
         if self.trace is None:
             return
         try:
@@ -38,7 +38,7 @@ def settings_of(config: Any) -> Settings:
         ValueError: unknown keys, ill-typed or impossible values; one line that names key, expected and got.
     """
     given = config.additional_config["kara"]
-    # vLLM reports a ValueError of its configuration in one place; a TypeError would be a traceback.
+    # vLLM shows a ValueError of its configuration as one message, and a TypeError as a traceback.
     try:
         if not isinstance(given, dict):
             raise TypeError(f"expected an object of settings, got {type(given).__name__}")

@@ -58,12 +58,12 @@ class KaraManager(FullAttentionManager):
         return super().allocate_new_blocks(request_id, num_tokens - dropped, num_tokens_main_model - dropped)
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        # A compressed block no longer holds the tokens that its place in the text would give it a hash for.
+        # A compressed block no longer holds the tokens that its place in the text stands for, so its hash would lie.
         if not self.ledger.windows(request.request_id):
             super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        # Finish, abort and preemption all come through here.
+        # Finish, abort and preemption all pass through here.
         self.ledger.forget(request_id)
         return super().pop_blocks_for_free(request_id)
 
@@ -110,7 +110,7 @@ class KaraScheduler(Scheduler):
             self._ledger.commit(plan)
             self._manager.shrink(plan)
         output = super().schedule(*args, **kwargs)
-        # A request that vLLM preempts in this very step has lost the blocks its plan was made for.
+        # A request that vLLM preempts in this step has lost the blocks that its plan names.
         plans = [plan for plan in plans if self._ledger.windows(plan.request_id)]
         self._start(output)
         dropped = {name: n for name in output.num_scheduled_tokens if (n := self._ledger.dropped(name))}
@@ -124,7 +124,7 @@ class KaraScheduler(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._seconds += getattr(model_runner_output, "kara_seconds", 0.0)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        # vLLM gives its statistics to one front end of several; where they are, the report belongs.
+        # vLLM gives its statistics to one of several front ends, and the report goes along.
         for client, output in outputs.items():
             if output.scheduler_stats is not None:
                 outputs[client] = with_report(output, self._report())
