@@ -1,5 +1,6 @@
 """Switching Kara on, and what it refuses: one error at start-up that names what was expected and what was given."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import vllm
 from harness import KARA, engine, greedy, make_model, prompts
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from kara_kernels.integrations.vllm import hook, register, settings
 from kara_kernels.integrations.vllm.windows import configure as windows
 from kara_kernels.integrations.vllm.windows.runner import KaraRunner
+from kara_kernels.integrations.vllm.windows.scheduler import KaraScheduler
 
 
 def configure(model, kara, **options):
@@ -116,8 +119,8 @@ def layer(**changes):
         ([layer(sinks=torch.ones(4))], "attention sinks"),
         ([layer(logits_soft_cap=30.0)], "soft-capped logits"),
         ([layer(kv_sharing_target_layer_name="0")], "cross-layer KV sharing"),
-        ([layer(attn_type="encoder_only")], "attention of type encoder_only"),
-        ([layer(head_size_v=16)], "keys of 32 and values of 16"),
+        ([layer(attn_type="encoder_only")], "attention other than a decoder's, got encoder_only"),
+        ([layer(head_size_v=16)], "values of another size than keys, got 16 and 32"),
         ([layer(), layer(num_kv_heads=4)], "the same heads and scale in every layer"),
         ([layer(), layer(scale=1.0)], "the same heads and scale in every layer"),
         ([], "the same heads and scale in every layer, got no layer"),
@@ -167,6 +170,18 @@ def test_a_vllm_that_cannot_be_hooked_starts_without_us(monkeypatch, caplog):
     assert "Kara stays off" in caplog.text
 
 
+def test_the_environment_report_knows_this_vllm():
+    code = [sys.executable, "-m", "kara_kernels", "--json"]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)["vllm"]
+    assert vllm.__version__.startswith(said["version"])
+    assert said["supported"]
+    assert said["registered"]
+    assert resolve_obj_by_qualname(said["scheduler"]) is KaraScheduler
+    for theirs, ours in said["workers"].items():
+        assert issubclass(resolve_obj_by_qualname(ours), resolve_obj_by_qualname(theirs))
+
+
 UNCONFIGURED = """
 import json, sys
 sys.path[:0] = {path!r}
@@ -185,8 +200,6 @@ with engine({model!r}, None) as plain:
 
 def test_unconfigured_vllm_behaves_as_without_us(model):
     """The plugin loaded but not configured against VLLM_PLUGINS without it, each in a process of its own."""
-    import json
-
     results = []
     for plugins in (None, "none"):
         env = {**os.environ, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}

@@ -58,7 +58,25 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     "multi-head latent attention": lambda c: c.model_config.use_mla,
     "hybrid or attention-free models": lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
 }
-"""What is refused at start-up, by the name an operator knows; a text that is found is shown as what was given."""
+"""What of a configuration is refused at start-up, by the name an operator knows. What a test returns other than a
+bool is shown as what was given."""
+
+
+def _value_size(layer: Any) -> Any:
+    size = getattr(layer, "head_size_v", layer.head_size)
+    return size != layer.head_size and f"{size} and {layer.head_size}"
+
+
+UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
+    "sliding windows": lambda x: getattr(x, "sliding_window", None) is not None,
+    "ALiBi": lambda x: getattr(x.impl, "alibi_slopes", None) is not None,
+    "attention sinks": lambda x: getattr(x.impl, "sinks", None) is not None,
+    "cross-layer KV sharing": lambda x: getattr(x, "kv_sharing_target_layer_name", None) is not None,
+    "soft-capped logits": lambda x: bool(getattr(x.impl, "logits_soft_cap", 0)),
+    "attention other than a decoder's": lambda x: x.attn_type != "decoder" and x.attn_type,
+    "values of another size than keys": _value_size,
+}
+"""The same of an attention layer, when its model is loaded."""
 
 
 def before(config: Any) -> None:
@@ -96,12 +114,14 @@ def check_block_size(policy: Policy, block_size: int) -> None:
         raise ValueError(f"kara: {error} (set --block-size to change the block)") from None
 
 
+def found_in(thing: Any, unsupported: dict[str, Callable[[Any], Any]]) -> list[str]:
+    """What of a table applies to a configuration or a layer, in words."""
+    found = ((what, test(thing)) for what, test in unsupported.items())
+    return [what if isinstance(value, bool) else f"{what}, got {value}" for what, value in found if value]
+
+
 def _refuse(config: Any) -> None:
-    refused = []
-    for what, find in UNSUPPORTED.items():
-        if found := find(config):
-            refused.append(what if isinstance(found, bool) else f"{what}, got {found}")
-    if refused:
+    if refused := found_in(config, UNSUPPORTED):
         raise ValueError(f"kara: not supported together with {'; '.join(refused)}")
 
 

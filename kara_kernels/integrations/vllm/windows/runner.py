@@ -25,7 +25,7 @@ from kara_kernels.paged import PagedCache
 
 from ..layout import paged_view
 from ..settings import settings_of
-from .configure import check_block_size
+from .configure import UNSUPPORTED_LAYERS, check_block_size, found_in
 from .scheduler import KaraSpec, Step
 
 logger = init_logger("vllm.kara")
@@ -101,21 +101,8 @@ class KaraRunner(_Mixin):
         """The attention layers in the order of the model, all plain, or one error that names what is not."""
         layers = {name: x for name, x in self.compilation_config.static_forward_context.items() if hasattr(x, "impl")}
         for name, layer in layers.items():
-            impl = layer.impl
-            odd = {
-                "sliding windows": getattr(layer, "sliding_window", None) is not None,
-                "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
-                "attention sinks": getattr(impl, "sinks", None) is not None,
-                "cross-layer KV sharing": getattr(layer, "kv_sharing_target_layer_name", None) is not None,
-                "soft-capped logits": bool(getattr(impl, "logits_soft_cap", 0)),
-                f"attention of type {layer.attn_type}": layer.attn_type != "decoder",
-                f"keys of {layer.head_size} and values of {getattr(layer, 'head_size_v', layer.head_size)}": getattr(
-                    layer, "head_size_v", layer.head_size
-                )
-                != layer.head_size,
-            }
-            if refused := [what for what, used in odd.items() if used]:
-                raise ValueError(f"kara: not supported: {', '.join(refused)} (layer {name})")
+            if refused := found_in(layer, UNSUPPORTED_LAYERS):
+                raise ValueError(f"kara: not supported: {'; '.join(refused)} (layer {name})")
         shapes = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.scale) for x in layers.values()}
         if len(shapes) != 1:
             raise ValueError(
