@@ -135,23 +135,41 @@ def test_the_predecessors_work_is_ours() -> None:
 def test_a_quick_run_of_the_cpu_bench(tmp_path: Path) -> None:
     assert speed.main(["--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
     head, [row] = tables.read(tmp_path / "speed.csv")
+    assert list(row["seconds"]) == list(speed.report.LABELS)
     assert all(len(times) == 2 for times in row["seconds"].values())
     text = (tmp_path / "speed.md").read_text()
-    assert text == speed.page(head, [row])
-    assert f"{speed.derived(row)['event_ratio']:.2f}x" in text
+    assert text == speed.report.page(head, [row])
+    assert f"{speed.report.ratio(row, 'predecessor', 'kara'):.2f}x" in text
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
 def test_ratios_are_of_neighbours() -> None:
-    seconds = {name: [1.0, 2.0, 10.0] for name in speed.LABELS}
+    seconds = {name: [1.0, 2.0, 10.0] for name in speed.report.LABELS}
     seconds["predecessor"] = [3.0, 8.0, 10.0]  # 3, 4 and 1 times
-    row = {**asdict(speed.QUICK[0]), "seconds": seconds}
-    assert speed.derived(row)["event_ratio"] == 3.0
-    assert speed.derived(row)["median"]["kara"] == 2.0
-    head = {"machine": "m", "threads": 1, "torch": "t"}
-    assert "same queries: met in 1 of 1 cases" in speed.page(head, [row])
+    row = {"case": "c", **asdict(speed.QUICK[0]), "seconds": seconds}
+    assert speed.report.ratio(row, "predecessor", "kara") == 3.0
+    assert speed.report.milliseconds(row, "kara") == 2000.0
+    head = {"machine": "m", "threads": 1, "torch": "t", "tail": 128, "page": 16}
+    assert "as recorded: met in 1 of 1 cases" in speed.report.page(head, [row])
     seconds["predecessor"] = [2.9, 2.0, 10.0]
-    assert "same queries: met in 0 of 1 cases" in speed.page(head, [row])
+    assert "as recorded: met in 0 of 1 cases" in speed.report.page(head, [row])
+
+
+def test_the_cpu_bench_times_what_is_recommended_as_the_shim_records_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    real = speed.compress_window
+    monkeypatch.setattr(speed, "compress_window", lambda q, *a, **k: calls.append({"q": q, **k}) or real(q, *a, **k))
+    case = speed.QUICK[0]
+    jobs = speed.World(case).jobs()
+    assert list(jobs)[:2] == ["kara", "paper"]
+    for job in jobs.values():
+        job()
+    recommended, paper = calls
+    assert {name: recommended[name] for name in RECOMMENDED} == dict(RECOMMENDED)
+    assert {name: paper[name] for name in PAPER} == dict(PAPER)
+    assert recommended["query_rows"].shape == (1, (case.window + 128) // 2)
+    assert recommended["q"].shape == (case.layers, (case.window + 128) // 2, case.heads, case.dim)
+    assert paper["q"].shape == (case.layers, 1, case.window, case.heads * case.group, case.dim)
 
 
 @pytest.mark.parametrize("argument", [["--threads", "0"], ["--rounds", "0"], ["--rounds", "x"]])

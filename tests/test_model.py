@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,9 +88,36 @@ def test_what_rises_with_what() -> None:
         assert m.share(model, gpu, policy, few, 32, 32768) < m.share(model, gpu, policy, few, 32, 8192), name
 
 
+def counted(case: str, instructions: int) -> dict[str, Any]:
+    """1000 logits of 2 dimensions."""
+    scoring = {"instructions": instructions, "compulsory_ratio": 1.0}
+    return {"case": case, "dim": 2, "matrix_operations": 8000, "matrix_ratio": 2.0, "steps": {"scoring": scoring}}
+
+
 @pytest.fixture
-def counts() -> Path:
-    return predict.RESULTS / "traffic.csv"
+def counts(tmp_path: Path) -> Path:
+    names = [name + way.case for name in ("Llama-3.1-8B", "DeepSeek-V3, latent") for way in m.WAYS]
+    path = tmp_path / "traffic.csv"
+    tables.write(path, [counted(name, 100 * (1 + i)) for i, name in enumerate(names)])
+    return path
+
+
+def test_each_way_takes_its_own_counts(counts: Path) -> None:
+    latent = m.MODELS["DeepSeek-V3, TP 8"]
+    found = [m.measured(model, counts, way).per_logit for model in (MODEL, latent) for way in m.WAYS]
+    assert found == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_first_way_is_what_the_shim_would_run() -> None:
+    first, published = m.WAYS
+    assert (first.every_query, first.value_norm) == (False, True)
+    assert (published.every_query, published.value_norm) == (True, False)
+    assert m.queries(POLICY, first, 4) == (32 + 4) // 2
+    assert m.queries(POLICY, published, 4) == 32 * 4
+    costs = [m.event(MODEL, replace(GPU, matrix=1e30, clock=1e30), POLICY, Measured(0.0, 1.0), 10, norm)
+             for norm in (True, False)]  # fmt: skip
+    # Without norms no value is read and no partial row is their own.
+    assert costs[0].scoring - costs[1].scoring == pytest.approx(6 * (2 * 32 * 16 + 4 * 32) / 10)
 
 
 def test_the_page_says_that_it_is_a_model(counts: Path, tmp_path: Path) -> None:
@@ -109,7 +137,11 @@ def test_a_missed_goal_is_told(
     assert "missed" in capsys.readouterr().err
 
 
-def test_no_counts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_counts_is_one_line(counts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.write(counts, [counted("something else", 1)])
+    with pytest.raises(SystemExit):
+        predict.main(["--counts", str(counts)])
+    assert "expected counts of 'Llama-3.1-8B', got something else" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(SystemExit):
         predict.main(["--counts", str(tmp_path / "nothing.csv")])
     assert "expected a file that `make traffic` wrote" in capsys.readouterr().err.splitlines()[-1]

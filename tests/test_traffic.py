@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,11 @@ if INTERPRETED:
 
 from bench import tables
 from bench.traffic import __main__ as command
-from bench.traffic.measure import CASES, Case, floor, goals, measure, others
+from bench.traffic.measure import CASES, Case, floor, goals, measure, missed, others, tensors
 from bench.traffic.report import page
+from kara_kernels.options import PAPER, RECOMMENDED
 
-TINY = Case("tiny", window=8, dim=4, group=3, heads=2, tail=5, queries=6)
+TINY = Case("tiny", window=8, dim=4, group=3, heads=2, tail=5, published=True, most_queries=6)
 
 
 def test_the_floor_of_a_tiny_event() -> None:
@@ -25,7 +29,10 @@ def test_the_floor_of_a_tiny_event() -> None:
     assert least.selection == 2 * 8 * 4 + 2 * (8 + 4) * 4
     assert least.compaction == 2 * 10 * (4 + 4) * 2
     assert least.matrix_operations == 2 * 2 * 6 * 3 * 8 * 4
-    latent = floor(Case("latent", 8, 4, 3, v_dim=0, dtype=torch.float8_e4m3fn), tiles=2, moving=10)
+    recorded = floor(replace(TINY, published=False), tiles=1, moving=10)  # 6 of (8 + 5) / 2 queries, one a KV head
+    assert recorded.scoring == 2 * (6 * 4 * 2 + 8 * (4 + 4) * 2) + 2 * 1 * 8 * 4
+    assert recorded.matrix_operations == 2 * 2 * 6 * 8 * 4
+    latent = floor(Case("latent", 8, 4, 3, v_dim=0, dtype=torch.float8_e4m3fn, published=True), tiles=2, moving=10)
     assert latent.compaction == 2 * 10 * 4
     assert latent.scoring == 2 * (8 * 3 * 4 * 2 + 8 * 4) + 2 * 2 * 8 * 4  # queries in two bytes, keys in one
 
@@ -39,7 +46,32 @@ def test_what_others_move() -> None:
     assert moved["compaction"] == 6 * 2 * (4 + 5) * 8 * 2
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.name)
+def test_what_is_counted_first_is_what_the_shim_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, published = CASES[0], next(case for case in CASES if case.published)
+    assert first.queries == (256 + 128) // 2
+    assert first.query_heads == first.heads
+    assert first.options == dict(RECOMMENDED)
+    assert tensors(first)["query_rows"].shape == (1, first.queries)
+    assert published.queries == 256
+    assert published.query_heads == 4 * published.heads
+    assert published.options == dict(PAPER)
+    assert not any(case.published for case in CASES[: CASES.index(published)])
+
+
+def test_an_excuse_that_excuses_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(ratio: float) -> dict[str, Any]:
+        step = dict.fromkeys(("compulsory_ratio", "requested_ratio", "sector_ratio"), 1.0)
+        return {"case": "c", "steps": {"scoring": step, "compaction": step}, "matrix_ratio": ratio, "one_pass": True}
+
+    assert missed(row(1.0)) == []
+    assert missed(row(1.2)) == ["matrix operations"]
+    monkeypatch.setattr(command.measure, "EXCUSES", {("c", "matrix operations"): "because"})
+    assert missed(row(1.2)) == []
+    with pytest.raises(ValueError, match="excuse of 'c' for matrix operations"):
+        missed(row(1.0))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case.name)
 def test_goals_hold(case: Case) -> None:
     row = measure(case)
     for name, (ratio, limit) in goals(row).items():
@@ -50,7 +82,7 @@ def test_goals_hold(case: Case) -> None:
     assert page([row, worse]).count("**missed**") == 1
 
 
-def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert command.main(["--quick", "--out", str(tmp_path)]) == 0
     head, rows = tables.read(tmp_path / "traffic.csv")
     assert "not timed" in head["kind"]

@@ -7,28 +7,24 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from bench import baselines, tables
-from bench.tables import Row, markdown
+from bench.tables import Row
+from demos.screen import Screen
 from kara_kernels import PagedCache, compress_window
 from kara_kernels.engine import Policy
 from kara_kernels.ops import score_window
+from kara_kernels.options import PAPER, RECOMMENDED, split_options
+
+from . import report
 
 RESULTS = Path(__file__).parents[1] / "results"
-TAIL, PAGE = 64, 16
-GOAL_EVENT, GOAL_SCORER = 3.0, 1.0
-KARA, PREDECESSOR = "kara", "predecessor"
-LABELS = {
-    KARA: "Kara, every query", "predecessor": "the predecessor's way, every query", "r-kv": "R-KV, 8 queries",
-    "snapkv": "SnapKV, 32 queries", "kara scorer": "Kara with redundancy, every query",
-    "kara scorer, recorded": "Kara with redundancy, queries as recorded by default",
-    "kara scorer, 8": "Kara with redundancy, 8 queries", "r-kv scorer": "R-KV, 8 queries",
-}  # fmt: skip
+TAIL, PAGE = Policy().tail, 16
 
 
 @dataclass(frozen=True)
@@ -52,44 +48,72 @@ CASES += [Case(*LARGE, window, 1) for window in (256, 512, 1024)] + [Case(*LARGE
 QUICK = [Case(2, 3, 3, 64, 128, 1)]
 
 
-def jobs(case: Case) -> dict[str, Callable[[], object]]:
-    """Each does one event or one scoring; rows of the pools are moved in place, which changes no time."""
-    torch.manual_seed(0)
-    blocks = -(-(case.window + TAIL) // PAGE)
+class World:
+    """Inputs of one event of a case. Rows of the pools are moved in place, which changes no time.
 
-    def pools() -> list[torch.Tensor]:
-        shape = (blocks * case.sequences, PAGE, case.heads, case.dim)
-        return [torch.randn(shape) for _ in range(case.layers)]
+    Queries as the engine shim records them by default, ``ring`` read at ``ring_rows``, and of every token and head.
+    """
 
-    keys, values = pools(), pools()
-    cache = PagedCache(keys, values)
-    query = torch.randn(case.layers, case.sequences, case.window, case.heads * case.group, case.dim)
-    queries = list(query)
-    tables = torch.randperm(blocks * case.sequences).int().view(case.sequences, -1)
-    starts = torch.zeros(case.sequences, dtype=torch.int32)
-    lengths = torch.full((case.sequences,), case.window + TAIL, dtype=torch.int32)
-    keep = case.window // 2
-    policy = Policy(window=case.window, keep=keep, tail=TAIL)
-    recorded = query.unflatten(3, (case.heads, -1)).mean(4)[:, :, : policy.query_rows].contiguous()
-    few = query[:, :, -baselines.RKV_QUERIES :].contiguous()
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        blocks = -(-(case.window + TAIL) // PAGE) * case.sequences
+        shape = (blocks, PAGE, case.heads, case.dim)
+        self.keys, self.values = ([torch.randn(shape) for _ in range(case.layers)] for _ in range(2))
+        self.cache = PagedCache(self.keys, self.values)
+        self.tables = torch.randperm(blocks).int().view(case.sequences, -1)
+        self.starts = torch.zeros(case.sequences, dtype=torch.int32)
+        self.lengths = torch.full((case.sequences,), case.window + TAIL, dtype=torch.int32)
+        self.window, self.keep = case.window, case.window // 2
+        self.every = torch.randn(case.layers, case.sequences, case.window, case.heads * case.group, case.dim)
+        rows = Policy(window=self.window, keep=self.keep).query_rows
+        self.ring = torch.randn(case.layers, case.sequences * rows, case.heads, case.dim)
+        self.ring_rows = torch.randperm(case.sequences * rows).int().view(case.sequences, -1)
 
-    def theirs(scorer: baselines.Scorer) -> Callable[[], object]:
-        return lambda: baselines.compress(scorer, queries, keys, values, tables, starts, lengths, case.window, keep)
+    def recommended(self) -> object:
+        return compress_window(
+            self.ring, self.cache.k, self.cache.v, self.tables, self.lengths, window=self.window, keep=self.keep,
+            window_starts=self.starts, query_rows=self.ring_rows, backend="torch", **RECOMMENDED,
+        )  # fmt: skip
 
-    def scoring(given: torch.Tensor) -> Callable[[], object]:
-        return lambda: score_window(given, cache.k, tables, starts, case.window, redundancy=1.0, backend="torch")
+    def paper(self) -> object:
+        return compress_window(
+            self.every, self.cache.k, self.cache.v, self.tables, self.lengths, window=self.window, keep=self.keep,
+            window_starts=self.starts, backend="torch", **PAPER,
+        )  # fmt: skip
 
-    return {
-        KARA: lambda: compress_window(query, cache.k, cache.v, tables, lengths, window=case.window, keep=keep,
-                                      window_starts=starts, backend="torch"),
-        PREDECESSOR: theirs(baselines.mean_attention),
-        "r-kv": theirs(baselines.rkv),
-        "snapkv": theirs(baselines.snapkv),
-        "kara scorer": scoring(query),
-        "kara scorer, recorded": scoring(recorded),
-        "kara scorer, 8": scoring(few),
-        "r-kv scorer": lambda: baselines.score(baselines.rkv, queries, keys, tables, starts, case.window),
-    }  # fmt: skip
+    def scoring(self) -> object:
+        """What is recommended, alone."""
+        scoring, _ = split_options(RECOMMENDED)
+        return score_window(
+            self.ring, self.cache.k, self.tables, self.starts, self.window, query_rows=self.ring_rows, backend="torch",
+            reduction=scoring.reduction, v_cache=self.cache.v, redundancy=scoring.redundancy,
+        )  # fmt: skip
+
+    def with_redundancy(self, query: torch.Tensor, rows: torch.Tensor | None = None) -> object:
+        return score_window(query, self.cache.k, self.tables, self.starts, self.window, query_rows=rows,
+                            redundancy=1.0, backend="torch")  # fmt: skip
+
+    def theirs(self, scorer: baselines.Scorer) -> object:
+        return baselines.compress(scorer, list(self.every), self.keys, self.values, self.tables, self.starts,
+                                  self.lengths, self.window, self.keep)  # fmt: skip
+
+    def jobs(self) -> dict[str, Callable[[], object]]:
+        """Each does one event or one scoring; the names are explained in ``report.LABELS``."""
+        few = self.every[:, :, -baselines.RKV_QUERIES :].contiguous()
+        return {
+            "kara": self.recommended,
+            "paper": self.paper,
+            "predecessor": lambda: self.theirs(baselines.mean_attention),
+            "r-kv": lambda: self.theirs(baselines.rkv),
+            "snapkv": lambda: self.theirs(baselines.snapkv),
+            "kara scorer": self.scoring,
+            "redundancy, recorded": lambda: self.with_redundancy(self.ring, self.ring_rows),
+            "redundancy, every": lambda: self.with_redundancy(self.every),
+            "redundancy, 8": lambda: self.with_redundancy(few),
+            "r-kv scorer": lambda: baselines.score(
+                baselines.rkv, list(self.every), self.keys, self.tables, self.starts, self.window
+            ),
+        }
 
 
 def alternate(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -102,87 +126,6 @@ def alternate(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
             if round_:  # the first round fetches code and memory
                 seconds[name].append(time.perf_counter() - began)
     return seconds
-
-
-def derived(row: Row) -> Row:
-    """What the page shows of a measured row, which is a case and the ``seconds`` of its jobs."""
-    case = Case(**{field.name: row[field.name] for field in fields(Case)})
-    seconds = row["seconds"]
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
-        **row, "case": case.label, "median": median,
-        # Ratios of one round, then their median: neighbours in time share the machine's mood.
-        "event_ratio": statistics.median(b / a for a, b in zip(seconds[KARA], seconds[PREDECESSOR], strict=True)),
-        **{f"{name} ratio": statistics.median(b / a for a, b in zip(seconds[name], seconds["r-kv scorer"], strict=True))
-           for name in ("kara scorer", "kara scorer, recorded", "kara scorer, 8")},
-    }  # fmt: skip
-
-
-def page(head: Row, measured: Sequence[Row]) -> str:
-    rows = [derived(row) for row in measured]
-
-    def met(key: str, goal: float) -> str:
-        return f"{sum(r[key] >= goal for r in rows)} of {len(rows)} cases"
-
-    parts = [
-        "# One compression event on a CPU\n",
-        f"Made by `make bench` on {head['machine']}, {head['threads']} thread(s), torch {head['torch']}: "
-        f"float32, half of a window kept, a tail of {TAIL}, pages of {PAGE}; shapes are layers x KV heads x head "
-        "dimension. One process, jobs in turns; medians in milliseconds. The other ways are independent formulations "
-        "in `bench/baselines.py`, written from what was published about them.\n",
-        "## Goals\n",
-        f"- An event at least {GOAL_EVENT:.0f} times faster than the predecessor's way with the same queries: met in "
-        f"{met('event_ratio', GOAL_EVENT)}. Both multiply the same matrices, which takes most of the time of either.",
-        "- Bidirectional scoring with redundancy not slower than R-KV's scorer with its 8 queries. With every query, "
-        f"{case_times(rows)} times as many as R-KV has: met in {met('kara scorer ratio', GOAL_SCORER)}. With "
-        f"queries as the engine shim records them by default: {met('kara scorer, recorded ratio', GOAL_SCORER)}. "
-        f"With 8 queries too: {met('kara scorer, 8 ratio', GOAL_SCORER)}.\n",
-        "kvpress is not among them: its release needs an older transformers than this project's, and its presses want "
-        "a model's attention modules around them.\n",
-        "![Milliseconds of an event](speed.png)\n",
-        "## Whole events\n",
-        markdown(
-            ("case", *(LABELS[n] for n in (KARA, PREDECESSOR, "r-kv", "snapkv")), "predecessor / Kara"),
-            ((r["case"], *(f"{1e3 * r['median'][n]:.1f}" for n in (KARA, PREDECESSOR, "r-kv", "snapkv")),
-              f"{r['event_ratio']:.2f}x") for r in rows),
-        ),
-        "## Scoring alone\n",
-        markdown(
-            ("case", *(LABELS[n] for n in list(LABELS)[4:]), "R-KV / every query", "R-KV / recorded",
-             "R-KV / 8 queries"),
-            ((r["case"], *(f"{1e3 * r['median'][n]:.1f}" for n in list(LABELS)[4:]),
-              *(f"{r[f'{n} ratio']:.2f}x" for n in list(LABELS)[4:7])) for r in rows),
-        ),
-    ]  # fmt: skip
-    return "\n".join(parts)
-
-
-def case_times(rows: Sequence[Row]) -> str:
-    times = sorted({r["window"] // baselines.RKV_QUERIES for r in rows})
-    return str(times[0]) if len(times) == 1 else f"{times[0]} to {times[-1]}"
-
-
-def draw(head: Row, measured: Sequence[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, names = [derived(row) for row in measured], (KARA, PREDECESSOR, "r-kv", "snapkv")
-    colours = dict(zip(names, ("#0b6e99", "#b8b8b8", "#d98c3f", "#8a6fae"), strict=True))
-    figure, axes = plt.subplots(figsize=(9, 0.75 * len(rows) + 1.6), layout="constrained")
-    for index, name in enumerate(names):
-        places = [place + (index - 1.5) * 0.2 for place in range(len(rows))]
-        axes.barh(places, [1e3 * r["median"][name] for r in rows], 0.19, color=colours[name], label=LABELS[name])
-    axes.set_yticks(range(len(rows)), [r["case"] for r in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel(f"milliseconds of an event on a CPU, {head['threads']} thread(s), median")
-    axes.set_title("One compression event in PyTorch (layers x KV heads x D)", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
 
 
 def machine() -> str:
@@ -204,18 +147,19 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
     torch.set_num_threads(options.threads)
-    rows = []
+    rows: list[Row] = []
     cases = QUICK if options.quick else CASES
-    for number, case in enumerate(cases, start=1):
-        rows.append({**asdict(case), "seconds": alternate(jobs(case), options.rounds)})
-        shown = derived(rows[-1])
-        print(f"{number}/{len(cases)}  {case.label}: {1e3 * shown['median'][KARA]:.1f} ms, "
-              f"{shown['event_ratio']:.2f}x", file=sys.stderr, flush=True)  # fmt: skip
-    head = {"kind": "measured on a CPU", "machine": machine(), "threads": options.threads, "torch": torch.__version__}
+    head = {"kind": "measured on a CPU", "machine": machine(), "threads": options.threads, "torch": torch.__version__,
+            "tail": TAIL, "page": PAGE}  # fmt: skip
+    with Screen().phase({}, "events", len(cases), "cases") as advance:
+        for case in cases:
+            row = {"case": case.label, **asdict(case), "seconds": alternate(World(case).jobs(), options.rounds)}
+            rows.append(row)
+            advance(1, f"{case.label}: {1e3 * statistics.median(row['seconds']['kara']):.1f} ms")
     options.out.mkdir(parents=True, exist_ok=True)
     tables.write(options.out / "speed.csv", rows, **head)
-    (options.out / "speed.md").write_text(page(head, rows), encoding="utf-8")
-    draw(head, rows, options.out / "speed.png")
+    (options.out / "speed.md").write_text(report.page(head, rows), encoding="utf-8")
+    report.draw(head, rows, options.out / "speed.png")
     print(options.out / "speed.md")
     return 0
 

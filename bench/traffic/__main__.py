@@ -8,12 +8,12 @@ os.environ["TRITON_INTERPRET"] = "0"  # the emulator runs compiled code; Triton 
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from bench import tables
+from demos.screen import Screen
 
 from . import measure, report
 
@@ -28,20 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     cases = [case for case in measure.CASES if not options.quick or case.name == "SmolLM2"]
     rows = []
-    for number, case in enumerate(cases, start=1):
-        began = time.monotonic()
-        rows.append(measure.measure(case))
-        print(f"{number}/{len(cases)}  {case.name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    with Screen().phase({}, "counting", len(cases), "cases") as advance:
+        for case in cases:
+            rows.append(measure.measure(case))
+            advance(1, case.name)
     options.out.mkdir(parents=True, exist_ok=True)
     tables.write(options.out / "traffic.csv", rows, kind="counted in an emulator of sm_80 code, not timed")
     (options.out / "traffic.md").write_text(report.page(rows), encoding="utf-8")
     print(options.out / "traffic.md")
-    missed = 0
-    for row in rows:
-        for name, (ratio, limit) in measure.goals(row).items():
-            if ratio > limit:
-                missed += 1
-                print(f"missed: {row['case']}, {name}: {ratio:.3f}, at most {limit}", file=sys.stderr)
+    missed = [(row, name) for row in rows for name in measure.missed(row)]
+    for row, name in missed:
+        ratio, limit = measure.goals(row)[name]
+        print(f"missed: {row['case']}, {name}: {ratio:.3f}, at most {limit}", file=sys.stderr)
     return int(bool(missed))
 
 

@@ -8,14 +8,17 @@ moving row read once and written once.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kara_kernels import compress_window
+from kara_kernels.checks import MAX_WINDOW
+from kara_kernels.engine import Policy
 from kara_kernels.ops.score import plan_score
+from kara_kernels.options import PAPER, RECOMMENDED
 from kara_kernels.paged import per_layer
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator lives with the tests that it was made for
@@ -26,7 +29,11 @@ SECTOR = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of one sequence; shapes as in `compress_window`."""
+    """One layer of one sequence; shapes as in `compress_window`.
+
+    What is recommended, from queries as the engine shim records them; or, as published, from those of every token and
+    head of the window.
+    """
 
     name: str
     window: int
@@ -35,10 +42,28 @@ class Case:
     v_dim: int | None = None  # as dim; 0: one latent cache
     heads: int = 2
     page: int = 16
-    tail: int = 64
+    tail: int = Policy().tail
     dtype: torch.dtype = torch.bfloat16
-    queries: int | None = None  # as window
-    options: dict[str, Any] = field(default_factory=dict)
+    published: bool = False
+    most_queries: int = MAX_WINDOW  # fewer to spare the emulator
+    redundancy: float = 0.0
+
+    @property
+    def queries(self) -> int:
+        recorded = Policy(window=self.window, keep=self.keep, tail=self.tail).query_rows
+        return min(self.most_queries, self.window if self.published else recorded)
+
+    @property
+    def query_heads(self) -> int:
+        return self.heads * (self.group if self.published else 1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**(PAPER if self.published else RECOMMENDED), "redundancy": self.redundancy}
+
+    @property
+    def norms(self) -> bool:
+        return bool(self.values) and self.options["value_norm"] is not False
 
     @property
     def values(self) -> int:
@@ -47,23 +72,24 @@ class Case:
     @property
     def rows(self) -> int:
         """Query rows of a KV head."""
-        return (self.queries or self.window) * self.group
+        return self.queries * self.query_heads // self.heads
 
     @property
     def keep(self) -> int:
         return self.window // 2
 
 
-NORMS = {"reduction": "rms", "value_norm": True}
 CASES = (
     Case("Llama-3.1-8B", 256, 128, 4),
-    Case("Llama-3.1-8B, rms and value norms", 256, 128, 4, options=NORMS),
     Case("Qwen3-14B, W 512", 512, 128, 5),
     Case("SmolLM2", 256, 64, 3),
     Case("Llama-3.1-8B, fp8 cache", 256, 128, 4, dtype=torch.float8_e4m3fn),
-    Case("wide window, streamed", 2048, 128, 4, heads=1, page=32, queries=256),
-    Case("DeepSeek-V3, latent", 256, 576, 16, v_dim=0, heads=1, page=64, queries=64),
-    Case("Llama-3.1-8B, redundancy", 256, 128, 4, options={"redundancy": 1.0}),
+    Case("wide window, streamed", 2048, 128, 4, heads=1, page=32, most_queries=512),
+    Case("DeepSeek-V3, latent", 256, 576, 16, v_dim=0, heads=1, page=64),
+    Case("Llama-3.1-8B, redundancy", 256, 128, 4, redundancy=1.0),
+    Case("Llama-3.1-8B, as published", 256, 128, 4, published=True),
+    Case("SmolLM2, as published", 256, 64, 3, published=True),
+    Case("DeepSeek-V3, latent, as published", 256, 576, 16, v_dim=0, heads=1, page=64, published=True, most_queries=64),
 )
 
 
@@ -72,13 +98,14 @@ def tensors(case: Case) -> dict[str, Any]:
     length = case.window + case.tail
     blocks = -(-length // case.page) + 1
     wide = case.dtype if case.dtype.itemsize > 1 else torch.bfloat16
-    queries = case.queries or case.window
 
     def pool(width: int) -> list[torch.Tensor]:
         return [_aligned(torch.randn(blocks, case.page, case.heads, width).to(case.dtype))]
 
+    queries = _aligned(torch.randn(case.queries, case.query_heads, case.dim).to(wide))
     return {
-        "query": [_aligned(torch.randn(1, queries, case.heads * case.group, case.dim).to(wide))],
+        "query": [queries[None] if case.published else queries],
+        "query_rows": None if case.published else torch.randperm(case.queries).int()[None],
         "k_cache": pool(case.dim),
         "v_cache": pool(case.values) if case.values else None,
         "block_tables": torch.randperm(blocks).int()[None],
@@ -110,7 +137,7 @@ def floor(case: Case, tiles: int, moving: int) -> Floor:
     """``tiles`` partial rows of each KV head; ``moving`` rows of one cache change place, all heads together."""
     wide = max(2, case.dtype.itemsize)  # of a query's element
     size, partials = case.dtype.itemsize, case.heads * tiles * case.window * 4
-    values = case.values if case.options.get("value_norm") else 0
+    values = case.values if case.norms else 0
     scoring = case.heads * (case.rows * case.dim * wide + case.window * (case.dim + values) * size) + partials
     selection = partials + case.heads * (case.window + case.keep) * 4
     compaction = 2 * moving * (case.dim + case.values) * size
@@ -152,14 +179,12 @@ def measure(case: Case) -> dict[str, Any]:
     """One event of a case, as a row of the table."""
     given = tensors(case)
     reached = [*given["query"], *given["k_cache"], *(given["v_cache"] or [])]
-    queries, cache, _ = per_layer(given["query"], given["k_cache"], given["v_cache"])
-    redundancy = case.options.get("redundancy", 0.0)
-    norms = bool(case.options.get("value_norm"))
+    queries, cache, _ = per_layer(given["query"], given["k_cache"], given["v_cache"], given["query_rows"])
     with emulating("together", reached) as launches:
         result = compress_window(**given, keep=case.keep, backend="triton", **case.options)
         assert queries is not None
-        reduction = case.options.get("reduction", "mean")
-        config, partial = plan_score(queries, cache.k, case.window, reduction, norms, redundancy)
+        config, partial = plan_score(queries, cache.k, case.window, case.options["reduction"], case.norms,
+                                     case.redundancy, given["query_rows"])  # fmt: skip
     problems = [str(problem) for launch in launches for problem in launch.problems]
     if problems:
         raise RuntimeError(f"{case.name}: {problems[0]}")
@@ -171,8 +196,8 @@ def measure(case: Case) -> dict[str, Any]:
              for step in ("scoring", "selection", "compaction")}  # fmt: skip
     operations = sum(launch.counts.matrix_operations for launch in launches)
     return {
-        "case": case.name, "window": case.window, "dim": case.dim, "group": case.group, "heads": case.heads,
-        "one_pass": config.whole, "steps": steps, "others": others(case),
+        "case": case.name, "rows": case.rows, "window": case.window, "dim": case.dim, "group": case.group,
+        "heads": case.heads, "one_pass": config.whole, "steps": steps, "others": others(case),
         "matrix_operations": operations, "matrix_ratio": operations / least.matrix_operations,
     }  # fmt: skip
 
@@ -202,3 +227,19 @@ def goals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
         "scoring, sectors": (scoring["sector_ratio"], 1.05),
         "matrix operations": (row["matrix_ratio"], 1.05 if row["one_pass"] else 2.1),
     }
+
+
+# What a case cannot meet, and why. One that excuses nothing is an error of `missed`: it would outlive its reason.
+EXCUSES = {
+    ("DeepSeek-V3, latent", "matrix operations"): "192 recorded queries of a single KV head fill one and a half of the "
+    "streamed kernel's tiles of 128 rows; what the rest multiplies is padding.",
+}  # fmt: skip
+
+
+def missed(row: dict[str, Any]) -> list[str]:
+    """Names of the goals that a row misses without an excuse."""
+    over = {name for name, (ratio, limit) in goals(row).items() if ratio > limit}
+    excused = {name for case, name in EXCUSES if case == row["case"]}
+    if idle := excused - over:
+        raise ValueError(f"excuse of {row['case']!r} for {', '.join(sorted(idle))}: expected a goal that it misses")
+    return sorted(over - excused)

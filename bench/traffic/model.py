@@ -22,6 +22,7 @@ from bench import tables
 from bench.tables import Row
 from kara_kernels.engine import Policy
 from kara_kernels.ops.score import score_config
+from kara_kernels.options import PAPER, RECOMMENDED
 
 # ---- assumptions ----------------------------------------------------------------------------------------------------
 
@@ -104,6 +105,22 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class Way:
+    """How an event is done: with which scores, and from which queries."""
+
+    name: str
+    case: str  # what the name of its case in traffic.csv ends with
+    every_query: bool
+    value_norm: bool
+
+
+WAYS = (  # the first is what a deployment gets that sets nothing
+    Way("recommended, as recorded", "", False, RECOMMENDED["value_norm"] is not False),
+    Way("published, every query", ", as published", True, PAPER["value_norm"] is not False),
+)
+
+
+@dataclass(frozen=True)
 class Measured:
     """From traffic.csv, by case: instructions of warps for each logit, and bytes beside the floor."""
 
@@ -112,15 +129,18 @@ class Measured:
 
     @classmethod
     def of(cls, rows: list[Row], case: str) -> Measured:
-        [row] = [row for row in rows if row["case"] == case]
+        found = [row for row in rows if row["case"] == case]
+        if len(found) != 1:
+            raise ValueError(f"expected counts of {case!r}, got {', '.join(row['case'] for row in rows)}")
+        [row] = found
         scoring = row["steps"]["scoring"]
         logits = row["matrix_operations"] / row["matrix_ratio"] / 2 / row["dim"]
         return cls(scoring["instructions"] / logits, scoring["compulsory_ratio"])
 
 
-def measured(model: Model, path: Path) -> Measured:
+def measured(model: Model, path: Path, way: Way) -> Measured:
     _, rows = tables.read(path)
-    return Measured.of(rows, "Llama-3.1-8B, rms and value norms" if model.v_dim else "DeepSeek-V3, latent")
+    return Measured.of(rows, ("Llama-3.1-8B" if model.v_dim else "DeepSeek-V3, latent") + way.case)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -139,22 +159,22 @@ class Event:
         return 3 * LAUNCH + self.scoring + self.selection + self.compaction
 
 
-def queries(policy: Policy, every: bool, group: int) -> int:
+def queries(policy: Policy, way: Way, group: int) -> int:
     """Query rows of a KV head: all of the window's, or what the shim records by default."""
-    if every:
+    if way.every_query:
         return policy.window * group
     return policy.query_rows * (group if policy.query_heads == "all" else 1)
 
 
-def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int) -> Event:
-    """``rows`` query rows of each KV head score one window."""
+def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, value_norm: bool = True) -> Event:
+    """``rows`` query rows of each KV head score one window, whose values weigh in where there are some."""
     memory, window, heads = gpu.bandwidth * BANDWIDTH_SHARE, policy.window, model.layers * model.heads
     config = score_config(window, model.dim, torch.bfloat16, gpu.shared, gpu.amd)
     passes = 1 if config.whole else 2
-    tiles = -(-rows // config.rows) + bool(model.v_dim)
+    values = model.v_dim if value_norm else 0
+    tiles = -(-rows // config.rows) + bool(values)
     partials = heads * tiles * window * 4
     logits = heads * rows * window * passes
-    values = model.v_dim if policy.value_norm else 0
     read = heads * 2 * (rows * model.dim + window * (model.dim + values)) + partials
     clocks = gpu.units * gpu.clock
     # Programs of a row tile run side by side; fewer of them than units leave units idle.

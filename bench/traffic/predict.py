@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.tables import markdown
+from bench.tables import Row, markdown
 from kara_kernels.engine import Policy
 
 from . import model as m
@@ -23,31 +24,36 @@ GOAL = 0.01  # of decode time, at batches of 32 and more
 def predict(counts: Path, policy: Policy) -> dict[str, Any]:
     shares, serving, events = [], [], []
     for name, model in m.MODELS.items():
-        counted = m.measured(model, counts)
+        counted = {way: m.measured(model, counts, way) for way in m.WAYS}
         for gpu_name, gpu in m.GPUS.items():
             where = {"model": name, "gpu": gpu_name}
             if m.room(model, gpu) <= 0:
                 events.append({**where, "fits": False})
                 continue
-            for every in (False, True):
-                cost = m.event(model, gpu, policy, counted, m.queries(policy, every, model.group))
-                parts = {"scoring": cost.scoring, "selection": cost.selection, "compaction": cost.compaction}
-                events.append({**where, "fits": True, "every_query": every, "total": cost.total, **parts})
-                for batch in BATCHES:
-                    for context in CONTEXTS:
-                        shares.append({
-                            **where, "every_query": every, "batch": batch, "context": context,
-                            "share": m.share(model, gpu, policy, cost, batch, context),
-                            "fits": batch * context * model.token_bytes <= m.room(model, gpu),
-                        })  # fmt: skip
-            cost = m.event(model, gpu, policy, counted, m.queries(policy, False, model.group))
+            costs = {
+                way: m.event(model, gpu, policy, counted[way], m.queries(policy, way, model.group), way.value_norm)
+                for way in m.WAYS
+            }
+            for way, cost in costs.items():
+                events.append({**where, "fits": True, "way": way.name, "total": cost.total, **asdict(cost)})
+                shares += [{**where, "way": way.name, **share} for share in _shares(model, gpu, policy, cost)]
             for generated in GENERATED:
-                plain, kara = (m.throughput(model, gpu, p, cost, generated) for p in (None, policy))
+                plain, kara = (m.throughput(model, gpu, p, costs[m.WAYS[0]], generated) for p in (None, policy))
                 if plain and kara:
                     serving.append({**where, "generated": generated, "batch": plain[0], "batch_kara": kara[0],
                                     "tokens": plain[1], "tokens_kara": kara[1]})  # fmt: skip
     return {"kind": KIND, "window": policy.window, "keep": policy.keep, "events": events, "shares": shares,
             "serving": serving}  # fmt: skip
+
+
+def _shares(model: m.Model, gpu: m.Gpu, policy: Policy, cost: m.Event) -> list[Row]:
+    return [
+        {
+            "batch": batch, "context": context, "share": m.share(model, gpu, policy, cost, batch, context),
+            "fits": batch * context * model.token_bytes <= m.room(model, gpu),
+        }
+        for batch in BATCHES for context in CONTEXTS
+    ]  # fmt: skip
 
 
 def missed(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,6 +72,9 @@ def page(result: dict[str, Any]) -> str:
     parts = [
         f"# What an event should cost: a model\n\n**This is {KIND}.** W {result['window']}, K {result['keep']}, "
         "bfloat16, the policy's defaults; made by `make traffic`.\n\n" + "\n".join(m.__doc__.splitlines()[2:]),
+        "*Recommended, as recorded*: root mean square and value norms, from the mean of each GQA group of every second "
+        "token, which is what the engine shim keeps. *Published, every query*: mean attention, from the queries of "
+        "every token and head. Throughput is with the first.\n",
         f"Assumptions: {m.BANDWIDTH_SHARE:.0%} of peak bandwidth, {m.MATRIX_SHARE:.0%} of peak matrix rate, "
         f"{m.ISSUE_SHARE:.0%} of peak issue, {m.LAUNCH * 1e6:.0f} us a launch, {m.KERNELS_PER_LAYER} kernels a layer "
         f"with {m.KERNEL_GAP * 1e6:.0f} us between them, {m.MEMORY_SHARE:.0%} of memory for weights and cache. "
@@ -76,17 +85,17 @@ def page(result: dict[str, Any]) -> str:
         "## Predicted microseconds of an event, one sequence, all layers\n",
     ]
     parts.append(markdown(
-        ("model", "GPU", "queries", "event, us", "scoring", "selection", "compaction"),
-        ((e["model"], e["gpu"], "every query" if e["every_query"] else "as recorded",
+        ("model", "GPU", "way", "event, us", "scoring", "selection", "compaction"),
+        ((e["model"], e["gpu"], e["way"],
           *(f"{1e6 * e[key]:.0f}" for key in ("total", "scoring", "selection", "compaction"))) if e["fits"]
          else (e["model"], e["gpu"], "the weights do not fit", "", "", "", "") for e in result["events"]),
     ))  # fmt: skip
     parts.append("## Predicted share of decode time\n\nStarred: the full cache would not fit in this memory.\n")
     columns = [(batch, context) for batch in BATCHES for context in CONTEXTS]
-    header = ("model", "GPU", "queries", *(f"batch {b}, {c // 1024}k" for b, c in columns))
-    lines: dict[tuple, dict] = {}
+    header = ("model", "GPU", "way", *(f"batch {b}, {c // 1024}k" for b, c in columns))
+    lines: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
     for s in result["shares"]:
-        key = (s["model"], s["gpu"], "every query" if s["every_query"] else "as recorded")
+        key = (s["model"], s["gpu"], s["way"])
         lines.setdefault(key, {})[s["batch"], s["context"]] = f"{s['share']:.2%}" + "*" * (not s["fits"])
     parts.append(markdown(header, ((*key, *(cells[column] for column in columns)) for key, cells in lines.items())))
     parts.append("## Predicted serving throughput when memory decides the batch (at most 512)\n")
@@ -130,7 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.counts.is_file():
         parser.error(f"--counts: expected a file that `make traffic` wrote, got {options.counts}")
-    result = predict(options.counts, Policy())
+    try:
+        result = predict(options.counts, Policy())
+    except ValueError as error:
+        parser.error(f"--counts {options.counts}: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     tables.write(options.out / "model.csv", [{"table": name, **row} for name in TABLES for row in result[name]],
                  kind=KIND, window=result["window"], keep=result["keep"])  # fmt: skip
