@@ -8,6 +8,7 @@ Physical token ``t`` of sequence ``s`` lives in block ``block_tables[s, t // P]`
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_unit_stride
+from .overlap import View, dims_of, first_meeting, reaches_twice
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what rows of an element size are moved as
 
@@ -37,7 +39,7 @@ class Layers(Sequence[Tensor]):
         self._listed = () if isinstance(tensors, Tensor) else tuple(tensors)
         self._table: Tensor | None = None
         self._kernels_can_read = False
-        self.pool: PagedCache | None = None  # the pool this was checked with
+        self.pool: PagedCache | None = None  # the pool whose keys these are, checked
         if not len(self):
             raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
         # Layers of a stacked tensor are cut when they are asked for: 36 views take longer than a launch.
@@ -76,6 +78,14 @@ class Layers(Sequence[Tensor]):
             addresses = [tensor.data_ptr() for tensor in self.tensors]
             self._table = torch.tensor(addresses, dtype=torch.int64, device=self.tensors[0].device)
         return self._table
+
+    def views(self) -> list[View]:
+        """Where the bytes of each layer lie."""
+        first, size = self._first, self._first.element_size()
+        if self.stacked is None:
+            return [View(x.data_ptr(), dims_of(x.shape, x.stride(), size)) for x in self._listed]
+        dims = dims_of(first.shape, first.stride(), size)
+        return [View(first.data_ptr() + layer * self.stride_layer * size, dims) for layer in range(len(self))]
 
     @functools.cached_property
     def alignment(self) -> int:
@@ -120,16 +130,23 @@ class PagedCache:
         if v_caches is not None:
             self.v = v_caches if isinstance(v_caches, Layers) else Layers("v_cache", v_caches)
         _check_pools(self.k, self.v)
-        # Each half names its pool, so that a pair that was checked together is recognised without a new check.
-        self.k.pool = self
-        if self.v is not None:
-            self.v.pool = self
+        self.k.pool = self  # a pair that was checked together is recognised without a new check
+
+    @functools.cached_property
+    def keys_alone(self) -> PagedCache:
+        """The keys alone: they were checked beside the values."""
+        alone = copy.copy(self)
+        alone.v = None
+        return alone
 
     @staticmethod
     def of(k_cache: Tensor | Sequence[Tensor], v_cache: Tensor | Sequence[Tensor] | None) -> PagedCache:
         """The pool that both arguments belong to, or a new one (checked now) around them."""
-        if isinstance(k_cache, Layers) and k_cache.pool is not None and k_cache.pool.v is v_cache:
-            return k_cache.pool
+        if isinstance(k_cache, Layers) and k_cache.pool is not None:
+            if k_cache.pool.v is v_cache:
+                return k_cache.pool
+            if v_cache is None:
+                return k_cache.pool.keys_alone
         return PagedCache(k_cache, v_cache)
 
     def require_kernel_layout(self) -> None:
@@ -211,64 +228,16 @@ def _check_pools(k: Layers, v: Layers | None) -> None:
 
 def _check_overlap(k: Layers, v: Layers | None) -> None:
     """No element may be reachable twice: an in-place move through one name would destroy the other."""
-    views = [(f"k_cache[{i}]" if len(k) > 1 else "k_cache", t) for i, t in enumerate(k)]
-    if v is not None:
-        views += [(f"v_cache[{i}]" if len(k) > 1 else "v_cache", t) for i, t in enumerate(v)]
-    for name, tensor in views:
-        if _reaches_twice(tensor):
+    halves = [("k_cache", k)] if v is None else [("k_cache", k), ("v_cache", v)]
+    views = [view for _, layers in halves for view in layers.views()]
+    names = [f"{half}[{i}]" if len(k) > 1 else half for half, layers in halves for i in range(len(layers))]
+    for i, (name, view) in enumerate(zip(names, views, strict=True)):
+        if reaches_twice(view.dims):
+            tensor = halves[i // len(k)][1][i % len(k)]
             raise ValueError(
                 f"{name}: expected every element at its own address, got shape {tuple(tensor.shape)} with strides "
                 f"{tensor.stride()} that overlap"
             )
-    views.sort(key=lambda view: view[1].data_ptr())
-    for i, (name, tensor) in enumerate(views):
-        end = tensor.data_ptr() + _span(tensor)
-        for other_name, other in views[i + 1 :]:
-            if other.data_ptr() >= end:
-                break
-            if _share_elements(tensor, other):
-                raise ValueError(
-                    f"{other_name}: expected memory of its own, got elements of {name}: overlapping caches"
-                )
-
-
-def _span(tensor: Tensor) -> int:
-    """Bytes from the first to the end of the last element."""
-    extent = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (extent + 1) * tensor.element_size()
-
-
-def _reaches_twice(tensor: Tensor) -> bool:
-    reach = 0
-    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride <= reach:
-            return True
-        reach += (n - 1) * stride
-    return False
-
-
-def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two strided views meet anywhere, exactly: sum(stride * step) == distance has a solution in bytes.
-
-    Pools of one allocation often interleave (keys and values of a block side by side), so address ranges alone
-    would refuse good caches. Largest stride first leaves two or three candidates per dimension.
-    """
-    distance = b.data_ptr() - a.data_ptr()
-    steps: list[tuple[int, int, int]] = [(1, 1 - b.element_size(), a.element_size() - 1)]
-    for tensor, sign in ((a, 1), (b, -1)):
-        for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            low, high = sorted((0, sign * (n - 1)))
-            steps.append((stride * tensor.element_size(), low, high))
-    steps.sort()
-
-    def solvable(remaining: int, i: int) -> bool:
-        if i < 0:
-            return remaining == 0
-        stride, low, high = steps[i]
-        below = [(s * lo, s * hi) for s, lo, hi in steps[:i]]
-        reach_low, reach_high = sum(lo for lo, _ in below), sum(hi for _, hi in below)
-        first = max(low, -((reach_high - remaining) // stride))
-        last = min(high, (remaining - reach_low) // stride)
-        return any(solvable(remaining - stride * step, i - 1) for step in range(first, last + 1))
-
-    return solvable(distance, len(steps) - 1)
+    if (met := first_meeting(views)) is not None:
+        name, other = names[met[0]], names[met[1]]
+        raise ValueError(f"{other}: expected memory of its own, got elements of {name}: overlapping caches")

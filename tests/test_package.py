@@ -60,7 +60,7 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-GROUND = {"checks", "paged", "arguments", "options"}
+GROUND = {"checks", "overlap", "paged", "arguments", "options"}
 
 
 @pytest.mark.parametrize(

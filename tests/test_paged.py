@@ -8,8 +8,95 @@ from typing import Any
 import pytest
 import torch
 
-from kara_kernels import ops, reference
+from kara_kernels import PagedCache, arguments, compress_window, ops, paged, reference
 from kara_kernels.paged import Layers
+
+# ---- layers and pools ------------------------------------------------------------------------------------
+
+
+def aligned(size: int) -> torch.Tensor:
+    """float16 zeros from an address that is a multiple of 64 bytes."""
+    room = torch.zeros(size + 32, dtype=torch.float16)
+    return room[-room.data_ptr() % 64 // 2 :][:size]
+
+
+@pytest.mark.parametrize(("offsets", "alignment"), [
+    ([0, 128], 16), ([0, 132], 8), ([0, 130], 4), ([0, 129], 2), ([1, 129], 2), ([4, 128], 8),
+    ([0, 128, 258], 4), ([0, 129, 256], 2), ([128, 256, 4], 8),
+])  # fmt: skip
+def test_layers_are_as_aligned_as_the_least_aligned(offsets: list[int], alignment: int) -> None:
+    room = aligned(400)
+    layers = [room[offset : offset + 128].view(2, 4, 2, 8) for offset in offsets]
+    assert Layers("k_cache", layers).alignment == alignment
+
+
+@pytest.mark.parametrize(("first", "step", "alignment"), [(0, 128, 16), (0, 132, 8), (0, 129, 2), (4, 128, 8)])
+def test_stacked_layers_are_as_aligned_as_the_least_aligned(first: int, step: int, alignment: int) -> None:
+    room = aligned(600)
+    stack = room.as_strided((3, 2, 4, 2, 8), (step, 64, 16, 8, 1), room.storage_offset() + first)
+    assert Layers("k_cache", stack).alignment == alignment
+
+
+def pools(layers: int = 2) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return tuple([torch.randn(4, 4, 2, 8) for _ in range(layers)] for _ in range(2))  # type: ignore[return-value]
+
+
+TABLES = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+STARTS, LENGTHS = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([6, 8], dtype=torch.int32)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the checks of caches and of contents, as often as they ran."""
+    ran: list[str] = []
+    for module, name in ((paged, "_check_pools"), (paged, "_check_overlap"), (arguments, "check_contents")):
+        original = getattr(module, name)
+
+        def counted(*args: Any, _name: str = name, _original: Callable = original, **kwargs: Any) -> Any:
+            ran.append(_name)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    return ran
+
+
+def test_a_pool_is_checked_once_whatever_is_asked_of_it(backend: str, checks: list[str]) -> None:
+    """Asking for scores without values is no reason to check the keys again, nor the pair after that."""
+    cache, query = PagedCache(*pools()), torch.randn(2, 2, 4, 4, 8)
+    keep = torch.tensor([0, 2], dtype=torch.int32).expand(2, 2, 2, 2)
+    for _ in range(2):
+        ops.score_window(query, cache.k, TABLES, STARTS, 4, backend=backend)
+        ops.score_window(query, cache.k, TABLES, STARTS, 4, v_cache=cache.v, backend=backend)
+        compress_window(query, cache.k, cache.v, TABLES, LENGTHS, window=4, keep=2, backend=backend)
+        compress_window(query, cache.k, None, TABLES, LENGTHS, window=4, keep=2, backend=backend)
+        ops.compact_blocks(cache.k, cache.v, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)
+        ops.compact_blocks(cache.k, None, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)
+    assert checks.count("_check_pools") == checks.count("_check_overlap") == 1
+
+
+def test_a_pool_is_recognised_by_both_its_halves(backend: str) -> None:
+    """Keys that were checked with one half of values are moved with the values that came this time."""
+    cache, others = PagedCache(*pools()), PagedCache(*pools())
+    expected = [values.clone() for values in others.k]
+    alone = [values.clone() for values in cache.v]  # type: ignore[union-attr]
+    compact = ops.compact_blocks
+    keep = torch.tensor([1, 3], dtype=torch.int32).expand(2, 2, 2, 2)
+    compact(expected, None, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)
+    compact(cache.k, others.k, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(others.k, expected, strict=True))
+    assert cache.v is not None
+    assert all(torch.equal(a, b) for a, b in zip(cache.v, alone, strict=True))
+    compact(alone, None, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)
+    compact(cache.v, None, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)  # values alone, as if they were keys
+    assert all(torch.equal(a, b) for a, b in zip(cache.v, alone, strict=True))
+
+
+def test_values_are_no_keys_of_their_own_pool() -> None:
+    cache = PagedCache(*pools())
+    with pytest.raises(ValueError, match=r"v_cache\[0\]: expected memory of its own, got elements of k_cache\[0\]"):
+        PagedCache.of(cache.v, cache.v)  # type: ignore[arg-type]
+    assert PagedCache.of(cache.v, None).k is cache.v  # type: ignore[arg-type]
+
 
 # ---- queries found by their rows -------------------------------------------------------------------------
 
