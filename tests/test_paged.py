@@ -93,7 +93,7 @@ def test_a_pool_is_recognised_by_both_its_halves(backend: str) -> None:
 
 def test_values_are_no_keys_of_their_own_pool() -> None:
     cache = PagedCache(*pools())
-    with pytest.raises(ValueError, match=r"v_cache\[0\]: expected memory of its own, got elements of k_cache\[0\]"):
+    with pytest.raises(ValueError, match=r"v_cache\[\d\]: expected memory of its own, got elements of k_cache"):
         PagedCache.of(cache.v, cache.v)  # type: ignore[arg-type]
     assert PagedCache.of(cache.v, None).k is cache.v  # type: ignore[arg-type]
 
