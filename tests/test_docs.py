@@ -202,6 +202,14 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
+def test_docstrings_point_to_pages_that_exist() -> None:
+    for file in (ROOT / "kara_kernels").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"README|SPEC\b|ARCHITECTURE", text), file
+        for page in re.findall(r"docs/[\w/.]+\.md", text):
+            assert (ROOT / page).exists(), f"{file.name} points to {page}"
+
+
 def test_links_are_absolute_on_pypi() -> None:
     spec = importlib.util.spec_from_file_location("kara_setup", ROOT / "setup.py")
     assert spec is not None
