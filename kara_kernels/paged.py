@@ -1,7 +1,7 @@
 """What a paged KV cache is to this library: layers, their addresses, the pool, and memory that no two of them share.
 
-Shapes use the letters of the README: ``L`` layers, ``S`` sequences, ``H`` KV heads, ``G`` query heads per KV head,
-``W`` window, ``K`` kept of it, ``N`` queries, ``D``/``Dv`` head dimensions, ``B`` blocks of ``P`` tokens.
+Shapes use the letters of ``docs/method.md``: ``L`` layers, ``S`` sequences, ``H`` KV heads, ``G`` query heads per KV
+head, ``W`` window, ``K`` kept of it, ``N`` queries, ``D``/``Dv`` head dimensions, ``B`` blocks of ``P`` tokens.
 
 Physical token ``t`` of sequence ``s`` lives in block ``block_tables[s, t // P]``, row ``t % P``.
 """

@@ -43,7 +43,7 @@ class KaraOutputs(EngineCoreOutputs):  # an array with defaults left out, like t
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Of all this, vLLM hands the scheduler's statistics alone to who records them. An attribute goes with them.
+        # vLLM hands only the scheduler's statistics on to loggers, so the report rides on them as an attribute.
         if self.kara is not None and self.scheduler_stats is not None:
             self.scheduler_stats.kara = self.kara
 

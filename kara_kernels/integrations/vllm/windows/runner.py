@@ -1,8 +1,8 @@
 """vLLM's model runners with Kara: queries recorded, plans executed before the step, lengths and slots shifted.
 
-On a step with plans the order is: move rows, forget the freed blocks, then everything vLLM does: block zeroing, copies,
-inputs, forward. Compression runs outside captured CUDA graphs, on the stream of the forward; recording runs inside
-them and reads its indices from a fixed address. **Untested on a GPU**, like all of this library.
+A step with plans first moves rows and forgets the freed blocks. Then it does what vLLM does: block zeroing, copies,
+inputs, forward. Compression runs outside captured CUDA graphs, on the stream of the forward. Recording runs inside them
+and reads its indices from a fixed address. **Untested on a GPU**, like all of this library.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Mixin: Any = Any if TYPE_CHECKING else object  # what stands behind a mixin is 
 
 
 class KaraRunner(_Mixin):
-    """What every model runner of vLLM does differently; mixed in before its class."""
+    """What every model runner of vLLM does differently. It is mixed in before the runner's class."""
 
     def kara_init(self) -> None:
         """After the runner's own construction."""
@@ -148,7 +148,7 @@ class KaraRunner(_Mixin):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
         if output is not None and self.kara_seconds:
-            # An output still on its way to the host wraps what the scheduler will get.
+            # An output that is still on its way to the host wraps the one that the scheduler gets.
             getattr(output, "model_runner_output", output).kara_seconds = self.kara_seconds
             self.kara_seconds = 0.0
         return output
@@ -266,7 +266,7 @@ class KaraRunnerV2(KaraRunner):
     def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
         row = self.req_states.req_id_to_index.get(request_id)
         if row is not None:
-            # What is appended next goes there; the count reaches the device with vLLM's own staged writes.
+            # Blocks appended next go there. The count reaches the device with vLLM's own staged writes.
             self.block_tables.num_blocks.np[0, row] = kept
 
     def prepare_attn(self, input_batch: Any) -> Any:

@@ -27,7 +27,7 @@ from .configure import check_block_size
 
 @dataclass
 class Step:
-    """What the workers must know of one step; travels as the attribute ``kara`` of a SchedulerOutput."""
+    """What workers must know of one step. It travels as the attribute ``kara`` of a SchedulerOutput."""
 
     plans: list[Plan] = field(default_factory=list)
     """To be executed before the step touches a block."""
