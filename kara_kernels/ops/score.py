@@ -72,16 +72,6 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, W: tl.constexpr, G: tl.c
 
 
 @triton.jit
-def _sum_products(a, b):
-    """Sum of ``a * b`` over the first axis, the same bits in every lane that holds it.
-
-    Without the zero a product may be fused into the first addition across lanes: ``fma(a, b, other)`` does not round a
-    lane's own product but its partner's, so the two would hold different bits of one sum.
-    """
-    return tl.sum(a * b + 0.0, 0)
-
-
-@triton.jit
 def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
                   W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
                   BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
@@ -102,7 +92,7 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
         keys = load_rows(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
-        cosine = tl.where(offs_w < W, _sum_products(_unit(keys), mean[:, None]), float("-inf"))
+        cosine = tl.where(offs_w < W, tl.sum(_unit(keys) * mean[:, None], 0), float("-inf"))
         higher = tl.maximum(peak, tl.max(cosine, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(cosine - higher), 0)
         peak = higher
@@ -111,7 +101,7 @@ def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
         keys = load_rows(
             base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
         )
-        cosine = _sum_products(_unit(keys), mean[:, None])
+        cosine = tl.sum(_unit(keys) * mean[:, None], 0)
         tl.store(out + offs_w, tl.exp(cosine - peak) / total, mask=offs_w < W)
 
 
@@ -120,7 +110,7 @@ def _unit(keys):
     """Columns of ``[dims, tokens]`` at length 1, zero columns left zero; safe where squares would leave float32."""
     largest = tl.max(tl.abs(keys), 0)
     keys = keys / tl.where(largest > 0, largest, 1.0)[None, :]
-    norm = tl.sqrt(_sum_products(keys, keys))
+    norm = tl.sqrt(tl.sum(keys * keys, 0))
     return keys / tl.where(norm > 0, norm, 1.0)[None, :]
 
 
@@ -137,7 +127,7 @@ def _value_norms(out, base, table, start, head, stride_b, stride_p, stride_h,
         )
         largest = tl.max(tl.abs(values), 0)
         unit = values / tl.where(largest > 0, largest, 1.0)[None, :]
-        tl.store(out + offs_w, largest * tl.sqrt_rn(_sum_products(unit, unit)), mask=offs_w < W)
+        tl.store(out + offs_w, largest * tl.sqrt_rn(tl.sum(unit * unit, 0)), mask=offs_w < W)
 
 
 @triton.jit
@@ -374,6 +364,10 @@ def launch_score(
     # float32 products: AMD has the instruction; on NVIDIA "ieee" is scalar code that spills at any tile size, and
     # three TF32 products err by about 2^-22.
     precision = "ieee" if INTERPRETED or is_amd(k.device) else "tf32x3"
+    # No fused multiply-add but those that are written as such. Where a lane holds one term of a sum across lanes, the
+    # compiler makes `shfl y, x*x; fma x, x, y` of it: the lane rounds its partner's product and not its own, the
+    # partner does the opposite, and the two store different last bits of one sum to one address. It happened to the
+    # sums of narrow or misaligned rows everywhere, and to all columns on sm_100, whose lanes hold one query row each.
     score_kernel[(sequences * heads, tiles, layers)](
         partials, q, query.table, k.view(torch.uint8) if fp8 else k, cache.k.table,
         v.view(torch.uint8) if fp8_v else v, values.table, block_tables, starts, seq_lens, protected, query_rows,
@@ -389,7 +383,7 @@ def launch_score(
         ALIGN_K=cache.k.alignment, ALIGN_V=values.alignment, PRECISION=precision, WHOLE=config.whole,
         BLOCK_M=config.block_m, BLOCK_W=config.block_w, D0=config.d0, D1=config.d1, ROWS=config.rows,
         BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_DV=triton.next_power_of_2(v.shape[3]), BLOCK_R=16,
-        num_warps=config.num_warps, enable_fp_fusion=True,
+        num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
