@@ -83,5 +83,6 @@ def load_rows(rows, offs_w, offs_d, W: tl.constexpr, FORMAT: tl.constexpr, DTYPE
 def row_pointer(rows, block, place, FORMAT: tl.constexpr):
     """Addresses of rows ``place`` of the blocks ``block``."""
     ALIGN: tl.constexpr = FORMAT.align
-    row = rows.base + block.to(tl.int64) * rows.stride_block + place.to(tl.int64) * rows.stride_token
-    return tl.multiple_of(row, ALIGN)
+    # One addition to the base: the hint belongs to it, and one of a place that is always 0 would be folded away.
+    offset = block.to(tl.int64) * rows.stride_block + place.to(tl.int64) * rows.stride_token
+    return tl.multiple_of(rows.base + offset, ALIGN)

@@ -61,7 +61,7 @@ def pool_kernel(
         else:
             total = tl.zeros([BLOCK_W], tl.float64)
             for row in range(0, LAYERS * HEADS):
-                source = tl.multiple_of(partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h, ALIGN)
+                source = tl.multiple_of(partials + (row // HEADS * stride_p_l + row % HEADS * stride_p_h), ALIGN)
                 scores = row_scores(
                     source, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
                 )

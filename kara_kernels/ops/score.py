@@ -83,8 +83,8 @@ def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl
     query = offs_m // FORM.group
     if queries.places is not None:
         query = tl.load(queries.places + query, mask=offs_m < row_last, other=0)
-    member = (offs_m % FORM.group).to(tl.int64)
-    row = tl.multiple_of(queries.base + query.to(tl.int64) * queries.stride_query + member * queries.stride_head, ALIGN)
+    offset = query.to(tl.int64) * queries.stride_query + (offs_m % FORM.group).to(tl.int64) * queries.stride_head
+    row = tl.multiple_of(queries.base + offset, ALIGN)
     mask = (offs_m < row_last)[:, None] & (offs_d < DIM)[None, :]
     return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
 
