@@ -15,6 +15,7 @@ from .checks import (
     check_lengths,
     check_number,
     check_tensor,
+    check_unit_stride,
     check_window,
     contents_are_checked,
 )
@@ -101,8 +102,7 @@ def _check_queries(name: str, queries: Tensor, window: int, attention: str) -> N
 def check_query_rows(query_rows: object, rows: int, sequences: int, device: torch.device) -> Tensor:
     """int32 ``[S, N]``, stride 1 along ``N``, of rows in ``0..rows-1`` where contents are checked."""
     chosen = check_tensor("query_rows", query_rows, (sequences, None), (torch.int32,), device)
-    if chosen.stride(1) != 1 and chosen.shape[1] > 1:
-        raise ValueError(f"query_rows: expected stride 1 along queries, got {chosen.stride(1)}")
+    check_unit_stride("query_rows", chosen, " along queries")
     if contents_are_checked(device):
         bad = (chosen < 0) | (chosen >= rows)
         if bool(bad.any()):

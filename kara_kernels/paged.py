@@ -108,7 +108,7 @@ class Layers(Sequence[Tensor]):
         first = self._first
         check_unit_stride(name, first)
         for layer, tensor in enumerate(self._listed):
-            if tensor.stride() != first.stride():
+            if tensor.stride() != first.stride() and tensor.numel():
                 raise ValueError(
                     f"{name}[{layer}]: expected strides {first.stride()} as in {name}[0], got {tensor.stride()}"
                 )

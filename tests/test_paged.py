@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,47 @@ def test_values_are_no_keys_of_their_own_pool() -> None:
     with pytest.raises(ValueError, match=r"v_cache\[\d\]: expected memory of its own, got elements of k_cache"):
         PagedCache.of(cache.v, cache.v)  # type: ignore[arg-type]
     assert PagedCache.of(cache.v, None).k is cache.v  # type: ignore[arg-type]
+
+
+# ---- no sequences ----------------------------------------------------------------------------------------
+
+
+def none_of(*shape: int, dtype: type = np.int32) -> torch.Tensor:
+    """An empty tensor as NumPy makes them, with strides of 0."""
+    tensor = torch.from_numpy(np.zeros(shape, dtype))
+    assert set(tensor.stride()) == {0}
+    return tensor
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_a_batch_of_no_sequences_may_come_from_numpy(layers: int | None, backend: str) -> None:
+    lead = () if layers is None else (layers,)
+    k, v = torch.randn(2, *lead, 4, 4, 2, 8)
+    tables, lengths = none_of(0, 3), none_of(0)
+    query, keep = none_of(*lead, 0, 5, 4, 8, dtype=np.float32), none_of(*lead, 0, 2, 3)
+    shared, rows = none_of(*lead, 0, 4, 8, dtype=np.float32), none_of(0, 5)
+    scores = none_of(*lead, 0, 2, 4, dtype=np.float32)
+    for how in ({"query": query}, {"query": shared, "query_rows": rows}, {"query": None, "scores": scores}):
+        result = compress_window(
+            k_cache=k, v_cache=v, block_tables=tables, seq_lens=lengths, window=4, keep=3, window_starts=lengths,
+            protected_lens=lengths, backend=backend, **how,
+        )  # fmt: skip
+        assert [list(x.shape) for x in result] == [[0], [*lead, 0, 2, 3], [*lead, 0, 2, 4], [0]]
+        if "scores" not in how:
+            scored = ops.score_window(**how, k_cache=k, block_tables=tables, window_starts=lengths, window=4,
+                                      backend=backend)  # fmt: skip
+            assert scored.shape == (*lead, 0, 2, 4)
+    assert ops.compact_blocks(k, v, tables, lengths, lengths, keep, 4, backend=backend).shape == (0,)
+    assert ops.select_topk(scores, 3, backend=backend).shape == (*lead, 0, 2, 3)
+    assert ops.expand_chunks(scores, 3, 1, 4, backend=backend).shape == (*lead, 0, 2, 3)
+
+
+def test_layers_of_no_queries_may_have_any_strides(backend: str) -> None:
+    k, v = torch.randn(2, 2, 4, 4, 2, 8)
+    query = [torch.empty(0, 5, 4, 8), none_of(0, 5, 4, 8, dtype=np.float32)]
+    result = compress_window(query, k, v, none_of(0, 3), none_of(0), window=4, keep=3, backend=backend)
+    assert result.keep_indices.shape == (2, 0, 2, 3)
+    assert ops.score_window(query, k, none_of(0, 3), none_of(0), 4, backend=backend).shape == (2, 0, 2, 4)
 
 
 # ---- queries found by their rows -------------------------------------------------------------------------
