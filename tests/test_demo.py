@@ -305,6 +305,8 @@ def test_decoding_writes_what_generate_writes(tiny: Path, penalty: str) -> None:
     options = options_for(tiny, "--temperature", "0", "--repetition-penalty", penalty)
     network, tokenizer = model.load(str(tiny), dtype="float32", device="cpu", say=lambda line: None)
     prompt = encode(tokenizer, "hello")
+    first = int(network(prompt).logits[0, -1].argmax())  # the text would end here
+    network.generation_config.eos_token_id = [256, first]
     cache = DynamicCache(config=network.config)
     decoding = Decoding(network, prompt, cache, Sampler(options, network), lambda: 0, 60)
     take_turns({"full": decoding}, 60, lambda *_: None)
@@ -312,7 +314,7 @@ def test_decoding_writes_what_generate_writes(tiny: Path, penalty: str) -> None:
         prompt, max_new_tokens=60, min_new_tokens=60, do_sample=False, repetition_penalty=float(penalty)
     )
     assert decoding.ids == expected[0, prompt.shape[1] :].tolist()
-    assert 256 not in decoding.ids
+    assert not {256, first} & set(decoding.ids)
     assert len(decoding.seconds) == len(decoding.blocks) == 60
 
 
@@ -398,7 +400,7 @@ def test_the_estimate_of_memory_covers_what_the_caches_hold(tiny: Path, more: tu
     held = decoded["full"].held["kv_bytes"] + one * (1 if options.no_baseline else 2)
     needed = memory.needed(memory.Rows.of(stage.model), options, stage.prompt.shape[1])
     logits = 3 * 64 * 4 * 257
-    assert held <= needed <= 2 * held + logits
+    assert held <= needed - logits <= 2 * held
 
 
 @pytest.mark.parametrize(("option", "value"), [("block-size", 1_000_000), ("tail", 1_000_000)])
@@ -462,12 +464,12 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--tokens", "many"], "--tokens"),
-        (["--keep", "300"], "--keep must be in 1..256 (--window), got 300"),
-        (["--window", "0"], "--window must be at least 1"),
-        (["--window", "5000"], "--window must be at most 4096"),
-        (["--window", "8", "--keep", "9"], "1..8"),
+        (["--keep", "300"], "--keep: expected 1..255, got 300"),
+        (["--window", "0"], "--window: expected 2..4096, got 0"),
+        (["--window", "5000"], "--window: expected 2..4096, got 5000"),
+        (["--window", "8", "--keep", "9"], "--keep: expected 1..7, got 9"),
         (["--keep", "0"], "--keep"),
-        (["--tail", "-1"], "--tail must be at least 0"),
+        (["--tail", "-1"], "--tail: expected 0.."),
         (["--block-size", "0"], "--block-size"),
         (["--chunk-fraction", "1.5"], "--chunk-fraction: expected 0.0..1.0, got 1.5"),
         (["--chunk-fraction", "nan"], "--chunk-fraction"),
