@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +25,11 @@ from transformers import DynamicCache  # noqa: E402
 import bench.quality.__main__ as command  # noqa: E402
 from bench import tables  # noqa: E402
 from bench.quality import decode, measure, peers, picture, report, run, sources, statistics, tasks  # noqa: E402
-from bench.quality.methods import DEFAULT, METHODS, OURS, STRAIGHT, Kara, Method, ablations, pyramid  # noqa: E402
+from bench.quality.methods import DEFAULT, METHODS, OURS, PAPER_SCORING, STRAIGHT, Kara, Method, ablations, pyramid  # noqa: E402
 from bench.quality.replay import Replay, Window  # noqa: E402
+from kara_kernels.engine import Policy  # noqa: E402
 from kara_kernels.integrations.transformers import KaraCache  # noqa: E402
+from kara_kernels.options import PAPER, RECOMMENDED, Scoring, split_options  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,6 +147,14 @@ def test_pyramid_budgets_fall_and_keep_their_mean(kept: int) -> None:
     assert min(budgets) == max(1, kept // 20)
 
 
+def test_what_the_library_recommends_is_what_is_measured() -> None:
+    scoring, selection = split_options(RECOMMENDED)
+    assert (OURS.scoring, BY_NAME[DEFAULT].selection) == (scoring, asdict(selection))
+    assert (BY_NAME[DEFAULT].window, BY_NAME[DEFAULT].tail) == (Policy().window, Policy().tail)
+    scoring, selection = split_options(PAPER)
+    assert (STRAIGHT.scoring, BY_NAME["straight"].selection) == (scoring, asdict(selection))
+
+
 def test_names_differ_and_every_peer_names_its_paper() -> None:
     names = [method.name for method in METHODS + ablations()]
     assert len(set(names)) == len(names)
@@ -233,9 +243,9 @@ def test_replayed_windows_are_scored_as_the_cache_scores_them(llama: Any) -> Non
 
 def test_options_of_our_scorer(llama: Any) -> None:
     first = Replay(llama, text_of(8 + 16 + 5), 8).window(0, 16, 5)
-    variants = [OURS, STRAIGHT, Kara(look_ahead=False), Kara(value_norm=False), Kara("mean"), Kara(redundancy=1.0),
-                Kara(tail_queries=False), Kara(stride=2), Kara(mean_heads=True),
-                Kara("mean", False, look_ahead=False, attention="causal")]  # fmt: skip
+    scorings = [Scoring(value_norm=False), Scoring(reduction="mean"), Scoring(redundancy=1.0)]
+    variants = [OURS, STRAIGHT, Kara(look_ahead=False), Kara(tail_queries=False), Kara(stride=2), Kara(mean_heads=True),
+                *map(Kara, scorings), Kara(replace(PAPER_SCORING, attention="causal"), look_ahead=False)]  # fmt: skip
     found = [variant(first) for variant in variants]
     assert all(score.shape == (3, 2, 16) for score in found)
     assert all(not torch.allclose(a, b) for i, a in enumerate(found) for b in found[:i])
@@ -481,7 +491,7 @@ def test_code_that_a_scorer_reaches_counts(tmp_path: Path, old: str, new: str, c
 
 def test_settings_and_models_count() -> None:
     methods = [BY_NAME[DEFAULT], replace(BY_NAME[DEFAULT], selection={"chunk_fraction": 0.2}), BY_NAME["straight"],
-               replace(BY_NAME[DEFAULT], tail=63), replace(BY_NAME[DEFAULT], scorer=Kara(redundancy=1.0)),
+               replace(BY_NAME[DEFAULT], tail=63), replace(BY_NAME[DEFAULT], scorer=Kara(Scoring(redundancy=1.0))),
                BY_NAME["SnapKV"], replace(BY_NAME["SnapKV"], layer_budgets=pyramid)]  # fmt: skip
     assert len({sources.of_method(method) for method in methods}) == len(methods)
     assert sources.of_method(BY_NAME[DEFAULT]) == sources.of_method(replace(BY_NAME[DEFAULT]))

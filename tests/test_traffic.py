@@ -83,6 +83,7 @@ def test_goals_hold(case: Case) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert command.main(["--quick", "--out", str(tmp_path)]) == 0
     head, rows = tables.read(tmp_path / "traffic.csv")
     assert "not timed" in head["kind"]
