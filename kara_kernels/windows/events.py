@@ -18,8 +18,9 @@ class Compression(NamedTuple):
     logical_len: int
     """Tokens computed until then, padding not counted."""
     physical_len_before: int
+    """Rows held before."""
     physical_len_after: int
-    """Rows held before and after."""
+    """Rows held after."""
     window_start: int
     """Physical index of the first window token."""
     window: int
