@@ -85,10 +85,12 @@ def _cuda_resources(kernel: CompiledKernel) -> dict[str, int]:
     return {"registers": int(usage["REG"]), "spills": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
-_numbers = itertools.count()
+_numbers = itertools.count(1000)  # beyond any index that torch.device takes
 
 
-class _CompileOnly(DriverBase):
+class CompileOnly(DriverBase):
+    """Names a target and launches nothing."""
+
     def __init__(self, name: str):
         self.target = TARGETS[name]
         self.number = next(_numbers)  # kernels are cached per device: a fresh one compiles afresh
@@ -147,18 +149,21 @@ def compiling_for(name: str) -> Iterator[list[Build]]:
         builds.append(Build(self.metadata.name, name, self))
 
     CompiledKernel.__init__ = record
-    before = driver._active
-    _forget_target()
-    driver.set_active(_CompileOnly(name))
     try:
-        yield builds
+        with driving(CompileOnly(name)):
+            yield builds
     finally:
         CompiledKernel.__init__ = original
+
+
+@contextmanager
+def driving(instead: CompileOnly) -> Iterator[None]:
+    """Triton's driver is another one inside. The library asks a device for its target once, so it has to forget."""
+    before = driver._active
+    _triton.architecture.cache_clear()
+    driver.set_active(instead)
+    try:
+        yield
+    finally:
         driver._active = before
-        _forget_target()
-
-
-def _forget_target() -> None:
-    """The library asks a device for its target once."""
-    _triton.shared_memory.cache_clear()
-    _triton.is_amd.cache_clear()
+        _triton.architecture.cache_clear()

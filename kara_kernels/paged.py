@@ -22,6 +22,19 @@ from .overlap import View, dims_of, first_meeting, reaches_twice
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what rows of an element size are moved as
 
 
+def row_alignment(tensor: Tensor) -> int:
+    """Bytes, up to 16, that the address of every row (along the last dimension) is a multiple of.
+
+    It decides how wide loads may be. Strides count and not the base alone, so that it is the same for all slices of a
+    buffer: kernels are compiled for it.
+    """
+    strides = 0
+    for stride, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True):
+        strides |= stride if n > 1 else 0
+    bits = 16 | tensor.data_ptr() | strides * tensor.element_size()
+    return bits & -bits
+
+
 class Layers(Sequence[Tensor]):
     """``L`` tensors of one shape, stride, dtype and device, one per layer, that a single launch can reach.
 
@@ -89,8 +102,8 @@ class Layers(Sequence[Tensor]):
 
     @functools.cached_property
     def alignment(self) -> int:
-        """Bytes, up to 16, that every layer's base address is a multiple of: it decides how wide loads may be."""
-        bits = 16 | self._first.data_ptr()
+        """Bytes, up to 16, that the address of every row of every layer is a multiple of."""
+        bits = row_alignment(self._first)
         if len(self) > 1:
             bits |= self.stride_layer * self._first.element_size()
         for tensor in self._listed:

@@ -6,7 +6,10 @@ Run with TRITON_INTERPRET=0; nothing is launched.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -18,9 +21,15 @@ if INTERPRETED:
         "compiles kernels, which an interpreting process cannot: run with TRITON_INTERPRET=0", allow_module_level=True
     )
 
-from bench.compile_only import SHARED, TARGETS, Build, compiling_for
-from kara_kernels import compress_window
+from triton.backends.compiler import GPUTarget
+
+from bench.compile_only import SHARED, TARGETS, Build, CompileOnly, compiling_for, driving
+from kara_kernels import PagedCache, compress_window
+from kara_kernels.engine import Plan, Policy, QueryRing, Span, execute, warm_up
 from kara_kernels.ops import compact_blocks, expand_chunks, score_window, select_topk
+from kara_kernels.ops._triton import ARCHITECTURES, architecture, launch
+from kara_kernels.ops.chunks import launch_expand
+from kara_kernels.ops.select import launch_topk
 
 # name: (window, D, Dv, G, page, cache dtype, options)
 SHAPES: dict[str, tuple[int, int, int, int, int, torch.dtype, dict[str, Any]]] = {
@@ -144,6 +153,85 @@ def test_nothing_compiles_after_a_warm_up_call() -> None:
         assert len(builds) == compiled + 1
 
 
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("k_dtype", "v_dtype", "k_scale"), [
+    (BF16, BF16, None), (FP16, FP16, None), (FP32, FP32, None), (FP8, FP8, 0.5), (FP8, FP8, torch.tensor([2.0])),
+    (BF16, FP8, None), (FP8, BF16, 1),
+])  # fmt: skip
+def test_the_shim_compiles_nothing_after_its_warm_up(
+    k_dtype: torch.dtype, v_dtype: torch.dtype, k_scale: float | torch.Tensor | None
+) -> None:
+    """Whatever the batch: Triton by itself compiles anew where a pointer or a number is a multiple of 16."""
+    layers, heads, group, dim, page = 2, 2, 2, 32, 16
+    policy = Policy(window=32, keep=16, tail=16, max_sequences=9)
+    with compiling_for("sm_80") as builds:
+        pools = [
+            [torch.zeros(72, page, heads, dim, dtype=dtype) for _ in range(layers)] for dtype in (k_dtype, v_dtype)
+        ]
+        cache = PagedCache(*pools)
+        ring = QueryRing(
+            policy, layers=layers, query_heads=heads * group, kv_heads=heads, head_dim=dim, max_sequences=9,
+            max_tokens=64, dtype=k_dtype if k_dtype.itemsize > 1 else BF16, device="cpu",
+        )  # fmt: skip
+        warm_up(cache, ring, policy, k_scale=k_scale, backend="triton")
+        compiled = [build.name for build in builds]
+        assert sorted(compiled) == ["compact_kernel", "keep_kernel", "score_kernel"]
+        ring.prepare([Span(str(s), 0, 0, 1) for s in range(9)])
+        plans = [
+            Plan(str(s), 99, 80 + s, 64 + s, window_start=16 + s, blocks=tuple(range(8 * s, 8 * s + 6 + s % 3)),
+                 first_written=s % 2, kept_blocks=5, last_query=40, num_queries=policy.query_rows)
+            for s in range(9)
+        ]  # fmt: skip
+        for count in range(1, 10):
+            execute(plans[:count], cache, ring, policy, k_scale=k_scale, backend="triton")
+        assert [build.name for build in builds] == compiled
+
+
+SLICES = [(0, 1, 8, 64), (1, 1, 8, 64), (1, 2, 7, 63), (3, 4, 8, 64), (16, 16, 5, 5)]  # first, S, blocks, queries
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("starts", [True, False])
+def test_slices_of_buffers_compile_nothing(starts: bool, in_place: bool) -> None:
+    """An engine that keeps lengths, tables and queries in buffers for life passes slices at any offset."""
+    given = arguments(64, 64, 64, 2, 16, BF16, 9)
+    numbers = torch.zeros(3, 40, dtype=torch.int32)
+    tables, rows = torch.zeros(40, 13, dtype=torch.int32), torch.zeros(40, 71, dtype=torch.int32)
+    queries = torch.zeros(2, 40, 100, 4, 64, dtype=BF16)
+    compiled: int | None = None
+    with compiling_for("sm_80") as builds:
+        for first, count, width, number in SLICES:
+            some = slice(first, first + count)
+            given |= {
+                "block_tables": tables[some, first % 3 : first % 3 + width], "seq_lens": numbers[0, some],
+                "protected_lens": numbers[1, some], "window_starts": numbers[2, some] if starts else None,
+                "query": queries.flatten(1, 2)[:, first:] if in_place else queries[:, some, first : first + number],
+                "query_rows": rows[some, :number] if in_place else None,
+            }  # fmt: skip
+            numeric = {"redundancy": 0, "scale": 1, "k_scale": 1} if first % 2 else {"redundancy": 0.0, "scale": 0.5}
+            compress_window(**given, keep=32 - first, backend="triton", **numeric)
+            compiled = compiled or len(builds)
+            assert len(builds) == compiled, [build.name for build in builds[compiled:]]
+
+
+def test_slices_of_rows_of_scores_compile_nothing() -> None:
+    given = arguments(64, 64, 64, 2, 16, BF16, 9)
+    scores = torch.zeros(2, 40, 2, 64)
+    with compiling_for("sm_80") as builds:
+        for first, count in [(0, 1), (1, 1), (3, 2), (5, 4), (16, 16)]:
+            some = scores[:, first : first + count]
+            given |= {"query": None, "block_tables": torch.zeros(count, 5, dtype=torch.int32)}
+            given["seq_lens"] = torch.zeros(count, dtype=torch.int32)
+            compress_window(**given, scores=some, keep=32, backend="triton")
+            select_topk(some[0], 30 + first, backend="triton")
+            expand_chunks(some[1], 30 + first, first, 8, backend="triton")
+        assert sorted(build.name for build in builds) == [
+            "compact_kernel", "expand_kernel", "keep_kernel", "topk_kernel"
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize("layers", [1, 2, 7])
 @pytest.mark.parametrize("sequences", [1, 5])
 def test_launches_do_not_grow_with_layers_or_sequences(
@@ -165,3 +253,124 @@ def test_launches_do_not_grow_with_layers_or_sequences(
                 launched.clear()
                 compress_window(**given, keep=32, pool=pool, backend="triton", **options)
                 assert len(launched) == count
+
+
+MIXED = [
+    (BF16, FP8), (FP8, BF16), (FP16, FP32), (FP16, BF16), (FP8, torch.uint8), (torch.uint8, torch.int8)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize(("k_dtype", "v_dtype"), MIXED)
+def test_keys_and_values_of_different_types(k_dtype: torch.dtype, v_dtype: torch.dtype, target: str) -> None:
+    given = arguments(64, 64, 64, 2, 16, BF16)
+    for name, dtype in (("k_cache", k_dtype), ("v_cache", v_dtype)):
+        given[name] = [pool.to(dtype) for pool in given[name]]
+    if k_dtype == torch.uint8:
+        given |= {"query": None, "scores": torch.zeros(2, 1, 2, 64)}
+    with compiling_for(target) as builds:
+        compress_window(**given, keep=32, value_norm=v_dtype.is_floating_point, backend="triton")
+    assert {"keep_kernel", "compact_kernel"} <= {build.name for build in builds}
+    assert all(build.resources()["spills"] == 0 for build in builds)
+
+
+FIRST = itertools.count(0, 2)
+
+
+class Driver(CompileOnly):
+    """Two GPUs with targets of their own; notes where kernels are launched."""
+
+    def __init__(self, *targets: GPUTarget) -> None:
+        super().__init__("sm_80")
+        # Kernels are kept for each device, so that no two drivers may share a number.
+        self.first = self.current = next(FIRST)
+        self.second = self.first + 1
+        self.targets = dict(zip((self.first, self.second), targets, strict=True))
+        self.launched: list[tuple[int, int, int | str]] = []  # current device, stream, target that it was compiled for
+        self.switched: list[int] = []
+        self.launcher_cls = lambda source, metadata: (
+            lambda x, y, z, stream, *rest: self.launched.append((self.current, stream, metadata.target.arch))
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return self.targets[self.current]
+
+    def get_current_device(self) -> int:
+        return self.current
+
+    def get_current_stream(self, device: int) -> int:
+        return 1000 + device
+
+    def set_current_device(self, device: int) -> None:
+        self.switched.append(device)
+        self.current = device
+
+
+@pytest.fixture
+def two_gpus(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    driver = Driver(*(TARGETS[name] if isinstance(name, str) else name for name in request.param))
+    with driving(driver):
+        yield driver
+
+
+@pytest.mark.parametrize("two_gpus", [("sm_90", "gfx942"), ("gfx950", "sm_80")], indirect=True)
+def test_kernels_run_where_their_tensors_are(two_gpus: Driver) -> None:
+    """On the device, the stream and with the configuration of the tensors, whichever device is the current one."""
+    first, second = two_gpus.first, two_gpus.second
+
+    class OnSecond(torch.Tensor):
+        """A tensor that says it lies on the second GPU, as do those made from it."""
+
+        device = torch.device("cuda", second)  # type: ignore[assignment]
+
+    given = arguments(64, 64, 64, 2, 16, BF16, 2)
+    for name in ("query", "k_cache", "v_cache", "block_tables", "seq_lens"):
+        value = given[name] if isinstance(given[name], torch.Tensor) else torch.stack(given[name])
+        given[name] = value.as_subclass(OnSecond)
+    there = second, 1000 + second, two_gpus.targets[second].arch
+    compress_window(**given, keep=32, pool="layer", backend="triton")
+    assert two_gpus.launched == [there] * 4
+    launch_topk(torch.zeros(3, 9).int(), torch.zeros(3, 64).as_subclass(OnSecond), 9)
+    launch_expand(torch.zeros(3, 9).int(), torch.zeros(3, 64).as_subclass(OnSecond), 2, 8)
+    assert two_gpus.launched == [there] * 6
+    assert two_gpus.current == first
+    for index, target in two_gpus.targets.items():
+        assert architecture(torch.device("cuda", index)) == ARCHITECTURES[target.arch]
+    # Tensors on the current device switch nothing.
+    two_gpus.current = second
+    two_gpus.switched.clear()
+    compress_window(**given, keep=32, pool="layer", backend="triton")
+    assert two_gpus.launched == [there] * 10
+    assert not two_gpus.switched
+
+
+@pytest.mark.parametrize("two_gpus", [("sm_90", "sm_80")], indirect=True)
+def test_the_current_device_is_back_after_a_launch_that_fails(two_gpus: Driver) -> None:
+    class Broken:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            raise RuntimeError(f"on {two_gpus.current}")
+
+    with pytest.raises(RuntimeError, match=f"on {two_gpus.second}"):
+        launch(Broken(), (1, 1, 1), torch.device("cuda", two_gpus.second))
+    assert two_gpus.current == two_gpus.first
+
+
+@pytest.mark.parametrize(
+    "two_gpus", [(GPUTarget("cuda", 75, 32), GPUTarget("hip", "gfx90a", 64))], indirect=True
+)  # fmt: skip
+def test_unknown_targets_get_what_every_gpu_has(two_gpus: Driver) -> None:
+    nvidia, amd = (architecture(torch.device("cuda", index)) for index in two_gpus.targets)
+    assert nvidia.shared_memory == amd.shared_memory == 65536 == min(a.shared_memory for a in ARCHITECTURES.values())
+    assert not nvidia.amd
+    assert amd.amd
+    for known in (nvidia, amd):
+        with pytest.raises(FrozenInstanceError):
+            known.shared_memory = 1 << 20  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ARCHITECTURES[75] = nvidia  # type: ignore[index]
+
+
+def test_what_launchers_are_told_is_what_triton_knows() -> None:
+    for name, target in TARGETS.items():
+        assert ARCHITECTURES[target.arch].shared_memory == SHARED[name]
+        assert ARCHITECTURES[target.arch].amd == (target.backend == "hip")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from worlds import FP8, Plan, Sequenced, World, plans
 
 from kara_kernels import compress_window, ops, reference
+from kara_kernels.ops._triton import ARCHITECTURES
 from kara_kernels.ops.score import score_config
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
@@ -87,7 +88,7 @@ WAYS = {
 def test_every_way_through_the_score_kernel(way: str, attention: str, reduction: str) -> None:
     window, queries, group, dim, dtype, whole = WAYS[way]
     queries = min(queries, window) if attention == "causal" else queries
-    assert score_config(window, dim, dtype, 166912, False).whole == whole
+    assert score_config(window, dim, dtype, ARCHITECTURES[80]).whole == whole
     world = World(
         Plan(
             sequences=(Sequenced(start=5, tail=3),), group=group, window=window, queries=queries, dim=dim, v_dim=dim,

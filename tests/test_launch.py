@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import INTERPRETED
-from worlds import Plan, Sequenced, World
+from worlds import Plan, Sequenced, World, allowed_error, dense_scores
 
+from kara_kernels import compress_window
 from kara_kernels.ops.compact import launch_compact
 from kara_kernels.ops.score import launch_score, plan_score
 from kara_kernels.paged import Layers, PagedCache
@@ -99,3 +100,49 @@ def test_frontiers(starts: bool, protected: bool) -> None:
     first = begin if starts else lengths - window
     assert frontiers.tolist() == [int(first[0]) + keep, *alone, int(first[3]) + keep]
     assert new_lens.tolist() == [15, 12, 9, 25]
+
+
+MIXED = [
+    (torch.bfloat16, torch.float8_e4m3fn), (torch.float8_e4m3fn, torch.bfloat16), (torch.float16, torch.float32),
+    (torch.float16, torch.bfloat16), (torch.float8_e4m3fn, torch.uint8), (torch.uint8, torch.int8),
+]  # fmt: skip
+
+
+WINDOWS = [(3, 27), (1, 25)]
+
+
+@pytest.mark.parametrize(("k_dtype", "v_dtype"), MIXED)
+def test_keys_and_values_of_different_types(k_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
+    """Each cache moves its own bytes; scores come from keys of the one and lengths of the other."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pool(dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(2, 9, 8, 2, 16, generator=generator).mul(50 if dtype == torch.uint8 else 1).to(dtype)
+
+    scored = k_dtype != torch.uint8
+    given = {
+        "query": torch.randn(2, 2, 20, 4, 16, generator=generator).bfloat16() if scored else None,
+        "block_tables": torch.randperm(9, generator=generator)[:8].int().view(2, 4),
+        "seq_lens": torch.tensor([30, 27]).int(),
+        "window_starts": torch.tensor([first for first, _ in WINDOWS]).int(),
+        "window": 24,
+        "keep": 10,
+    }
+    k, v = pool(k_dtype), pool(v_dtype)
+    twins = k.clone(), v.clone()
+    norms = scored and v_dtype.is_floating_point
+    scores = None if scored else torch.randn(2, 2, 2, 24, generator=generator)
+    with device([k, v, *([given["query"]] if scored else [])]):
+        found = compress_window(k_cache=k, v_cache=v, scores=scores, value_norm=norms, backend="triton", **given)
+    for layer, s in ((layer, s) for layer in range(2) for s in range(2 if scored else 0)):
+        rows = [int(given["block_tables"][s, t // 8]) * 8 + t % 8 for t in range(*WINDOWS[s])]
+        keys, values = (twin[layer].flatten(0, 1)[rows] for twin in twins)
+        options = {"reduction": "rms", "values": values if norms else None}
+        exact = dense_scores(given["query"][layer, s], keys, dtype=torch.float64, **options)
+        bound = allowed_error(given["query"][layer, s], keys, exact, **options)
+        assert (found.scores[layer, s].double() - exact).abs().max() <= bound
+    given |= {"query": None, "scores": found.scores.contiguous()}
+    expected = compress_window(k_cache=twins[0], v_cache=twins[1], backend="torch", **given)
+    assert torch.equal(found.keep_indices, expected.keep_indices)
+    for moved, twin in zip((k, v), twins, strict=True):
+        assert torch.equal(moved.view(torch.uint8), twin.view(torch.uint8))

@@ -21,6 +21,7 @@ import torch
 from bench import tables
 from bench.tables import Row
 from kara_kernels.engine import Policy
+from kara_kernels.ops._triton import ARCHITECTURES
 from kara_kernels.ops.score import score_config
 from kara_kernels.options import PAPER, RECOMMENDED
 
@@ -44,18 +45,17 @@ class Gpu:
     memory: float
     units: int  # multiprocessors or compute units
     clock: float  # Hz, boost
-    shared: int  # bytes of shared memory of a program
+    target: int | str  # Triton's name
     special: int = 16  # exponentials per clock and unit
     issue: int = 4  # instructions of warps per clock and unit
     lanes: int = 32
-    amd: bool = False
 
 
 GPUS = {
-    "A100": Gpu(2.039e12, 312e12, 80e9, 108, 1.41e9, 166912),  # A100 80GB SXM data sheet
-    "H100": Gpu(3.35e12, 989e12, 80e9, 132, 1.83e9, 232448),  # H100 SXM data sheet
-    "H200": Gpu(4.8e12, 989e12, 141e9, 132, 1.83e9, 232448),  # H200 SXM data sheet
-    "MI300X": Gpu(5.3e12, 1307e12, 192e9, 304, 2.1e9, 65536, lanes=64, amd=True),  # MI300X data sheet, CDNA3 paper
+    "A100": Gpu(2.039e12, 312e12, 80e9, 108, 1.41e9, 80),  # A100 80GB SXM data sheet
+    "H100": Gpu(3.35e12, 989e12, 80e9, 132, 1.83e9, 90),  # H100 SXM data sheet
+    "H200": Gpu(4.8e12, 989e12, 141e9, 132, 1.83e9, 90),  # H200 SXM data sheet
+    "MI300X": Gpu(5.3e12, 1307e12, 192e9, 304, 2.1e9, "gfx942", lanes=64),  # MI300X data sheet, CDNA3 paper
 }
 
 # ---- models: their public configurations ----------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def queries(policy: Policy, way: Way, group: int) -> int:
 def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, value_norm: bool = True) -> Event:
     """``rows`` query rows of each KV head score one window, whose values weigh in where there are some."""
     memory, window, heads = gpu.bandwidth * BANDWIDTH_SHARE, policy.window, model.layers * model.heads
-    config = score_config(window, model.dim, torch.bfloat16, gpu.shared, gpu.amd)
+    config = score_config(window, model.dim, torch.bfloat16, ARCHITECTURES[gpu.target])
     passes = 1 if config.whole else 2
     values = model.v_dim if value_norm else 0
     tiles = -(-rows // config.rows) + bool(values)

@@ -1,9 +1,42 @@
-"""Device code: rows of a window, found through the block table, fp8 decoded on the way."""
+"""Rows of a window, found through the block table, fp8 decoded on the way."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ..checks import FP8_DTYPES
+from ..paged import Layers
 from ._triton import tl, triton
 
 FP8_NAMES = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
+
+
+class PagedRows(NamedTuple):
+    """Where the rows of one sequence and head are, in a kernel."""
+
+    base: Any  # row 0 of block 0
+    table: Any  # block ids
+    start: Any  # of the window
+    stride_block: Any
+    stride_token: Any
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What a kernel is compiled to know of rows."""
+
+    page: int
+    dim: int
+    align: int  # bytes that every row's address is a multiple of: it decides how wide accesses are
+    fp8: str | None = None
+
+    @staticmethod
+    def of(layers: Layers) -> "RowFormat":
+        first = layers[0]
+        return RowFormat(first.shape[1], first.shape[3], layers.alignment, FP8_NAMES.get(first.dtype))
+
+    @property
+    def block(self) -> int:
+        return triton.next_power_of_2(self.dim)
 
 
 @triton.jit
@@ -28,14 +61,25 @@ def fp8_to_float(bits, FP8: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h,
-               W: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-               FP8: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Keys or values of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside of window and ``DIM``."""
-    token = start + offs_w
-    block = tl.load(table + token // P, mask=offs_w < W, other=0).to(tl.int64)
-    row = base + block * stride_b + (token % P).to(tl.int64) * stride_p + head * stride_h
-    keys = tl.load(row[None, :] + offs_d[:, None], mask=(offs_w < W)[None, :] & (offs_d < DIM)[:, None], other=0.0)
+def load_rows(rows, offs_w, offs_d, W: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Keys or values of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside of window and ``FORMAT.dim``.
+
+    ``rows`` are PagedRows, ``FORMAT`` their RowFormat.
+    """
+    FP8: tl.constexpr = FORMAT.fp8
+    token = rows.start + offs_w
+    block = tl.load(rows.table + token // FORMAT.page, mask=offs_w < W, other=0)
+    row = row_pointer(rows, block, token % FORMAT.page, FORMAT)
+    mask = (offs_w < W)[None, :] & (offs_d < FORMAT.dim)[:, None]
+    keys = tl.load(row[None, :] + offs_d[:, None], mask=mask, other=0.0)
     if FP8 is not None:
         keys = fp8_to_float(keys, FP8, DTYPE)
     return keys.to(DTYPE)
+
+
+@triton.jit
+def row_pointer(rows, block, place, FORMAT: tl.constexpr):
+    """Addresses of rows ``place`` of the blocks ``block``."""
+    ALIGN: tl.constexpr = FORMAT.align
+    row = rows.base + block.to(tl.int64) * rows.stride_block + place.to(tl.int64) * rows.stride_token
+    return tl.multiple_of(row, ALIGN)

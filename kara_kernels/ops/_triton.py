@@ -1,6 +1,11 @@
-"""What every kernel needs: Triton where it is installed, layer pointers, and the decision whether a window fits."""
+"""What every kernel needs: Triton where it is installed, how kernels are compiled and launched, what a GPU can do."""
 
 import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,17 +33,25 @@ else:
     HAS_TRITON = True
 
 
-@triton.jit
-def layer_pointer(ptr, table_ptr, stride_layer, layer, ALIGN: tl.constexpr):
-    """Base of a layer: from the address table where there is one, else ``layer`` strides behind the first.
+def kernel(function: Callable[..., None]) -> Any:
+    """``triton.jit`` for kernels that are compiled for types and constexprs alone.
 
-    ``ALIGN`` is what the launcher knows of all addresses in bytes; a loaded integer has no alignment of its own, and
-    without it every access would be as narrow as one element.
+    Left to itself Triton compiles anew for pointers at multiples of 16 bytes, for integers that are multiples of 16 and
+    for ones, so that a batch of four would stall a server that was warmed up with a batch of one. What the width of
+    loads rests on is a constexpr that the launcher knows: the alignment of rows. Arguments stand side by side because
+    Triton specialises on whatever lies in a tuple.
     """
+    parameters = inspect.signature(function).parameters.values()
+    return triton.jit(do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])(function)
+
+
+@triton.jit
+def layer_pointer(ptr, table_ptr, stride_layer, layer):
+    """Base of a layer: from the address table where there is one, else ``layer`` strides behind the first."""
     if table_ptr is None:
         return ptr + layer * stride_layer
     else:
-        return tl.multiple_of(tl.load(table_ptr + layer).to(ptr.dtype), ALIGN)
+        return tl.load(table_ptr + layer).to(ptr.dtype)
 
 
 @triton.jit
@@ -60,24 +73,83 @@ def window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W: tl.constexpr):
 # With TRITON_INTERPRET=1 at import time the decorator made Python functions of the kernels.
 INTERPRETED = HAS_TRITON and not isinstance(layer_pointer, triton.runtime.JITFunction)
 
-# Shared memory that one program may use, in bytes: CUDA programming guide, table of compute capabilities (less the 1
-# KB that CUDA keeps), and AMD's LDS sizes. Unknown targets get the smallest.
-SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376,
-                 "gfx942": 65536, "gfx950": 163840}  # fmt: skip
+
+@dataclass(frozen=True)
+class Architecture:
+    """What launch configurations ask of a GPU."""
+
+    shared_memory: int
+    """Bytes that one program may use: CUDA programming guide, table of compute capabilities (less the 1 KB that CUDA
+    keeps), and AMD's LDS sizes."""
+    amd: bool = False
+    query_tiles: int = 2
+    """Query tiles that lie in shared memory beside the keys: two in flight with mma.sync; three with wgmma and tcgen05,
+    which read theirs from there too; none on AMD, which keeps queries in registers."""
+    slice_dims: int = 64
+    """Head dimensions of a streamed key tile. Where shared memory is small slices of 64 spilled: the assembler aims at
+    128 registers."""
+    float32_products: str = "tf32x3"
+    """How float32 is multiplied. AMD has the instruction. On NVIDIA "ieee" is scalar code that spills at any tile size,
+    and three TF32 products err by about 2^-22."""
+
+
+def _amd(shared_memory: int) -> Architecture:
+    return Architecture(shared_memory, amd=True, query_tiles=0, float32_products="ieee")
+
+
+# By Triton's name of the target.
+ARCHITECTURES: Mapping[int | str, Architecture] = MappingProxyType({
+    80: Architecture(166912),
+    86: Architecture(101376, slice_dims=32),
+    87: Architecture(166912),
+    89: Architecture(101376, slice_dims=32),
+    90: Architecture(232448, query_tiles=3),
+    100: Architecture(232448, query_tiles=3),
+    103: Architecture(232448, query_tiles=3),
+    120: Architecture(101376, slice_dims=32),
+    "gfx942": _amd(65536),
+    "gfx950": _amd(163840),
+})  # fmt: skip
+# Others get the least of any target of Triton, 64 KB (sm_75, gfx90a): slower perhaps, but it launches.
+UNKNOWN, UNKNOWN_AMD = Architecture(65536, slice_dims=32), _amd(65536)
+INTERPRETER = Architecture(166912, float32_products="ieee")  # tiles as on sm_80, products as NumPy takes them
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory a program may use on the target behind ``device``; as on sm_80 in the interpreter."""
+def architecture(device: torch.device) -> Architecture:
+    """Of ``device``, whichever is the current one."""
     if INTERPRETED:
-        return SHARED_MEMORY[80]
-    return SHARED_MEMORY.get(triton.runtime.driver.active.get_current_target().arch, 65536)
+        return INTERPRETER
+    with _current(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return ARCHITECTURES.get(target.arch, UNKNOWN_AMD if target.backend == "hip" else UNKNOWN)
 
 
-@functools.cache
-def is_amd(device: torch.device) -> bool:
-    """Whether the target behind ``device`` is an AMD GPU."""
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Makes ``device`` the current one for a while. One without an index is."""
+    driver = triton.runtime.driver.active
+    before = driver.get_current_device()
+    if device.index is None or device.index == before:
+        yield
+        return
+    driver.set_current_device(device.index)
+    try:
+        yield
+    finally:
+        driver.set_current_device(before)
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], device: torch.device, **arguments: Any) -> None:
+    """Every launch goes through here: on ``device``, where its tensors are, and on the current stream of it.
+
+    Triton asks for the current device and launches there, whatever the tensors say.
+    """
+    if device.index is None or device.index == triton.runtime.driver.active.get_current_device():
+        kernel[grid](**arguments)  # nearly always; entering a context costs more than this comparison
+        return
+    with _current(device):
+        kernel[grid](**arguments)
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:

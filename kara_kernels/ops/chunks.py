@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_chunks, check_scores, require_rows
-from ._triton import resolve_backend, tl, triton, window_of
+from ..paged import row_alignment
+from ._triton import kernel, launch, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
 
@@ -55,27 +56,27 @@ def _maximum(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["keep", "chunk_budget", "max_chunk", "stride_row"])
+@kernel
 def expand_kernel(
-    indices_ptr, scores_ptr, keep, chunk_budget, max_chunk, stride_row: tl.int64, W: tl.constexpr, BLOCK_W: tl.constexpr
-):
+    indices_ptr, scores_ptr, keep, chunk_budget, max_chunk, stride_row: tl.int64,
+    W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     """Grid ``(rows,)``: ``indices [rows, keep]`` from ``scores [rows, W]``."""
     row = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
     inside = offs_w < W
-    keys = order_keys(tl.load(scores_ptr + row * stride_row + offs_w, mask=inside, other=0.0))
+    scores = tl.multiple_of(scores_ptr + row * stride_row, ALIGN)
+    keys = order_keys(tl.load(scores + offs_w, mask=inside, other=0.0))
     kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
     store_positions(indices_ptr + row * keep, kept, offs_w)
 
 
-@triton.jit(
-    do_not_specialize=["num_tiles", "keep", "chunk_budget", "max_chunk", "stride_p_l", "stride_p_s", "stride_p_h"]
-)
+@kernel
 def keep_kernel(
     indices_ptr, scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
     SUM: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
-    CHUNKS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+    CHUNKS: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not
     fit.
@@ -90,13 +91,14 @@ def keep_kernel(
     row = (layer * tl.num_programs(1) + seq) * tl.num_programs(0) + list_
     offs_w = tl.arange(0, BLOCK_W)
     inside = offs_w < W
+    out = tl.multiple_of(scores_ptr + row * W, ALIGN)
     if fits:
-        partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
+        partials = tl.multiple_of(partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h, ALIGN)
         if SUM:
             scores = row_scores(
                 partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
             )
-            tl.store(scores_ptr + row * W + offs_w, scores, mask=inside)
+            tl.store(out + offs_w, scores, mask=inside)
         else:
             scores = tl.load(partials + offs_w, mask=inside, other=0.0)
         keys = order_keys(scores)
@@ -108,7 +110,7 @@ def keep_kernel(
     else:
         tl.store(indices_ptr + row * keep + offs_w, tl.full([BLOCK_W], -1, tl.int32), mask=offs_w < keep)
         if SUM:
-            tl.store(scores_ptr + row * W + offs_w, tl.zeros([BLOCK_W], tl.float32), mask=inside)
+            tl.store(out + offs_w, tl.zeros([BLOCK_W], tl.float32), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
@@ -117,9 +119,11 @@ def keep_kernel(
 def launch_expand(indices: Tensor, scores: Tensor, chunk_budget: int, max_chunk: int) -> None:
     """``scores [rows, W]`` into ``indices [rows, keep]``. Checks nothing."""
     rows, window = scores.shape
-    expand_kernel[(rows,)](
-        indices, scores, indices.shape[1], chunk_budget, max_chunk, scores.stride(0),
-        W=window, BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
+    launch(
+        expand_kernel, (rows, 1, 1), scores.device, indices_ptr=indices, scores_ptr=scores, keep=indices.shape[1],
+        chunk_budget=chunk_budget, max_chunk=max_chunk, stride_row=scores.stride(0),
+        W=window, ALIGN=row_alignment(scores), BLOCK_W=triton.next_power_of_2(window),
+        num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -130,12 +134,17 @@ def launch_keep(
     """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and, if ``computed``, ``scores [l, S, h,
     W]``."""
     layers, sequences, lists, tiles, window = partials.shape
-    keep_kernel[(lists, sequences, layers)](
-        indices, scores, partials, starts, seq_lens, protected, tiles, partial_rows.inverse, partial_rows.redundancy,
-        indices.shape[-1], chunk_budget, max_chunk, partials.stride(0), partials.stride(1), partials.stride(2),
+    launch(
+        keep_kernel, (lists, sequences, layers), scores.device,
+        indices_ptr=indices, scores_ptr=scores, partials_ptr=partials, starts_ptr=starts, seq_lens_ptr=seq_lens,
+        protected_ptr=protected, num_tiles=tiles, inverse=float(partial_rows.inverse),
+        redundancy=float(partial_rows.redundancy), keep=indices.shape[-1], chunk_budget=chunk_budget,
+        max_chunk=max_chunk, stride_p_l=partials.stride(0), stride_p_s=partials.stride(1),
+        stride_p_h=partials.stride(2),
         SUM=computed, SQUARES=partial_rows.squares, VALUE_NORM=int(partial_rows.value_norm),
         REDUNDANCY=int(partial_rows.redundancy > 0), CHUNKS=chunk_budget > 0, W=window,
-        BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
+        ALIGN=min(row_alignment(partials), row_alignment(scores)), BLOCK_W=triton.next_power_of_2(window),
+        num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 
 

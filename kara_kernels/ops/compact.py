@@ -7,6 +7,7 @@ Bytes are moved and never recomputed, so any dtype will do.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,27 +16,29 @@ from .. import reference
 from ..arguments import check_compact_blocks
 from ..checks import check_unit_stride
 from ..paged import WORDS, PagedCache, per_layer
-from ._triton import layer_pointer, resolve_backend, tl, triton
+from ._rows import PagedRows, RowFormat, row_pointer
+from ._triton import kernel, launch, layer_pointer, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
 
 
 @triton.jit
-def _move_rows(base, table, keep_list, start, length, keep, stride_b, stride_p,
-               W: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+def _move_rows(rows, keep_list, length, keep, W: tl.constexpr, FORMAT: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """All rows of one head from ``start`` to ``length``, upward, ``BLOCK_R`` at a time."""
-    count = length - start - W + keep  # rows at their new place: survivors, then the tail
+    """All rows of one head from the window's start to ``length``, upward, ``BLOCK_R`` at a time."""
+    P: tl.constexpr = FORMAT.page
+    D: tl.constexpr = FORMAT.dim
+    count = length - rows.start - W + keep  # rows at their new place: survivors, then the tail
     for first in range(0, count, BLOCK_R):
         offs_r = first + tl.arange(0, BLOCK_R)
         survivor = tl.load(keep_list + offs_r, mask=offs_r < keep, other=0)
-        source = start + tl.where(offs_r < keep, survivor, offs_r - keep + W)
-        target = start + offs_r
+        source = rows.start + tl.where(offs_r < keep, survivor, offs_r - keep + W)
+        target = rows.start + offs_r
         moves = (offs_r < count) & (source != target)  # a row that stays costs nothing
-        from_block = tl.load(table + source // P, mask=moves, other=0).to(tl.int64)
-        to_block = tl.load(table + target // P, mask=moves, other=0).to(tl.int64)
-        from_row = base + from_block * stride_b + (source % P).to(tl.int64) * stride_p
-        to_row = base + to_block * stride_b + (target % P).to(tl.int64) * stride_p
+        from_block = tl.load(rows.table + source // P, mask=moves, other=0)
+        to_block = tl.load(rows.table + target // P, mask=moves, other=0)
+        from_row = row_pointer(rows, from_block, source % P, FORMAT)
+        to_row = row_pointer(rows, to_block, target % P, FORMAT)
         for slice_ in range(0, D, BLOCK_D):
             offs_d = slice_ + tl.arange(0, BLOCK_D)
             mask = moves[:, None] & (offs_d < D)[None, :]
@@ -44,7 +47,7 @@ def _move_rows(base, table, keep_list, start, length, keep, stride_b, stride_p,
             tl.store(to_row[:, None] + offs_d[None, :], words, mask=mask)
 
 
-@triton.jit(do_not_specialize=["keep", "stride_t_s", "stride_i_l", "stride_i_s", "stride_i_h"])
+@kernel
 def compact_kernel(
     new_lens_ptr, frontiers_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr,
     protected_ptr, keep_ptr, keep,
@@ -52,8 +55,8 @@ def compact_kernel(
     stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
     stride_t_s: tl.int64,
     stride_i_l: tl.int64, stride_i_s: tl.int64, stride_i_h: tl.int64,
-    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ALIGN_K: tl.constexpr,
-    ALIGN_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RV: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RV: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(S*H, caches, L)``: one program moves one head of one cache. A keep list of -1 leaves its sequence
     alone."""
@@ -76,14 +79,15 @@ def compact_kernel(
             tl.store(frontiers_ptr + seq, tl.where(alive, start + keep, untouched))
     if alive:
         table = block_tables_ptr + seq * stride_t_s
+        # Keys and values may be of different types, so that no name can stand for both.
         if tl.program_id(1) == 0:
-            base = layer_pointer(k_ptr, k_table, stride_k_l, layer, ALIGN_K) + head * stride_k_h
-            _move_rows(base, table, keep_list, start, length, keep, stride_k_b, stride_k_p, W, P, D, BLOCK_D, BLOCK_R)
+            k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer) + head * stride_k_h
+            keys = PagedRows(k_base, table, start, stride_k_b, stride_k_p)
+            _move_rows(keys, keep_list, length, keep, W, K, BLOCK_D, BLOCK_R)
         else:
-            base = layer_pointer(v_ptr, v_table, stride_v_l, layer, ALIGN_V) + head * stride_v_h
-            _move_rows(
-                base, table, keep_list, start, length, keep, stride_v_b, stride_v_p, W, P, DV, BLOCK_DV, BLOCK_RV
-            )
+            v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer) + head * stride_v_h
+            values = PagedRows(v_base, table, start, stride_v_b, stride_v_p)
+            _move_rows(values, keep_list, length, keep, W, V, BLOCK_DV, BLOCK_RV)
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
@@ -117,15 +121,17 @@ def launch_compact(
     k, v = (pool[0].view(WORDS[pool[0].element_size()]) for pool in (keys, values))
     block_d, block_r = row_block(k.shape[3], k.element_size())
     block_dv, block_rv = row_block(v.shape[3], v.element_size())
-    compact_kernel[(sequences * heads, 1 if cache.v is None else 2, layers)](
-        new_lens, frontiers, k, keys.table, v, values.table, block_tables, starts, seq_lens, protected, keep_indices,
-        keep,
-        keys.stride_layer, k.stride(0), k.stride(1), k.stride(2),
-        values.stride_layer, v.stride(0), v.stride(1), v.stride(2), block_tables.stride(0),
-        keep_indices.stride(0), keep_indices.stride(1), keep_indices.stride(2),
-        H=heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3], ALIGN_K=keys.alignment, ALIGN_V=values.alignment,
-        BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4,
-        enable_fp_fusion=True,
+    launch(
+        compact_kernel, (sequences * heads, 1 if cache.v is None else 2, layers), k.device,
+        new_lens_ptr=new_lens, frontiers_ptr=frontiers, k_ptr=k, k_table=keys.table, v_ptr=v, v_table=values.table,
+        block_tables_ptr=block_tables, starts_ptr=starts, seq_lens_ptr=seq_lens, protected_ptr=protected,
+        keep_ptr=keep_indices, keep=keep,
+        stride_k_l=keys.stride_layer, stride_k_b=k.stride(0), stride_k_p=k.stride(1), stride_k_h=k.stride(2),
+        stride_v_l=values.stride_layer, stride_v_b=v.stride(0), stride_v_p=v.stride(1), stride_v_h=v.stride(2),
+        stride_t_s=block_tables.stride(0), stride_i_l=keep_indices.stride(0), stride_i_s=keep_indices.stride(1),
+        stride_i_h=keep_indices.stride(2),
+        H=heads, W=window, K=replace(RowFormat.of(keys), fp8=None), V=replace(RowFormat.of(values), fp8=None),
+        BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

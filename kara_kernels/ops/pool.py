@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ._triton import tl, triton, window_of
+from ..paged import row_alignment
+from ._triton import kernel, launch, tl, triton, window_of
 
 # ------------------------------------------------------------------------------------------------- device code
 
@@ -29,11 +30,11 @@ def row_scores(partials, offs_w, num_tiles, inverse, redundancy, W: tl.constexpr
     return total
 
 
-@triton.jit(do_not_specialize=["num_tiles", "stride_p_l", "stride_p_s", "stride_p_h"])
+@kernel
 def pool_kernel(
     scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr, W: tl.constexpr,
+    LAYERS: tl.constexpr, HEADS: tl.constexpr, COMPUTED: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr,
     SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(lists of a layer, S, pooled layers)``: scores ``[pooled L, S, pooled H, W]``, means over ``HEADS`` and
@@ -50,9 +51,9 @@ def pool_kernel(
     fits = True
     if COMPUTED:
         _, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
-    out = scores_ptr + ((layer * tl.num_programs(1) + seq) * lists + list_) * W + offs_w
+    out = tl.multiple_of(scores_ptr + ((layer * tl.num_programs(1) + seq) * lists + list_) * W, ALIGN) + offs_w
     if fits:
-        partials = partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h
+        partials = tl.multiple_of(partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h, ALIGN)
         if LAYERS * HEADS == 1:
             pooled = row_scores(
                 partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
@@ -60,7 +61,7 @@ def pool_kernel(
         else:
             total = tl.zeros([BLOCK_W], tl.float64)
             for row in range(0, LAYERS * HEADS):
-                source = partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h
+                source = tl.multiple_of(partials + row // HEADS * stride_p_l + row % HEADS * stride_p_h, ALIGN)
                 scores = row_scores(
                     source, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
                 )
@@ -93,10 +94,13 @@ def launch_pool(
     layers, sequences, heads, tiles, window = partials.shape
     pooled_layers, _, lists, _ = scores.shape
     block = min(256, triton.next_power_of_2(window))
-    pool_kernel[(lists * triton.cdiv(window, block), sequences, pooled_layers)](
-        scores, partials, starts, seq_lens, protected, tiles, rows.inverse, rows.redundancy,
-        partials.stride(0), partials.stride(1), partials.stride(2),
-        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window, SQUARES=rows.squares,
+    launch(
+        pool_kernel, (lists * triton.cdiv(window, block), sequences, pooled_layers), scores.device,
+        scores_ptr=scores, partials_ptr=partials, starts_ptr=starts, seq_lens_ptr=seq_lens, protected_ptr=protected,
+        num_tiles=tiles, inverse=float(rows.inverse), redundancy=float(rows.redundancy),
+        stride_p_l=partials.stride(0), stride_p_s=partials.stride(1), stride_p_h=partials.stride(2),
+        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window,
+        ALIGN=min(row_alignment(partials), row_alignment(scores)), SQUARES=rows.squares,
         VALUE_NORM=int(rows.value_norm), REDUNDANCY=int(rows.redundancy > 0), BLOCK_W=block, num_warps=2,
         enable_fp_fusion=True,
     )  # fmt: skip

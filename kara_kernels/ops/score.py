@@ -17,6 +17,7 @@ the length of values as in Compactor (arXiv 2507.08143); root mean squares are t
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +25,16 @@ from torch import Tensor
 from .. import reference
 from ..arguments import check_score_window
 from ..checks import FP8_DTYPES
-from ..paged import Layers, PagedCache, per_layer
-from ._rows import FP8_NAMES, load_rows
+from ..paged import Layers, PagedCache, per_layer, row_alignment
+from ._rows import PagedRows, RowFormat, load_rows
 from ._triton import (
     INTERPRETED,
-    SHARED_MEMORY,
-    is_amd,
+    Architecture,
+    architecture,
+    kernel,
+    launch,
     layer_pointer,
     resolve_backend,
-    shared_memory,
     tl,
     triton,
     window_of,
@@ -47,27 +49,52 @@ PARTIAL_BYTES = 256 << 20
 # ------------------------------------------------------------------------------------------------- device code
 
 
+class QueryRows(NamedTuple):
+    """Where the query rows of one sequence and KV head are, in a kernel."""
+
+    base: Any
+    places: Any  # rows of the queries; None: they lie one behind the other
+    stride_query: Any
+    stride_head: Any
+    count: Any  # of queries
+
+
+@dataclass(frozen=True)
+class ScoreForm:
+    """What the kernel is compiled to know of queries and options; ``ScoreConfig`` is how it goes about it."""
+
+    heads: int  # KV heads
+    group: int
+    window: int
+    align: int  # bytes that every query row's address is a multiple of
+    align_partials: int  # ... partial row's
+    causal: bool
+    squares: bool
+    value_norm: int  # partial rows that hold value norms
+    redundancy: int  # ... the softmax of mean cosines
+    dtype: Any  # Triton's, of the products
+    precision: str
+
+
 @triton.jit
-def _load_queries(base, places, offs_m, rows, offs_d, stride_n, stride_h,
-                  G: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // G``, group member ``m % G``.
-
-    With ``places`` query ``i`` lies in row ``places[i]`` of ``base``.
-    """
-    query = offs_m // G
-    if places is not None:
-        query = tl.load(places + query, mask=offs_m < rows, other=0)
-    row = base + query.to(tl.int64) * stride_n + (offs_m % G).to(tl.int64) * stride_h
-    mask = (offs_m < rows)[:, None] & (offs_d < DIM)[None, :]
-    return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(DTYPE)
+def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
+    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it."""
+    ALIGN: tl.constexpr = FORM.align
+    query = offs_m // FORM.group
+    if queries.places is not None:
+        query = tl.load(queries.places + query, mask=offs_m < row_last, other=0)
+    member = (offs_m % FORM.group).to(tl.int64)
+    row = tl.multiple_of(queries.base + query.to(tl.int64) * queries.stride_query + member * queries.stride_head, ALIGN)
+    mask = (offs_m < row_last)[:, None] & (offs_d < DIM)[None, :]
+    return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
 
 
 @triton.jit
-def _masked(logits, offs_m, offs_w, scale, num_queries, W: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr):
+def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
     """Logits in units of log2, -inf where a query may not look."""
-    seen = (offs_w < W)[None, :]
-    if CAUSAL:  # query i is window token W - N + i
-        seen = seen & (offs_w[None, :] <= (W - num_queries + offs_m // G)[:, None])
+    seen = (offs_w < FORM.window)[None, :]
+    if FORM.causal:  # query i is window token W - N + i
+        seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
     return tl.where(seen, logits * scale, float("-inf"))
 
 
@@ -82,35 +109,27 @@ def _sum_products(a, b):
 
 
 @triton.jit
-def _mean_cosines(out, base, table, start, head, stride_b, stride_p, stride_h,
-                  W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+def _mean_cosines(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
     """Write softmax_j of the mean cosine of key j to all keys: three walks over the keys, nothing kept but a mean."""
     offs_d = tl.arange(0, BLOCK_D)
     mean = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = load_rows(
-            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
-        )
+        keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
         mean += tl.sum(_unit(keys), 1)
     mean = mean / W
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = load_rows(
-            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
-        )
+        keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
         cosine = tl.where(offs_w < W, _sum_products(_unit(keys), mean[:, None]), float("-inf"))
         higher = tl.maximum(peak, tl.max(cosine, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(cosine - higher), 0)
         peak = higher
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        keys = load_rows(
-            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
-        )
+        keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
         cosine = _sum_products(_unit(keys), mean[:, None])
         tl.store(out + offs_w, tl.exp(cosine - peak) / total, mask=offs_w < W)
 
@@ -125,75 +144,76 @@ def _unit(keys):
 
 
 @triton.jit
-def _value_norms(out, base, table, start, head, stride_b, stride_p, stride_h,
-                 W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+def _value_norms(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
     """Write the Euclidean length of every value of the window."""
     offs_d = tl.arange(0, BLOCK_D)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        values = load_rows(
-            base, table, start, offs_w, offs_d, head, stride_b, stride_p, stride_h, W, P, D, FP8, tl.float32
-        )
+        values = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
         largest = tl.max(tl.abs(values), 0)
         unit = values / tl.where(largest > 0, largest, 1.0)[None, :]
         tl.store(out + offs_w, largest * tl.sqrt_rn(_sum_products(unit, unit)), mask=offs_w < W)
 
 
 @triton.jit
-def _columns_whole(out, q_base, places, k_base, table, start, head, scale, num_queries, row_first, row_last,
-                   stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
-                   W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
-                   SQUARES: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+def _columns_whole(out, queries, keys, scale, row_first, row_last,
+                   FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """All keys stay on chip, so a softmax row is whole in one tile: one pass."""
+    W: tl.constexpr = FORM.window
+    D: tl.constexpr = FORMAT.dim
+    DTYPE: tl.constexpr = FORM.dtype
+    PRECISION: tl.constexpr = FORM.precision
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_W: tl.constexpr = CONFIG.block_w
+    D0: tl.constexpr = CONFIG.d0
+    D1: tl.constexpr = CONFIG.d1
     offs_w = tl.arange(0, BLOCK_W)
     d0 = tl.arange(0, D0)
-    k0 = load_rows(k_base, table, start, offs_w, d0, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+    k0 = load_rows(keys, offs_w, d0, W, FORMAT, DTYPE)
     k1 = k0  # unused where one power of two is all of D
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
-        k1 = load_rows(k_base, table, start, offs_w, d1, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE)
+        k1 = load_rows(keys, offs_w, d1, W, FORMAT, DTYPE)
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(q_base, places, offs_m, row_last, d0, stride_q_n, stride_q_h, G, D, DTYPE)
+        q0 = _load_queries(queries, offs_m, d0, row_last, D, FORM)
         logits = tl.dot(q0, k0, input_precision=PRECISION)
         if D1 > 0:
-            q1 = _load_queries(q_base, places, offs_m, row_last, d1, stride_q_n, stride_q_h, G, D, DTYPE)
+            q1 = _load_queries(queries, offs_m, d1, row_last, D, FORM)
             logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
-        logits = _masked(logits, offs_m, offs_w, scale, num_queries, W, G, CAUSAL)
+        logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
         p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
-        columns += tl.sum(p * p if SQUARES else p, 0)
+        columns += tl.sum(p * p if FORM.squares else p, 0)
     tl.store(out + offs_w, columns, mask=offs_w < W)
 
 
 @triton.jit
-def _tile_logits(q_base, places, k_base, table, start, head, scale, num_queries, offs_m, offs_w, row_last,
-                 stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
-                 W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
-                 FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
+                 FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """One tile of masked logits, as a matrix product over slices of the head dimension."""
+    D: tl.constexpr = FORMAT.dim
+    PRECISION: tl.constexpr = FORM.precision
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_W: tl.constexpr = CONFIG.block_w
+    BLOCK_D: tl.constexpr = CONFIG.d0
     logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(q_base, places, offs_m, row_last, offs_d, stride_q_n, stride_q_h, G, D, DTYPE)
-        k = load_rows(
-            k_base, table, start, offs_w, offs_d, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, DTYPE
-        )
+        q = _load_queries(queries, offs_m, offs_d, row_last, D, FORM)
+        k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
         logits = tl.dot(q, k, logits, input_precision=PRECISION)
-    return _masked(logits, offs_m, offs_w, scale, num_queries, W, G, CAUSAL)
+    return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
 
 
 @triton.jit
-def _columns_streamed(out, q_base, places, k_base, table, start, head, scale, num_queries, row_first, row_last,
-                      stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
-                      W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, G: tl.constexpr, CAUSAL: tl.constexpr,
-                      SQUARES: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _columns_streamed(out, queries, keys, scale, row_first, row_last,
+                      FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """Key tiles pass twice per query tile: for each row's log-sum-exp, then for the columns."""
+    W: tl.constexpr = FORM.window
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_W: tl.constexpr = CONFIG.block_w
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         # A causal row may see nothing of a tile: a finite start keeps -inf - -inf out of the recurrence.
@@ -201,20 +221,16 @@ def _columns_streamed(out, q_base, places, k_base, table, start, head, scale, nu
         total = tl.zeros([BLOCK_M], tl.float32)
         for tile in range(0, W, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
-            logits = _tile_logits(q_base, places, k_base, table, start, head, scale, num_queries, offs_m, offs_w,
-                                  row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
-                                  W, P, D, G, CAUSAL, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, BLOCK_D)  # fmt: skip
+            logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
             higher = tl.maximum(peak, tl.max(logits, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
             peak = higher
         weight = tl.where(offs_m < row_last, 1.0 / total, 0.0)
         for tile in range(0, W, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
-            logits = _tile_logits(q_base, places, k_base, table, start, head, scale, num_queries, offs_m, offs_w,
-                                  row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h,
-                                  W, P, D, G, CAUSAL, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, BLOCK_D)  # fmt: skip
+            logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
             p = tl.exp2(logits - peak[:, None]) * weight[:, None]
-            columns = tl.sum(p * p if SQUARES else p, 0)
+            columns = tl.sum(p * p if FORM.squares else p, 0)
             if first > row_first:
                 # The program's own partial row is its accumulator. Another thread of it stored what this one loads.
                 tl.debug_barrier()
@@ -223,66 +239,60 @@ def _columns_streamed(out, q_base, places, k_base, table, start, head, scale, nu
             tl.store(out + offs_w, columns, mask=offs_w < W)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_tiles", "first_layer", "stride_t_s", "stride_qr_s"])
+@kernel
 def score_kernel(
-    partials_ptr, query_ptr, query_table, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr, seq_lens_ptr,
-    protected_ptr, query_rows_ptr, k_scale_ptr, scale, num_queries, num_tiles, first_layer,
-    stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64,
+    partials_ptr, query_ptr, query_table, query_rows_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr,
+    seq_lens_ptr, protected_ptr, scale, k_scale_ptr, num_queries, num_tiles, first_layer,
+    stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64, stride_qr_s: tl.int64,
     stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
     stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
-    stride_t_s: tl.int64, stride_qr_s: tl.int64,
-    stride_ks_l: tl.int64, stride_ks_h: tl.int64,
-    H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
-    FP8: tl.constexpr, FP8_V: tl.constexpr, DTYPE: tl.constexpr, ALIGN_Q: tl.constexpr, ALIGN_K: tl.constexpr,
-    ALIGN_V: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    stride_t_s: tl.int64, stride_ks_l: tl.int64, stride_ks_h: tl.int64,
+    FORM: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, tiles, L)``: partial rows ``[L, S, H, tiles, W]``: column sums, of squares with ``SQUARES``; then a
-    row of value norms with ``VALUE_NORM``; last one of redundancy's softmax with ``REDUNDANCY``. ``L`` counts from
-    ``first_layer`` of the pools.
+    """Grid ``(S*H, tiles, L)``: partial rows ``[L, S, H, tiles, W]``: column sums, of squares with ``FORM.squares``;
+    then a row of value norms with ``FORM.value_norm``; last one of redundancy's softmax with ``FORM.redundancy``.
+    ``L`` counts from ``first_layer`` of the pools.
 
     A sequence whose window does not fit is left out; nobody reads its partial rows.
     """
-    seq = (tl.program_id(0) // H).to(tl.int64)
-    head = (tl.program_id(0) % H).to(tl.int64)
+    W: tl.constexpr = FORM.window
+    ALIGN: tl.constexpr = FORM.align_partials
+    NORM: tl.constexpr = FORM.value_norm
+    REDUNDANCY: tl.constexpr = FORM.redundancy
+    BLOCK_R: tl.constexpr = 16  # tokens that norms and cosines are taken of at a time
+    seq = (tl.program_id(0) // FORM.heads).to(tl.int64)
+    head = (tl.program_id(0) % FORM.heads).to(tl.int64)
     tile = tl.program_id(1)
     layer = first_layer + tl.program_id(2).to(tl.int64)
     start, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
     if fits:
-        k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer, ALIGN_K)
         table = block_tables_ptr + seq * stride_t_s
+        k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer) + head * stride_k_h
+        keys = PagedRows(k_base, table, start, stride_k_b, stride_k_p)
         row = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile
-        out = partials_ptr + row * W
+        out = tl.multiple_of(partials_ptr + row * W, ALIGN)
         if REDUNDANCY and tile == num_tiles - 1:
-            _mean_cosines(
-                out, k_base, table, start, head, stride_k_b, stride_k_p, stride_k_h, W, P, D, FP8, BLOCK_D, BLOCK_R
-            )
-        elif VALUE_NORM and tile == num_tiles - 1 - REDUNDANCY:
-            v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer, ALIGN_V)
-            _value_norms(
-                out, v_base, table, start, head, stride_v_b, stride_v_p, stride_v_h, W, P, DV, FP8_V, BLOCK_DV, BLOCK_R
-            )
+            _mean_cosines(out, keys, W, K, K.block, BLOCK_R)
+        elif NORM and tile == num_tiles - 1 - REDUNDANCY:
+            v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer) + head * stride_v_h
+            values = PagedRows(v_base, table, start, stride_v_b, stride_v_p)
+            _value_norms(out, values, W, V, V.block, BLOCK_R)
         else:
-            q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer, ALIGN_Q)
-            q_base += seq * stride_q_s + head * G * stride_q_h
+            q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer)
+            q_base += seq * stride_q_s + head * FORM.group * stride_q_h
             places = query_rows_ptr
             if query_rows_ptr is not None:
                 places += seq * stride_qr_s
+            queries = QueryRows(q_base, places, stride_q_n, stride_q_h, num_queries)
             factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e): exp2 is the native instruction
             if k_scale_ptr is not None:
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
-            row_first = tile * ROWS
-            row_last = tl.minimum(row_first + ROWS, num_queries * G)
-            if WHOLE:
-                _columns_whole(out, q_base, places, k_base, table, start, head, factor, num_queries, row_first,
-                               row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G, CAUSAL,
-                               SQUARES, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0, D1)  # fmt: skip
+            row_first = tile * CONFIG.rows
+            row_last = tl.minimum(row_first + CONFIG.rows, num_queries * FORM.group)
+            if CONFIG.whole:
+                _columns_whole(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
             else:
-                _columns_streamed(out, q_base, places, k_base, table, start, head, factor, num_queries, row_first,
-                                  row_last, stride_q_n, stride_q_h, stride_k_b, stride_k_p, stride_k_h, W, P, D, G,
-                                  CAUSAL, SQUARES, FP8, DTYPE, PRECISION, BLOCK_M, BLOCK_W, D0)  # fmt: skip
+                _columns_streamed(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
@@ -300,10 +310,10 @@ class ScoreConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bool) -> ScoreConfig:
+def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture) -> ScoreConfig:
     """Launch configuration from shape and target alone: a choice that saw the batch would change last bits.
 
-    ``dtype`` is what the matrix products take, ``shared`` the bytes of shared memory a program may use.
+    ``dtype`` is what the matrix products take.
     """
     rows = 512  # keys are read once and one partial row written per 512 query rows: under 2 % of the bytes at W = 256
     block_w = max(16, triton.next_power_of_2(window))
@@ -312,23 +322,19 @@ def score_config(window: int, dim: int, dtype: torch.dtype, shared: int, amd: bo
     # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
     # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
     block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
-    # Keys, and query tiles in flight beside them: two with mma.sync, three with wgmma and tcgen05, which read theirs
-    # from shared memory too (told by its size). AMD keeps the queries in registers.
-    tiles = 0 if amd else 3 if shared > SHARED_MEMORY[80] else 2
 
     def fits(block_m: int) -> bool:
-        needed = (block_w + tiles * block_m) * (d0 + d1) * dtype.itemsize
-        return needed + (0 if amd else 16384) <= shared
+        needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize
+        return needed + (0 if target.amd else 16384) <= target.shared_memory
 
     # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
     if dtype != torch.float32 and block_w <= 1024:
-        if d0 == 256 and block_w == 256 and (amd or not fits(block_m)):
+        if d0 == 256 and block_w == 256 and (target.amd or not fits(block_m)):
             block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
         if fits(block_m):
             # 4 warps for D = 256 and more filled a sixteenth of a multiprocessor, and spilled at 576.
             return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 and d0 + d1 <= 128 else 8)
-    # Where shared memory is small (sm_86, sm_89, sm_120) slices of 64 spilled: the assembler aims at 128 registers.
-    slice_ = 32 if dtype == torch.float32 or (shared < SHARED_MEMORY[80] and not amd) else 64
+    slice_ = 32 if dtype == torch.float32 else target.slice_dims
     while dim % slice_ and slice_ > 16:
         slice_ //= 2
     # 64 keys: two programs fit a multiprocessor, and 128 spilled on sm_100.
@@ -341,7 +347,7 @@ def plan_score(
 ) -> tuple[ScoreConfig, PartialRows]:  # fmt: skip
     """The launch configuration and the partial rows that it leaves per KV head; arguments as of ``launch_score``."""
     q, k = query[0], k_cache[0]
-    config = score_config(window, k.shape[3], _matrix_dtype(q, k), shared_memory(k.device), is_amd(k.device))
+    config = score_config(window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
     queries = q.shape[1] if query_rows is None else query_rows.shape[1]
     rows = queries * (q.shape[2] // k.shape[2])
     tiles = triton.cdiv(rows, config.rows) + value_norm + (redundancy > 0)
@@ -367,30 +373,35 @@ def launch_score(
     layers, sequences, heads, tiles, window = partials.shape
     values = cache.v if rows.value_norm and cache.v is not None else cache.k  # keys stand in where none are read
     q, k, v = query[0], cache.k[0], values[0]
-    fp8, fp8_v = FP8_NAMES.get(k.dtype), FP8_NAMES.get(v.dtype)
-    # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
-    dtype = tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)]
+    form = ScoreForm(
+        heads, q.shape[2] // heads, window, query.alignment, row_alignment(partials), attention == "causal",
+        rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
+        # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
+        tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)], architecture(k.device).float32_products,
+    )  # fmt: skip
     by_head = k_scale if isinstance(k_scale, Tensor) else None
-    # float32 products: AMD has the instruction; on NVIDIA "ieee" is scalar code that spills at any tile size, and
-    # three TF32 products err by about 2^-22.
-    precision = "ieee" if INTERPRETED or is_amd(k.device) else "tf32x3"
-    score_kernel[(sequences * heads, tiles, layers)](
-        partials, q, query.table, k.view(torch.uint8) if fp8 else k, cache.k.table,
-        v.view(torch.uint8) if fp8_v else v, values.table, block_tables, starts, seq_lens, protected, query_rows,
-        by_head, scale * k_scale if isinstance(k_scale, float) else scale,
-        q.shape[1] if query_rows is None else query_rows.shape[1], tiles, first_layer,
-        query.stride_layer, q.stride(0) if query_rows is None else 0, q.stride(1), q.stride(2),
-        cache.k.stride_layer, k.stride(0), k.stride(1), k.stride(2),
-        values.stride_layer, v.stride(0), v.stride(1), v.stride(2), block_tables.stride(0),
-        0 if query_rows is None else query_rows.stride(0), *((0, 0) if by_head is None else by_head.stride()),
-        H=heads, G=q.shape[2] // heads, W=window, P=k.shape[1], D=k.shape[3], DV=v.shape[3],
-        CAUSAL=attention == "causal", SQUARES=rows.squares, VALUE_NORM=int(rows.value_norm),
-        REDUNDANCY=int(rows.redundancy > 0), FP8=fp8, FP8_V=fp8_v, DTYPE=dtype, ALIGN_Q=query.alignment,
-        ALIGN_K=cache.k.alignment, ALIGN_V=values.alignment, PRECISION=precision, WHOLE=config.whole,
-        BLOCK_M=config.block_m, BLOCK_W=config.block_w, D0=config.d0, D1=config.d1, ROWS=config.rows,
-        BLOCK_D=triton.next_power_of_2(k.shape[3]), BLOCK_DV=triton.next_power_of_2(v.shape[3]), BLOCK_R=16,
+    launch(
+        score_kernel, (sequences * heads, tiles, layers), k.device,
+        partials_ptr=partials, query_ptr=q, query_table=query.table, query_rows_ptr=query_rows,
+        k_ptr=_bytes_of_fp8(k), k_table=cache.k.table, v_ptr=_bytes_of_fp8(v), v_table=values.table,
+        block_tables_ptr=block_tables, starts_ptr=starts, seq_lens_ptr=seq_lens, protected_ptr=protected,
+        scale=float(scale if isinstance(k_scale, Tensor) else scale * k_scale), k_scale_ptr=by_head,
+        num_queries=q.shape[1] if query_rows is None else query_rows.shape[1], num_tiles=tiles, first_layer=first_layer,
+        stride_q_l=query.stride_layer, stride_q_s=q.stride(0) if query_rows is None else 0,
+        stride_q_n=q.stride(1), stride_q_h=q.stride(2),
+        stride_qr_s=0 if query_rows is None else query_rows.stride(0),
+        stride_k_l=cache.k.stride_layer, stride_k_b=k.stride(0), stride_k_p=k.stride(1), stride_k_h=k.stride(2),
+        stride_v_l=values.stride_layer, stride_v_b=v.stride(0), stride_v_p=v.stride(1), stride_v_h=v.stride(2),
+        stride_t_s=block_tables.stride(0),
+        stride_ks_l=0 if by_head is None else by_head.stride(0),
+        stride_ks_h=0 if by_head is None else by_head.stride(1),
+        FORM=form, K=RowFormat.of(cache.k), V=RowFormat.of(values), CONFIG=config,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _bytes_of_fp8(rows: Tensor) -> Tensor:
+    return rows.view(torch.uint8) if rows.dtype in FP8_DTYPES else rows
 
 
 def layers_at_once(sequences: int, heads: int, window: int, rows: PartialRows) -> int:

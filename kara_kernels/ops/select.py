@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_count, check_scores, require_rows
-from ._triton import resolve_backend, tl, triton
+from ..paged import row_alignment
+from ._triton import kernel, launch, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
 
@@ -61,13 +62,15 @@ def store_positions(out, kept, offs_w):
     tl.store(out + slot, offs_w, mask=kept)
 
 
-@triton.jit(do_not_specialize=["k", "stride_row"])
-def topk_kernel(indices_ptr, scores_ptr, k, stride_row: tl.int64, W: tl.constexpr, BLOCK_W: tl.constexpr):
+@kernel
+def topk_kernel(
+    indices_ptr, scores_ptr, k, stride_row: tl.int64, W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr
+):
     """Grid ``(rows,)``: ``indices [rows, k]`` from ``scores [rows, W]``."""
     row = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
     inside = offs_w < W
-    scores = tl.load(scores_ptr + row * stride_row + offs_w, mask=inside, other=0.0)
+    scores = tl.load(tl.multiple_of(scores_ptr + row * stride_row, ALIGN) + offs_w, mask=inside, other=0.0)
     kept = take_best(order_keys(scores), inside.to(tl.int32), k)
     store_positions(indices_ptr + row * k, kept, offs_w)
 
@@ -86,8 +89,9 @@ def row_warps(window: int) -> int:
 def launch_topk(indices: Tensor, scores: Tensor, k: int) -> None:
     """``scores [rows, W]`` into ``indices [rows, k]``. Checks nothing."""
     rows, window = scores.shape
-    topk_kernel[(rows,)](
-        indices, scores, k, scores.stride(0), W=window, BLOCK_W=triton.next_power_of_2(window),
+    launch(
+        topk_kernel, (rows, 1, 1), scores.device, indices_ptr=indices, scores_ptr=scores, k=k,
+        stride_row=scores.stride(0), W=window, ALIGN=row_alignment(scores), BLOCK_W=triton.next_power_of_2(window),
         num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 
