@@ -23,6 +23,7 @@ if INTERPRETED:
 
 from triton.backends.compiler import GPUTarget
 
+from bench.codegen.inspect import sass
 from bench.compile_only import SHARED, TARGETS, Build, CompileOnly, compiling_for, driving
 from kara_kernels import PagedCache, compress_window
 from kara_kernels.engine import Plan, Policy, QueryRing, Span, execute, warm_up
@@ -110,6 +111,56 @@ def assert_barrier_before_store(build: Build, moves: int) -> None:
     # Data loads, barrier, data stores; the single store of the new length and index loads lie around.
     assert len(re.findall(r"L+B+S+", events)) >= moves, events
     assert not re.search(r"LS", events.split("B", 1)[1]), f"a store follows a load without a barrier: {events}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("window", "dim", "v_dim", "dtype", "reduction"), [
+    (256, 128, 128, torch.bfloat16, "mean"), (256, 128, 128, torch.bfloat16, "rms"), (33, 24, 40, torch.float16, "rms"),
+    (2048, 64, 64, torch.float32, "rms"),
+])  # fmt: skip
+def test_no_product_is_fused_into_a_sum_across_lanes(
+    window: int, dim: int, v_dim: int, dtype: torch.dtype, reduction: str, target: str
+) -> None:
+    """``fma(x, x, y)`` with a partner's ``y`` rounds another product in each of two lanes, which then hold two sums."""
+    given = arguments(window, dim, v_dim, 2, 16, dtype)
+    starts = torch.zeros(1, dtype=torch.int32)
+    with compiling_for(target) as builds:
+        score_window(
+            given["query"], given["k_cache"], given["block_tables"], starts, window, v_cache=given["v_cache"],
+            reduction=reduction, redundancy=1.0, backend="triton",
+        )  # fmt: skip
+    (build,) = (build for build in builds if build.name == "score_kernel")
+    assert not fused_across_lanes(build)
+
+
+def fused_across_lanes(build: Build) -> list[str]:
+    """Fused multiply-adds whose addend is what the last instruction before them that wrote it got from another lane."""
+    if build.target.startswith("sm"):
+        code, shuffles, fused = sass(build.kernel.asm["cubin"]), r"SHFL", r"FFMA2?\b"
+    else:
+        code, shuffles, fused = build.assembly, r"ds_bpermute|ds_swizzle|v_permlane|v_mov_b32_dpp", r"v_(pk_)?fma"
+    shuffled: set[str] = set()
+    found = []
+    for opcode, rest in re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@\S+\s+)?([A-Za-z]\w+)\S*\s+(\S.*)", code, re.M):
+        operands = [registers(operand, opcode in ("FADD2", "FMUL2", "FFMA2")) for operand in rest.split(",")]
+        if re.match(fused, opcode) and operands[0 if "fmac" in opcode else 3] & shuffled:
+            found.append(f"{opcode} {rest}")
+        if re.match(shuffles, opcode):
+            shuffled |= operands[1 if opcode == "SHFL" else 0]  # the first operand of SHFL is a predicate
+            if "permlane" in opcode:
+                shuffled |= operands[1]
+        else:
+            shuffled -= operands[0]
+    return found
+
+
+def registers(operand: str, pairs: bool) -> set[str]:
+    """Of ``R4``, ``v4`` or ``v[4:5]``; ``R4`` of an instruction on ``pairs`` is R4 and R5."""
+    if span := re.match(r"\s*v\[(\d+):(\d+)\]", operand):
+        return {f"v{number}" for number in range(int(span[1]), int(span[2]) + 1)}
+    if found := re.search(r"\b([Rv])(\d+)", operand):
+        return {found[0], f"R{int(found[2]) + 1}"} if pairs else {found[0]}
+    return set()
 
 
 def test_standalone_operations_compile() -> None:

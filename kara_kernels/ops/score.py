@@ -99,16 +99,6 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
 
 
 @triton.jit
-def _sum_products(a, b):
-    """Sum of ``a * b`` over the first axis, the same bits in every lane that holds it.
-
-    Without the zero a product may be fused into the first addition across lanes: ``fma(a, b, other)`` does not round a
-    lane's own product but its partner's, so the two would hold different bits of one sum.
-    """
-    return tl.sum(a * b + 0.0, 0)
-
-
-@triton.jit
 def _mean_cosines(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
     """Write softmax_j of the mean cosine of key j to all keys: three walks over the keys, nothing kept but a mean."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -123,14 +113,14 @@ def _mean_cosines(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
         keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
-        cosine = tl.where(offs_w < W, _sum_products(_unit(keys), mean[:, None]), float("-inf"))
+        cosine = tl.where(offs_w < W, tl.sum(_unit(keys) * mean[:, None], 0), float("-inf"))
         higher = tl.maximum(peak, tl.max(cosine, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(cosine - higher), 0)
         peak = higher
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
         keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
-        cosine = _sum_products(_unit(keys), mean[:, None])
+        cosine = tl.sum(_unit(keys) * mean[:, None], 0)
         tl.store(out + offs_w, tl.exp(cosine - peak) / total, mask=offs_w < W)
 
 
@@ -139,7 +129,7 @@ def _unit(keys):
     """Columns of ``[dims, tokens]`` at length 1, zero columns left zero; safe where squares would leave float32."""
     largest = tl.max(tl.abs(keys), 0)
     keys = keys / tl.where(largest > 0, largest, 1.0)[None, :]
-    norm = tl.sqrt(_sum_products(keys, keys))
+    norm = tl.sqrt(tl.sum(keys * keys, 0))
     return keys / tl.where(norm > 0, norm, 1.0)[None, :]
 
 
@@ -152,7 +142,7 @@ def _value_norms(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.c
         values = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
         largest = tl.max(tl.abs(values), 0)
         unit = values / tl.where(largest > 0, largest, 1.0)[None, :]
-        tl.store(out + offs_w, largest * tl.sqrt_rn(_sum_products(unit, unit)), mask=offs_w < W)
+        tl.store(out + offs_w, largest * tl.sqrt_rn(tl.sum(unit * unit, 0)), mask=offs_w < W)
 
 
 @triton.jit
@@ -380,6 +370,10 @@ def launch_score(
         tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)], architecture(k.device).float32_products,
     )  # fmt: skip
     by_head = k_scale if isinstance(k_scale, Tensor) else None
+    # No fused multiply-add but those that are written as such. Where a lane holds one term of a sum across lanes, the
+    # compiler makes `shfl y, x*x; fma x, x, y` of it: the lane rounds its partner's product and not its own, the
+    # partner does the opposite, and the two store different last bits of one sum to one address. It happened to the
+    # sums of narrow or misaligned rows everywhere, and to all columns on sm_100, whose lanes hold one query row each.
     launch(
         score_kernel, (sequences * heads, tiles, layers), k.device,
         partials_ptr=partials, query_ptr=q, query_table=query.table, query_rows_ptr=query_rows,
@@ -396,7 +390,7 @@ def launch_score(
         stride_ks_l=0 if by_head is None else by_head.stride(0),
         stride_ks_h=0 if by_head is None else by_head.stride(1),
         FORM=form, K=RowFormat.of(cache.k), V=RowFormat.of(values), CONFIG=config,
-        num_warps=config.num_warps, enable_fp_fusion=True,
+        num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
