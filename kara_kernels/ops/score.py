@@ -4,11 +4,11 @@
     p[s,h,g,i,:] = softmax_j(a[s,h,g,i,:])
     scores[s,h,j] = mean over g and i of p[s,h,g,i,j], or the root of the mean of its square
 
-One program owns ``rows_per_program`` of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W``
-keys at hand a softmax row is local to a tile, so the program keeps the keys on chip, walks its query tiles and adds
-up columns; the ``N x W`` logits never leave registers. Programs leave one partial row each and whoever needs the
-scores adds the partial rows in fixed order: no atomics, same bits every time. Wider windows stream key tiles twice:
-once for the row's log-sum-exp, once for the columns.
+One program owns some of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand a softmax
+row is local to a tile. So the program keeps the keys on chip, walks its query tiles and adds up columns; the ``N x W``
+logits never leave registers. Each program leaves one partial row, and whoever needs the scores adds the partial rows in
+fixed order, without atomics and with the same bits every time. Wider windows stream key tiles twice, once for each
+row's log-sum-exp and once for the columns.
 
 Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133); weights by
 the length of values as in Compactor (arXiv 2507.08143); root mean squares are this library's choice.
@@ -459,10 +459,10 @@ def score_window(
             layers), or ``[L, H]``. On the Triton path it is read on the device.
         attention: ``"bidirectional"``; ``"causal"`` restricts query ``i``, then window token ``W - N + i``, to what
             is not after it (an ablation; needs ``N <= W``).
-        reduction: over queries and group: their ``"mean"``; or ``"rms"``, the root of their mean square: a key that few
-            queries need much counts more than one that all need little.
-        v_cache: ``[B, P, H, Dv]``, or ``L`` of them: weighs each key by the Euclidean length of its value. Of an fp8
-            cache the stored value counts, without its scale.
+        reduction: ``"mean"`` over queries and group, or ``"rms"``, the root of their mean square. With ``"rms"`` a key
+            that few queries need much counts more than one that all need little.
+        v_cache: ``[B, P, H, Dv]``, or ``L`` of them. With it each score is multiplied by the Euclidean length of the
+            value. In an fp8 cache the stored value counts, without its scale.
         redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``, after all of the above.
         query_rows: int32 ``[S, N]``, stride 1 along ``N``. ``query`` is then ``[R, H*G, D]``, or ``L`` such tensors, or
             ``[L, R, H*G, D]``; query ``i`` of sequence ``s`` is row ``query_rows[s, i]``, of every layer. So sequences
@@ -470,8 +470,8 @@ def score_window(
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
-        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Of plain means rows sum to 1. A row does not
-        depend on the rest of the batch, to the bit. Products are taken in the query's dtype and summed in float32;
+        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Rows of plain means sum to 1. A row is the same to
+        the bit whatever else is in the batch. Products are taken in the query's dtype and summed in float32;
         float32 on NVIDIA GPUs as three TF32 products.
 
     Raises:
