@@ -170,8 +170,8 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, 
         backend: as in :func:`select_topk`.
 
     Returns:
-        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions: block tables are shared by all
-        layers and heads, so equal counts are what a paged engine can free.
+        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions. All layers and heads share a
+        block table, so equal counts are what a paged engine can free.
 
     Raises:
         TypeError, ValueError: wrong dtype or range, a backend that cannot run.

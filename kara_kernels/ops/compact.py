@@ -159,7 +159,7 @@ def compact_blocks(
         window_starts: int32 ``[S]``, physical index of the first window token.
         seq_lens: int32 ``[S]``, physical lengths.
         keep_indices: int32 ``[S, H, K]``, for many layers ``[L, S, H, K]``: positions relative to the window,
-            ascending. All -1 for a sequence that is to be left alone; its window start is then not looked at.
+            ascending. All -1 leaves a sequence alone, and its window start is not read.
         window: window length ``W`` in tokens.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
