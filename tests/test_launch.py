@@ -102,7 +102,7 @@ def test_frontiers(starts: bool, protected: bool) -> None:
     assert new_lens.tolist() == [15, 12, 9, 25]
 
 
-MIXED = [
+TYPES = [
     (torch.bfloat16, torch.float8_e4m3fn), (torch.float8_e4m3fn, torch.bfloat16), (torch.float16, torch.float32),
     (torch.float16, torch.bfloat16), (torch.float8_e4m3fn, torch.uint8), (torch.uint8, torch.int8),
 ]  # fmt: skip
@@ -111,7 +111,7 @@ MIXED = [
 WINDOWS = [(3, 27), (1, 25)]
 
 
-@pytest.mark.parametrize(("k_dtype", "v_dtype"), MIXED)
+@pytest.mark.parametrize(("k_dtype", "v_dtype"), TYPES)
 def test_keys_and_values_of_different_types(k_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
     """Each cache moves its own bytes; scores come from keys of the one and lengths of the other."""
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ def test_host_overhead_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytes
     tables = torch.arange(blocks, dtype=torch.int32).view(SEQUENCES, -1)
     lengths = torch.full((SEQUENCES,), WINDOW, dtype=torch.int32)
     # Contents are looked at on the CPU and never on a GPU, whose calls are what is timed here.
-    monkeypatch.setattr("kara_kernels.windows.compress.contents_are_checked", lambda device: False)
+    monkeypatch.setattr("kara_kernels.windows.request.contents_are_checked", lambda device: False)
 
     def call() -> None:
         compress_window(query, cache.k, cache.v, tables, lengths, window=WINDOW, keep=WINDOW // 2, backend="triton")
@@ -42,7 +42,7 @@ def test_host_overhead_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytes
         call()  # compiles
         benchmark.pedantic(call, rounds=200, iterations=5, warmup_rounds=20)
         for launch in ("launch_score", "launch_keep", "launch_compact"):
-            monkeypatch.setattr(f"kara_kernels.windows.compress.{launch}", lambda *arguments: None)
+            monkeypatch.setattr(f"kara_kernels.windows.run.{launch}", lambda *arguments: None)
         own = min(timeit.repeat(call, number=20, repeat=50)) / 20
     whole = benchmark.stats.stats
     told = f"own {1e6 * own:.1f} us; whole call {1e6 * whole.min:.1f} us at least, {1e6 * whole.median:.1f} us median"

@@ -30,9 +30,11 @@ class RowFormat:
     fp8: str | None = None
 
     @staticmethod
-    def of(layers: Layers) -> "RowFormat":
+    def of(layers: Layers, decoded: bool = True) -> "RowFormat":
+        """Of pools whose rows are read as numbers, or moved as they are."""
         first = layers[0]
-        return RowFormat(first.shape[1], first.shape[3], layers.alignment, FP8_NAMES.get(first.dtype))
+        fp8 = FP8_NAMES.get(first.dtype) if decoded else None
+        return RowFormat(first.shape[1], first.shape[3], layers.alignment, fp8)
 
     @property
     def block(self) -> int:

@@ -7,7 +7,6 @@ Bytes are moved and never recomputed, so any dtype will do.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -130,7 +129,7 @@ def launch_compact(
         stride_v_l=values.stride_layer, stride_v_b=v.stride(0), stride_v_p=v.stride(1), stride_v_h=v.stride(2),
         stride_t_s=block_tables.stride(0), stride_i_l=keep_indices.stride(0), stride_i_s=keep_indices.stride(1),
         stride_i_h=keep_indices.stride(2),
-        H=heads, W=window, K=replace(RowFormat.of(keys), fp8=None), V=replace(RowFormat.of(values), fp8=None),
+        H=heads, W=window, K=RowFormat.of(keys, decoded=False), V=RowFormat.of(values, decoded=False),
         BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
