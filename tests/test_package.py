@@ -70,7 +70,7 @@ GROUND = {"checks", "csr", "overlap", "paged", "arguments", "options"}
         ("overlap.py", set()),
         ("csr.py", {"checks"}),
         ("paged.py", {"checks", "overlap"}),
-        ("arguments.py", {"checks", "paged"}),
+        ("arguments.py", {"checks", "options", "paged"}),
         ("options.py", {"checks"}),
         ("reference", {*GROUND, "reference"}),
         ("ops", {*GROUND, "reference", "ops"}),

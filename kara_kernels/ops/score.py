@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..arguments import check_score_window
+from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES
-from ..paged import Layers, PagedCache, per_layer, row_alignment
+from ..paged import Layers, PagedCache, row_alignment
+from ..reference.score import score_windows
 from ._rows import PagedRows, RowFormat, load_rows
 from ._triton import (
     INTERPRETED,
@@ -479,26 +479,29 @@ def score_window(
             are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only. A window that runs past its sequence cannot
             be noticed here.
     """
-    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
-    device = cache.k[0].device
-    if resolve_backend(backend, device) == "torch":
-        return reference.score_window(
-            query, k_cache, block_tables, window_starts, window,
-            scale=scale, k_scale=k_scale, attention=attention, reduction=reduction, v_cache=v_cache,
-            redundancy=redundancy, query_rows=query_rows,
-        )  # fmt: skip
-    queries, table, starts, scales = check_score_window(
-        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy,
-        query_rows,
+    given = check_score_window(
+        query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
+        attention=attention, reduction=reduction, redundancy=redundancy,
     )  # fmt: skip
-    queries.require_kernel_layout("query")
-    cache.require_kernel_layout()
-    layers, (_, _, heads, dim) = len(cache.k), cache.shape
-    config, rows = plan_score(queries, cache.k, window, reduction, v_cache is not None, redundancy, query_rows)
-    scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
-    if len(starts):
+    if resolve_backend(backend, given.starts.device) == "torch":
+        scores = score_windows(given)
+    else:
+        scores = _score_by_kernels(given)
+    return scores if given.many else scores[0]
+
+
+def _score_by_kernels(a: ScoreArguments) -> Tensor:
+    a.query.require_kernel_layout("query")
+    a.cache.require_kernel_layout()
+    how = a.scoring
+    config, rows = plan_score(
+        a.query, a.cache.k, a.window, how.reduction, a.cache.v is not None, how.redundancy, a.query_rows
+    )
+    shape = len(a.cache.k), len(a.starts), a.cache.shape[2], a.window
+    scores = torch.empty(shape, dtype=torch.float32, device=a.starts.device)
+    if len(a.starts):
         launch_scores(
-            scores, queries, cache, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
-            attention, rows, config, query_rows,
+            scores, a.query, a.cache, a.block_tables, a.starts, None, None, a.scale, a.k_scale, how.attention, rows,
+            config, a.query_rows,
         )  # fmt: skip
-    return scores if many else scores[0]
+    return scores

@@ -8,9 +8,9 @@ costs about a third of the instructions of a bitonic top-k at ``W`` = 1024 to 40
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..checks import check_count, check_scores, require_rows
 from ..paged import row_alignment
+from ..reference.select import best_positions
 from ._triton import kernel, launch, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -118,7 +118,7 @@ def select_topk(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     check_scores(scores)
     check_count("k", k, 1, scores.shape[-1])
     if resolve_backend(backend, scores.device) == "torch":
-        return reference.select_topk(scores, k)
+        return best_positions(scores, k)
     indices = torch.empty(*scores.shape[:-1], k, dtype=torch.int32, device=scores.device)
     if indices.numel():
         launch_topk(indices.view(-1, k), require_rows("scores", scores), k)
