@@ -19,7 +19,7 @@ from .checks import (
     check_unit_stride,
     check_window,
     contents_are_checked,
-)
+)  # fmt: skip
 from .options import Scoring
 from .paged import Layers, PagedCache, per_layer
 
@@ -205,15 +205,9 @@ def check_compact_blocks(
 
 
 def check_contents(
-    cache: PagedCache,
-    block_tables: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    active: Tensor,
-    seq_lens: Tensor | None = None,
-    window: int = 0,
-    written: bool = True,
-) -> None:
+    cache: PagedCache, block_tables: Tensor, starts: Tensor, ends: Tensor, active: Tensor,
+    seq_lens: Tensor | None = None, window: int = 0, written: bool = True,
+) -> None:  # fmt: skip
     """Block ids and lengths that lead to tokens ``starts..ends`` of the ``active`` sequences.
 
     ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. ``window`` tokens must fit between start

@@ -18,20 +18,11 @@ KEY_BYTES = 32 << 20
 
 
 def score_window(
-    query: Tensor | Sequence[Tensor],
-    k_cache: Tensor | Sequence[Tensor],
-    block_tables: Tensor,
-    window_starts: Tensor,
-    window: int,
-    *,
-    scale: float | None = None,
-    k_scale: float | Tensor | None = None,
-    attention: str = "bidirectional",
-    reduction: str = "mean",
-    v_cache: Tensor | Sequence[Tensor] | None = None,
-    redundancy: float = 0.0,
-    query_rows: Tensor | None = None,
-) -> Tensor:
+    query: Tensor | Sequence[Tensor], k_cache: Tensor | Sequence[Tensor], block_tables: Tensor,
+    window_starts: Tensor, window: int, *, scale: float | None = None, k_scale: float | Tensor | None = None,
+    attention: str = "bidirectional", reduction: str = "mean", v_cache: Tensor | Sequence[Tensor] | None = None,
+    redundancy: float = 0.0, query_rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Scores of the ``W = window`` tokens from ``window_starts`` on; see :func:`kara_kernels.ops.score_window`.
 
     ``query`` ``[S, N, H*G, D]``, ``k_cache`` ``[B, P, H, D]`` -> float32 ``[S, H, W]``; sequences of ``L`` of both,

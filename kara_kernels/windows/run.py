@@ -59,11 +59,9 @@ def by_torch(r: Request) -> Lists:
         compact_sequence(r.cache, r.block_tables[s], start, int(r.seq_lens[s]), rows[:, s], r.window)
     protected = torch.zeros_like(starts) if r.protected_lens is None else r.protected_lens.clamp(min=0)
     return Lists(
-        torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens),
-        keep_indices,
-        scores,
+        torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores,
         torch.where(fits, starts + r.keep, protected),
-    )
+    )  # fmt: skip
 
 
 def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:
