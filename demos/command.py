@@ -52,7 +52,7 @@ def add_policy(parser: argparse.ArgumentParser) -> Any:
         "--window", metavar="W", type=int, help=f"tokens looked at in one compression (default: {usual.window})"
     )
     group.add_argument(
-        "--keep", metavar="K", type=int, help="tokens of each window that stay (default: half of the window)"
+        "--keep", metavar="K", type=int, help="tokens of each window that stay, 1 to W-1 (default: half of the window)"
     )
     group.add_argument(
         "--tail",

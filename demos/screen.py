@@ -114,7 +114,7 @@ def time_told(done: float, total: float, seconds: float) -> str:
     """The time that went by and, before the end, an estimate of what is left at the pace so far."""
     if not 0 < done < total:
         return duration(seconds)
-    return f"{duration(seconds)}, about {duration(seconds / done * (total - done))} left"
+    return f"{duration(seconds)}, about {rough(seconds / done * (total - done))} left"
 
 
 def duration(seconds: float) -> str:
@@ -124,3 +124,11 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def rough(seconds: float) -> str:
+    """An estimate, no more exact than it can be."""
+    if seconds < 120:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{round(minutes / 60)} h"

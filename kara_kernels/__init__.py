@@ -6,13 +6,19 @@ Names are imported on first use: the package's own command line answers before t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .csr import block_tables_from_csr
     from .paged import PagedCache
     from .windows.compress import CompressedWindow, compress_window
 
-__all__ = ["CompressedWindow", "PagedCache", "compress_window"]
+__all__ = ["CompressedWindow", "PagedCache", "block_tables_from_csr", "compress_window"]
 __version__ = "0.1.0"
 
-_ROOMS = {"CompressedWindow": "windows.compress", "PagedCache": "paged", "compress_window": "windows.compress"}
+_ROOMS = {
+    "CompressedWindow": "windows.compress",
+    "PagedCache": "paged",
+    "block_tables_from_csr": "csr",
+    "compress_window": "windows.compress",
+}
 
 
 def __getattr__(name: str) -> Any:

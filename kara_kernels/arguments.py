@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .checks import (
     FP8_DTYPES,
     MAX_WINDOW,
-    REDUCTIONS,
     SCORED_DTYPES,
     check_block_tables,
-    check_choice,
     check_lengths,
     check_number,
     check_tensor,
+    check_unit_stride,
     check_window,
     contents_are_checked,
-)
-from .paged import Layers, PagedCache
+)  # fmt: skip
+from .options import Scoring
+from .paged import Layers, PagedCache, per_layer
 
 
 def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, window: int, many: bool) -> Tensor:
@@ -40,14 +43,6 @@ def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, 
                 f"got {keep[tuple(row)].tolist()[:8]}"
             )
     return keep
-
-
-def check_scoring(scale: object, attention: str, reduction: str, redundancy: object) -> None:
-    check_choice("attention", attention, ("bidirectional", "causal"))
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_number("redundancy", redundancy, 0.0, 3.4e38)
-    if scale is not None:
-        check_number("scale", scale, -3.4e38, 3.4e38)
 
 
 def check_query(
@@ -101,8 +96,7 @@ def _check_queries(name: str, queries: Tensor, window: int, attention: str) -> N
 def check_query_rows(query_rows: object, rows: int, sequences: int, device: torch.device) -> Tensor:
     """int32 ``[S, N]``, stride 1 along ``N``, of rows in ``0..rows-1`` where contents are checked."""
     chosen = check_tensor("query_rows", query_rows, (sequences, None), (torch.int32,), device)
-    if chosen.stride(1) != 1 and chosen.shape[1] > 1:
-        raise ValueError(f"query_rows: expected stride 1 along queries, got {chosen.stride(1)}")
+    check_unit_stride("query_rows", chosen, " along queries")
     if contents_are_checked(device):
         bad = (chosen < 0) | (chosen >= rows)
         if bool(bad.any()):
@@ -141,52 +135,79 @@ def check_values(cache: PagedCache) -> None:
         )
 
 
+@dataclass(frozen=True)
+class ScoreArguments:
+    """Checked arguments of ``score_window``; shapes as there, layers always leading."""
+
+    query: Layers
+    query_rows: Tensor | None
+    cache: PagedCache
+    block_tables: Tensor
+    starts: Tensor
+    window: int
+    scoring: Scoring
+    scale: float
+    k_scale: float | Tensor
+    many: bool
+
+
 def check_score_window(
-    query: Layers | None, cache: PagedCache, block_tables: object, window_starts: object, window: int,
-    scale: float | None, k_scale: float | Tensor | None, attention: str, reduction: str, redundancy: float,
-    query_rows: object,
-) -> tuple[Layers, Tensor, Tensor, float | Tensor]:  # fmt: skip
-    """Arguments of ``score_window`` as (queries, block tables, starts, key scales)."""
+    query: Any, k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, window: int,
+    query_rows: Tensor | None, scale: object, k_scale: float | Tensor | None, **scoring: Any,
+) -> ScoreArguments:  # fmt: skip
+    """Arguments of ``score_window``; ``scoring``: attention, reduction, redundancy."""
+    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
+    device, (_, _, heads, dim) = cache.k[0].device, cache.shape
     check_window(window)
-    device, (_, _, heads, _) = cache.k[0].device, cache.shape
     table = check_block_tables(block_tables, device)
-    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
-    check_scoring(scale, attention, reduction, redundancy)
-    queries = check_query(query, cache, table.shape[0], query_rows, window, attention)
+    starts = check_lengths("window_starts", window_starts, len(table), device)
+    how = Scoring(value_norm=v_cache is not None, **scoring)
+    arguments = ScoreArguments(
+        query=check_query(queries, cache, len(table), query_rows, window, how.attention), query_rows=query_rows,
+        cache=cache, block_tables=table, starts=starts, window=window, scoring=how,
+        scale=dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38),
+        k_scale=key_scales(k_scale, len(cache.k), heads, device), many=many,
+    )  # fmt: skip
     check_values(cache)
-    scales = key_scales(k_scale, len(cache.k), heads, device)
     if contents_are_checked(device):
         everywhere = torch.ones_like(starts, dtype=torch.bool)
         check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
-    return queries, table, starts, scales
+    return arguments
+
+
+@dataclass(frozen=True)
+class CompactArguments:
+    """Checked arguments of ``compact_blocks``; ``keep`` is ``[L, S, H, K]``."""
+
+    cache: PagedCache
+    block_tables: Tensor
+    starts: Tensor
+    seq_lens: Tensor
+    keep: Tensor
+    window: int
 
 
 def check_compact_blocks(
-    cache: PagedCache, block_tables: object, window_starts: object, seq_lens: object, keep_indices: object,
-    window: int, many: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Arguments of ``compact_blocks`` as (block tables, starts, lengths, keep indices ``[L, S, H, K]``)."""
+    k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, seq_lens: object, keep_indices: object,
+    window: int,
+) -> CompactArguments:  # fmt: skip
+    """Arguments of ``compact_blocks``."""
+    _, cache, many = per_layer(None, k_cache, v_cache)
     check_window(window)
     device = cache.k[0].device
     table = check_block_tables(block_tables, device)
-    starts = check_lengths("window_starts", window_starts, table.shape[0], device)
-    lengths = check_lengths("seq_lens", seq_lens, table.shape[0], device)
-    keep = check_keep_indices(keep_indices, cache, table.shape[0], window, many)
+    starts = check_lengths("window_starts", window_starts, len(table), device)
+    lengths = check_lengths("seq_lens", seq_lens, len(table), device)
+    keep = check_keep_indices(keep_indices, cache, len(table), window, many)
     if contents_are_checked(device):
         check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths, window)
-    return table, starts, lengths, keep
+    return CompactArguments(cache, table, starts, lengths, keep, window)
 
 
 def check_contents(
-    cache: PagedCache,
-    block_tables: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    active: Tensor,
-    seq_lens: Tensor | None = None,
-    window: int = 0,
-    written: bool = True,
-) -> None:
+    cache: PagedCache, block_tables: Tensor, starts: Tensor, ends: Tensor, active: Tensor,
+    seq_lens: Tensor | None = None, window: int = 0, written: bool = True,
+) -> None:  # fmt: skip
     """Block ids and lengths that lead to tokens ``starts..ends`` of the ``active`` sequences.
 
     ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. ``window`` tokens must fit between start

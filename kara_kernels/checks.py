@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("mean", "rms")
 MAX_WINDOW = 4096  # the selection kernel holds a whole row in registers; 4096 is what fits without spills
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SCORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,23 +65,22 @@ def check_tensor(
     return value
 
 
-def check_unit_stride(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name}: expected stride 1 in the last dimension, got {tensor.stride(-1)}")
+def check_unit_stride(name: str, tensor: Tensor, where: str = " in the last dimension") -> None:
+    """Strides of what holds nothing do not count: NumPy's empty arrays have stride 0."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():
+        raise ValueError(f"{name}: expected stride 1{where}, got {tensor.stride(-1)}")
 
 
 def check_block_tables(block_tables: object, device: torch.device, sequences: int | None = None) -> Tensor:
     table = check_tensor("block_tables", block_tables, (sequences, None), (torch.int32,), device)
-    if table.stride(1) != 1 and table.shape[1] > 1:
-        raise ValueError(f"block_tables: expected stride 1 along blocks, got {table.stride(1)}")
+    check_unit_stride("block_tables", table, " along blocks")
     return table
 
 
 def check_lengths(name: str, value: object, sequences: int, device: torch.device) -> Tensor:
-    """int32 ``[S]``, contiguous."""
+    """int32 ``[S]``, stride 1."""
     lengths = check_tensor(name, value, (sequences,), (torch.int32,), device)
-    if lengths.stride(0) != 1 and sequences > 1:
-        raise ValueError(f"{name}: expected stride 1, got {lengths.stride(0)}")
+    check_unit_stride(name, lengths, "")
     return lengths
 
 
@@ -103,7 +101,7 @@ def require_rows(name: str, scores: Tensor) -> Tensor:
         rows = scores.view(-1, scores.shape[-1])
     except RuntimeError:
         rows = None
-    if rows is None or (rows.stride(1) != 1 and rows.shape[1] > 1):
+    if rows is None or (rows.stride(1) != 1 and rows.shape[1] > 1 and rows.numel()):
         raise ValueError(
             f"{name}: expected rows at one stride and the last dimension at stride 1, got shape "
             f"{list(scores.shape)} with strides {scores.stride()}"

@@ -121,7 +121,7 @@ class Layers(Sequence[Tensor]):
         first = self._first
         check_unit_stride(name, first)
         for layer, tensor in enumerate(self._listed):
-            if tensor.stride() != first.stride():
+            if tensor.stride() != first.stride() and tensor.numel():
                 raise ValueError(
                     f"{name}[{layer}]: expected strides {first.stride()} as in {name}[0], got {tensor.stride()}"
                 )
@@ -131,10 +131,16 @@ class Layers(Sequence[Tensor]):
 class PagedCache:
     """The block pools of all layers, checked and addressed once, for many calls.
 
-    ``k_caches``: ``L`` tensors ``[B, P, H, D]`` (or one ``[L, B, P, H, D]``), ``v_caches``: the same with ``Dv``, or
-    None where one latent tensor holds both (MLA). Any strides: an HND pool is passed as a permuted view. Pass
-    ``cache.k`` and ``cache.v`` where an operation takes ``k_cache`` and ``v_cache``. The tensors must keep their
+    Pass ``cache.k`` and ``cache.v`` where an operation takes ``k_cache`` and ``v_cache``. The tensors must keep their
     storage while this object is used.
+
+    Args:
+        k_caches: ``L`` tensors ``[B, P, H, D]``, or one ``[L, B, P, H, D]``, of any strides. Pass an HND pool as a
+            permuted view.
+        v_caches: the same with ``Dv``, or None where one latent tensor holds both (MLA).
+
+    Raises:
+        TypeError, ValueError: wrong shapes, dtypes or devices; caches that overlap.
     """
 
     def __init__(self, k_caches: Tensor | Sequence[Tensor], v_caches: Tensor | Sequence[Tensor] | None = None):

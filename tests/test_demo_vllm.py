@@ -278,6 +278,7 @@ def test_blocks_of_a_load(config: Path) -> None:
             r"--requests, --tokens: expected at most [\d,]+ blocks in all, got [\d,]{15,}, which",
         ),
         (["--tokens", "2007"], "--tokens: expected at most 2,006 with this model, got 2,007"),
+        (["--block-size", "48"], "--block-size: expected a multiple of 32 on a CPU, got 48"),
         (["--requests", "1"], "--budget 0.333333 is 17 blocks, but one request alone needs 51"),
     ],
 )

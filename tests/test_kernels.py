@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from worlds import FP8, Plan, Sequenced, World, plans
 
 from kara_kernels import compress_window, ops, reference
+from kara_kernels.ops._tiles import score_config
 from kara_kernels.ops._triton import ARCHITECTURES
-from kara_kernels.ops.score import score_config
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 

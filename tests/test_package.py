@@ -60,15 +60,17 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-GROUND = {"checks", "overlap", "paged", "arguments", "options"}
+GROUND = {"checks", "csr", "overlap", "paged", "arguments", "options"}
 
 
 @pytest.mark.parametrize(
     ("room", "may_import"),
     [
         ("checks.py", set()),
-        ("paged.py", {"checks"}),
-        ("arguments.py", {"checks", "paged"}),
+        ("overlap.py", set()),
+        ("csr.py", {"checks"}),
+        ("paged.py", {"checks", "overlap"}),
+        ("arguments.py", {"checks", "options", "paged"}),
         ("options.py", {"checks"}),
         ("reference", {*GROUND, "reference"}),
         ("ops", {*GROUND, "reference", "ops"}),

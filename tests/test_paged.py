@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import INTERPRETED
 
-from kara_kernels import PagedCache, arguments, compress_window, ops, paged, reference
+from kara_kernels import PagedCache, compress_window, ops, reference
 from kara_kernels.paged import Layers
 
 # ---- layers and pools ------------------------------------------------------------------------------------
@@ -46,32 +51,68 @@ STARTS, LENGTHS = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([6, 8], 
 
 
 @pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the checks of caches and of contents, as often as they ran."""
-    ran: list[str] = []
-    for module, name in ((paged, "_check_pools"), (paged, "_check_overlap"), (arguments, "check_contents")):
-        original = getattr(module, name)
+def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Which checks ran, by function and by the argument that they name, whoever imported them."""
+    counts: Counter[str] = Counter()
 
-        def counted(*args: Any, _name: str = name, _original: Callable = original, **kwargs: Any) -> Any:
-            ran.append(_name)
-            return _original(*args, **kwargs)
+    def counted(check: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            named = args[0] if args and isinstance(args[0], str) else ""
+            counts[f"{check.__name__}({named})"] += 1
+            return check(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, counted)
-    return ran
+        return run
+
+    rooms = [module for name, module in sys.modules.items() if name.split(".")[0] == "kara_kernels"]
+    checking = ("checks", "arguments", "paged")
+    for module in rooms:
+        for name, value in list(vars(module).items()):
+            ours = isinstance(value, FunctionType) and value.__module__.split(".")[-1] in checking
+            if ours and name.lstrip("_").startswith(("check_", "per_layer")):
+                monkeypatch.setattr(module, name, counted(value))
+    return counts
 
 
-def test_a_pool_is_checked_once_whatever_is_asked_of_it(backend: str, checks: list[str]) -> None:
+QUERY, SCORES = torch.randn(2, 2, 4, 4, 8), torch.randn(2, 2, 2, 4)
+KEEP = torch.tensor([0, 2], dtype=torch.int32).expand(2, 2, 2, 2)
+# Which check must have been among those of the call, so that the count is not one of nothing.
+CALLS: dict[str, tuple[Callable[..., object], str]] = {
+    "score_window": (lambda op, k, v, **how: op(QUERY, k, TABLES, STARTS, 4, v_cache=v, **how), "check_query()"),
+    "compact_blocks": (lambda op, k, v, **how: op(k, v, TABLES, STARTS, LENGTHS, KEEP, 4, **how), "check_contents()"),
+    "select_topk": (lambda op, k, v, **how: op(SCORES, 2, **how), "check_scores()"),
+    "expand_chunks": (lambda op, k, v, **how: op(SCORES, 3, 1, 4, **how), "check_chunks()"),
+    "compress_window": (
+        lambda op, k, v, **how: op(QUERY, k, v, TABLES, LENGTHS, window=4, keep=2, **how), "check_contents()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_call_checks_each_argument_once(operation: str, where: str, ran: Counter[str]) -> None:
+    if operation == "compress_window" and where == "reference":
+        pytest.skip("has no twin of its own")
+    if where == "triton" and not INTERPRETED:
+        pytest.skip("needs the interpreter")
+    call, among = CALLS[operation]
+    module = reference if where == "reference" else ops
+    how = {} if where == "reference" else {"backend": where}
+    call(compress_window if operation == "compress_window" else getattr(module, operation), *pools(), **how)
+    assert among in ran
+    assert set(ran.values()) == {1}, ran.most_common(3)
+
+
+def test_a_pool_is_checked_once_whatever_is_asked_of_it(backend: str, ran: Counter[str]) -> None:
     """Asking for scores without values is no reason to check the keys again, nor the pair after that."""
-    cache, query = PagedCache(*pools()), torch.randn(2, 2, 4, 4, 8)
-    keep = torch.tensor([0, 2], dtype=torch.int32).expand(2, 2, 2, 2)
+    cache = PagedCache(*pools())
     for _ in range(2):
-        ops.score_window(query, cache.k, TABLES, STARTS, 4, backend=backend)
-        ops.score_window(query, cache.k, TABLES, STARTS, 4, v_cache=cache.v, backend=backend)
-        compress_window(query, cache.k, cache.v, TABLES, LENGTHS, window=4, keep=2, backend=backend)
-        compress_window(query, cache.k, None, TABLES, LENGTHS, window=4, keep=2, backend=backend)
-        ops.compact_blocks(cache.k, cache.v, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)
-        ops.compact_blocks(cache.k, None, TABLES, STARTS, LENGTHS, keep, 4, backend=backend)
-    assert checks.count("_check_pools") == checks.count("_check_overlap") == 1
+        ops.score_window(QUERY, cache.k, TABLES, STARTS, 4, backend=backend)
+        ops.score_window(QUERY, cache.k, TABLES, STARTS, 4, v_cache=cache.v, backend=backend)
+        compress_window(QUERY, cache.k, cache.v, TABLES, LENGTHS, window=4, keep=2, backend=backend)
+        compress_window(QUERY, cache.k, None, TABLES, LENGTHS, window=4, keep=2, backend=backend)
+        ops.compact_blocks(cache.k, cache.v, TABLES, STARTS, LENGTHS, KEEP, 4, backend=backend)
+        ops.compact_blocks(cache.k, None, TABLES, STARTS, LENGTHS, KEEP, 4, backend=backend)
+    assert ran["_check_pools()"] == ran["_check_overlap()"] == 1
 
 
 def test_a_pool_is_recognised_by_both_its_halves(backend: str) -> None:
@@ -96,6 +137,47 @@ def test_values_are_no_keys_of_their_own_pool() -> None:
     with pytest.raises(ValueError, match=r"v_cache\[\d\]: expected memory of its own, got elements of k_cache"):
         PagedCache.of(cache.v, cache.v)  # type: ignore[arg-type]
     assert PagedCache.of(cache.v, None).k is cache.v  # type: ignore[arg-type]
+
+
+# ---- no sequences ----------------------------------------------------------------------------------------
+
+
+def none_of(*shape: int, dtype: type = np.int32) -> torch.Tensor:
+    """An empty tensor as NumPy makes them, with strides of 0."""
+    tensor = torch.from_numpy(np.zeros(shape, dtype))
+    assert set(tensor.stride()) == {0}
+    return tensor
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_a_batch_of_no_sequences_may_come_from_numpy(layers: int | None, backend: str) -> None:
+    lead = () if layers is None else (layers,)
+    k, v = torch.randn(2, *lead, 4, 4, 2, 8)
+    tables, lengths = none_of(0, 3), none_of(0)
+    query, keep = none_of(*lead, 0, 5, 4, 8, dtype=np.float32), none_of(*lead, 0, 2, 3)
+    shared, rows = none_of(*lead, 0, 4, 8, dtype=np.float32), none_of(0, 5)
+    scores = none_of(*lead, 0, 2, 4, dtype=np.float32)
+    for how in ({"query": query}, {"query": shared, "query_rows": rows}, {"query": None, "scores": scores}):
+        result = compress_window(
+            k_cache=k, v_cache=v, block_tables=tables, seq_lens=lengths, window=4, keep=3, window_starts=lengths,
+            protected_lens=lengths, backend=backend, **how,
+        )  # fmt: skip
+        assert [list(x.shape) for x in result] == [[0], [*lead, 0, 2, 3], [*lead, 0, 2, 4], [0]]
+        if "scores" not in how:
+            scored = ops.score_window(**how, k_cache=k, block_tables=tables, window_starts=lengths, window=4,
+                                      backend=backend)  # fmt: skip
+            assert scored.shape == (*lead, 0, 2, 4)
+    assert ops.compact_blocks(k, v, tables, lengths, lengths, keep, 4, backend=backend).shape == (0,)
+    assert ops.select_topk(scores, 3, backend=backend).shape == (*lead, 0, 2, 3)
+    assert ops.expand_chunks(scores, 3, 1, 4, backend=backend).shape == (*lead, 0, 2, 3)
+
+
+def test_layers_of_no_queries_may_have_any_strides(backend: str) -> None:
+    k, v = torch.randn(2, 2, 4, 4, 2, 8)
+    query = [torch.empty(0, 5, 4, 8), none_of(0, 5, 4, 8, dtype=np.float32)]
+    result = compress_window(query, k, v, none_of(0, 3), none_of(0), window=4, keep=3, backend=backend)
+    assert result.keep_indices.shape == (2, 0, 2, 3)
+    assert ops.score_window(query, k, none_of(0, 3), none_of(0), 4, backend=backend).shape == (2, 0, 2, 4)
 
 
 # ---- queries found by their rows -------------------------------------------------------------------------

@@ -307,12 +307,19 @@ def test_forwards_of_many_tokens_equal_forwards_of_one(llama):
         assert torch.equal(a.keep_indices, b.keep_indices)
 
 
-def test_a_forward_that_completes_several_windows(llama):
+@pytest.mark.parametrize(
+    ("sizes", "ends"),
+    [
+        ([9, 1, 11, 48, 1, 1, 19], [69, 69, 69, 90]),
+        ([9, 19, 2, 60], [30, 90, 90, 90]),  # one token more than the window and its tail
+    ],
+)
+def test_a_forward_that_completes_several_windows(llama, sizes, ends):
     ids, _ = prompts(90, 90)
     cache = KaraCache(llama, window=16, keep=6, tail=4, block_size=4, **PLAIN)
-    logits = feed(llama, cache, ids, [9, 1, 11, 48, 1, 1, 19])
+    logits = feed(llama, cache, ids, sizes)
     for s in range(2):
-        assert [event.logical_len for event in of(cache, s)] == [69, 69, 69, 90]
+        assert [event.logical_len for event in of(cache, s)] == ends
     assert_dense(llama, cache, ids, torch.ones_like(ids).bool(), logits)
     assert_best_kept(llama, cache, ids, torch.ones_like(ids).bool(), 9)
     assert_blocks(cache)

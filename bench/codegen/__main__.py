@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -60,17 +59,17 @@ def _run_children(options: argparse.Namespace) -> list[Row]:
     """A process for each target and version: Triton compiles one launch at a time."""
     import triton
 
+    from demos.screen import Screen
+
     versions = [triton.__version__] if options.quick else [OLDEST, triton.__version__]
     jobs = [(version, target) for target in options.targets for version in versions]
     found: dict[tuple[str, str], list[Row]] = {}
-    began = time.monotonic()
-    with ThreadPoolExecutor(options.workers) as pool:
+    with ThreadPoolExecutor(options.workers) as pool, Screen().phase({}, "compiling", len(jobs), "jobs") as advance:
         waiting = {pool.submit(_child, *job, options.quick, triton.__version__): job for job in jobs}
         for done in as_completed(waiting):
             job = waiting[done]
             found[job] = done.result()
-            print(f"{len(found)}/{len(jobs)}  Triton {job[0]} {job[1]}: {len(found[job])} kernels, "
-                  f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+            advance(1, f"Triton {job[0]} {job[1]}")
     return [row for job in jobs for row in found[job]]
 
 

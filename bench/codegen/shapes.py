@@ -9,13 +9,18 @@ import torch
 
 from kara_kernels import compress_window
 from kara_kernels.ops import expand_chunks, select_topk
+from kara_kernels.options import PAPER, RECOMMENDED
 
 BF16, FP16, FP8, FP32 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One call of compress_window: two layers in pools of their own, so that kernels take addresses from a table."""
+    """One call of compress_window: two layers in pools of their own, so that kernels take addresses from a table.
+
+    Options are the recommended ones but for ``options``, or those ``published``. ``recorded``: queries as the engine
+    shim has them, group means in a ring whose rows are read in place; otherwise those of every token and head.
+    """
 
     window: int = 256
     dim: int = 128
@@ -24,20 +29,25 @@ class Shape:
     page: int = 16
     dtype: torch.dtype = BF16
     options: dict[str, Any] = field(default_factory=dict)
+    published: bool = False
+    recorded: bool = False
 
     @property
     def label(self) -> str:
         values = "" if self.v_dim is None else ", latent" if self.v_dim == 0 else f"/{self.v_dim}"
         options = "".join(f", {key}={value}" for key, value in self.options.items())
+        options += ", published" * self.published + ", recorded" * self.recorded
         dtype = str(self.dtype).removeprefix("torch.")
         return f"W {self.window}, D {self.dim}{values}, G {self.group}, P {self.page}, {dtype}{options}"
 
     def launch(self) -> None:
-        compress_window(**arguments(self), keep=self.window // 2, backend="triton", **self.options)
+        given = {**(PAPER if self.published else RECOMMENDED), **self.options}
+        compress_window(**arguments(self), keep=self.window // 2, backend="triton", **given)
 
 
-def arguments(shape: Shape, sequences: int = 1, queries: int | None = None, heads: int = 2) -> dict[str, Any]:
+def arguments(shape: Shape) -> dict[str, Any]:
     """Zeros of the right shape: compiling looks at dtypes, strides and alignment."""
+    sequences, heads = 1, 2
     blocks = -(-shape.window // shape.page) + 1
     v_dim = shape.dim if shape.v_dim is None else shape.v_dim
     wide = shape.dtype if shape.dtype.itemsize > 1 else BF16
@@ -45,8 +55,10 @@ def arguments(shape: Shape, sequences: int = 1, queries: int | None = None, head
     def pool(width: int) -> list[torch.Tensor]:
         return [torch.zeros(blocks * sequences, shape.page, heads, width, dtype=shape.dtype) for _ in range(2)]
 
+    queries = torch.zeros(2, sequences, shape.window, heads * shape.group, shape.dim, dtype=wide)
     return {
-        "query": torch.zeros(2, sequences, queries or shape.window, heads * shape.group, shape.dim, dtype=wide),
+        "query": queries[:, 0, :, :heads].contiguous() if shape.recorded else queries,
+        "query_rows": torch.zeros(sequences, shape.window, dtype=torch.int32) if shape.recorded else None,
         "k_cache": pool(shape.dim),
         "v_cache": pool(v_dim) if v_dim else None,
         "block_tables": torch.arange(blocks * sequences, dtype=torch.int32).view(sequences, -1),
@@ -56,7 +68,6 @@ def arguments(shape: Shape, sequences: int = 1, queries: int | None = None, head
 
 
 WINDOWS = (128, 256, 512, 1024, 2048, 4096)
-NORMS: dict[str, Any] = {"reduction": "rms", "value_norm": True}  # the defaults of every integration
 
 # Head dimension by window; then the group, the dtype, the page and the options around W 256, D 128, and at W 2048.
 SHAPES = [Shape(window, dim) for dim in (64, 128, 256) for window in WINDOWS]
@@ -65,13 +76,15 @@ SHAPES += [Shape(window, 576, 0, 16, 64) for window in (128, 256, 512, 2048)]
 SHAPES += [Shape(window, group=group) for group in (1, 8) for window in (256, 2048)]
 SHAPES += [Shape(window, dim, dtype=dtype) for dtype in (FP16, FP8) for dim in (64, 128) for window in (256, 2048)]
 SHAPES += [Shape(page=page) for page in (1, 32, 64, 256)]
-SHAPES += [Shape(window, dim, options=NORMS) for window in (256, 2048) for dim in (64, 128)]
+SHAPES += [Shape(window, dim, recorded=True) for window in (256, 2048) for dim in (64, 128)]
+SHAPES += [Shape(256, 576, 0, 16, 64, recorded=True)]
+SHAPES += [Shape(window, dim, published=True) for window in (256, 2048) for dim in (64, 128)]
 SHAPES += [Shape(options={"redundancy": 1.0}), Shape(2048, options={"redundancy": 1.0})]
 SHAPES += [Shape(options={"attention": "causal"}), Shape(options={"chunk_fraction": 0.0})]
 SHAPES += [Shape(window, options={"pool": pool}) for window in (256, 4096) for pool in ("layer", "model")]
 SHAPES += [Shape(dtype=FP32)]
 
-QUICK = [Shape(), Shape(2048), Shape(256, 64, options=NORMS), Shape(256, 576, 0, 16, 64)]
+QUICK = [Shape(), Shape(2048), Shape(256, 64, recorded=True), Shape(256, 576, 0, 16, 64), Shape(published=True)]
 
 
 def launch_rows(window: int) -> None:

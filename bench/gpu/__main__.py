@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bench import tables
+from demos.screen import Screen
 
 from . import measure, report
 
@@ -52,14 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"no times from kernels that are not known to be right: {wrong}", file=sys.stderr)
             return 1
     torch.set_num_threads(1)
-    rows = []
-    for number, case in enumerate(cases, start=1):
-        try:
-            rows.append(measure.measure(case, device, options.rounds, measure.l2_bytes() if device == "cuda" else 0))
-        except RuntimeError as error:
-            print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
-            return 1
-        print(f"{number}/{len(cases)}  {case.label}", file=sys.stderr, flush=True)
+    rows, l2 = [], measure.l2_bytes() if device == "cuda" else 0
+    try:
+        with Screen().phase({}, "events", len(cases), "cases") as advance:
+            for case in cases:
+                rows.append(measure.measure(case, device, options.rounds, l2))
+                advance(1, case.label)
+    except RuntimeError as error:
+        print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     head = {
         "schema": measure.SCHEMA, "kind": REHEARSAL if options.rehearse else REAL, "machine": measure.machine(device),
         "copy_bandwidth": measure.copy_bandwidth(device, options.rounds),

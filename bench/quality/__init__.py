@@ -8,6 +8,6 @@ methods.py   every method by name; peers.py: the scorers of others; both see a r
 texts.py, tasks.py   what is read and what is asked
 measure.py   fidelity and recall of a replay; decode.py: the same while really decoding, with KaraCache
 run.py       what is measured, and in which order
-store.py, sources.py   what was measured before, in the user's cache, and whether the code behind it is still the same
+sources.py   whether what was measured before, by this code or another, still holds
 statistics.py, report.py, picture.py   what came out
 """

@@ -47,12 +47,12 @@ def _run(options: argparse.Namespace) -> None:
 
     import kara_kernels.integrations.transformers  # noqa: F401, registers the attention that models are loaded with
     from bench import tables
+    from bench.store import Store
     from demos.model import load
     from demos.screen import Screen
 
     from . import report
     from .run import Plan, Run, facts
-    from .store import Store
 
     try:
         options.out.mkdir(parents=True, exist_ok=True)

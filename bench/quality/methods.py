@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kara_kernels.engine import Policy
 from kara_kernels.ops import score_window
+from kara_kernels.options import PAPER, Scoring, Selection, split_options
 
 from . import peers
 from .replay import Scorer, Window
 
 PLAIN: dict[str, Any] = {"chunk_fraction": 0.0}
-WINDOW, TAIL = 256, 64
+WINDOW, TAIL = Policy().window, Policy().tail
 RETENTIONS = (0.2, 0.3, 0.4, 0.5, 0.6)
 DEFAULT, BASE = "kara", "kara, no chunks"  # BASE is what one setting at a time is changed from
 
@@ -56,17 +57,15 @@ Cell = tuple[Method, float]  # a method at a retention
 class Kara:
     """The library's scores. ``stride``: of every n-th query; ``mean_heads``: of the means of GQA groups."""
 
-    reduction: str = "rms"
-    value_norm: bool = True
-    redundancy: float = 0.0
+    scoring: Scoring = Scoring()  # noqa: RUF009, frozen
     look_ahead: bool = True
     tail_queries: bool = True
-    attention: str = "bidirectional"
     stride: int = 1
     mean_heads: bool = False
 
     def __call__(self, window: Window) -> Tensor:
-        everything = self.tail_queries and self.attention != "causal"
+        scoring = self.scoring
+        everything = self.tail_queries and scoring.attention != "causal"
         query = window.query if everything else window.query[:, : window.length]
         query = query[:, self.stride - 1 :: self.stride]
         query = query.mean(3) if self.mean_heads else query.flatten(2, 3)
@@ -77,8 +76,9 @@ class Kara:
         )
         zero = torch.zeros(1, dtype=torch.int32, device=query.device)
         return score_window(
-            list(query[:, None]), keys, zero[None], zero, window.length, scale=window.scale, attention=self.attention,
-            reduction=self.reduction, v_cache=values if self.value_norm else None, redundancy=self.redundancy,
+            list(query[:, None]), keys, zero[None], zero, window.length, scale=window.scale,
+            attention=scoring.attention, reduction=scoring.reduction, redundancy=scoring.redundancy,
+            v_cache=None if scoring.value_norm is False else values,
         )[:, 0]  # fmt: skip
 
 
@@ -95,28 +95,38 @@ def pyramid(kept: int, layers: int) -> list[int]:
     return budgets
 
 
-STRAIGHT = Kara(reduction="mean", value_norm=False, look_ahead=False, tail_queries=False)
-WITH_TAIL = Kara(reduction="mean", value_norm=False, look_ahead=False)
+PAPER_SCORING, PAPER_SELECTION = split_options(PAPER)
+STRAIGHT = Kara(PAPER_SCORING, look_ahead=False, tail_queries=False)
+WITH_TAIL = Kara(PAPER_SCORING, look_ahead=False)
 OURS = Kara()
-SELECTION = {name: getattr(Policy(), name) for name in ("chunk_fraction", "max_chunk", "pool")}
-CHUNKS = {"chunk_fraction": 0.3, "max_chunk": 8}
+SELECTION, CHUNKS = asdict(Selection()), asdict(PAPER_SELECTION)
+
+
+def _chunks(selection: dict[str, Any]) -> str:
+    return f"{selection['chunk_fraction']} / {selection['max_chunk']}"
+
 
 FULL = Method("full", "the full cache: at retention 1 all scores keep everything", "full", peers.nothing_known)
 METHODS = [
-    Method(DEFAULT, "rms, value norms, tail queries, looking ahead, chunks 0.1 / 8, per head", "kara", OURS, SELECTION),
+    Method(DEFAULT, f"{OURS.scoring.reduction}, value norms, tail queries, looking ahead, chunks {_chunks(SELECTION)}",
+           "kara", OURS, SELECTION),
     Method(BASE, "the default without Token2Chunk", "kara", OURS),
-    Method("kara, chunks", "the default with Token2Chunk 0.3 / 8", "kara", OURS, CHUNKS),
+    Method("kara, chunks", f"the default with Token2Chunk {_chunks(CHUNKS)}", "kara", OURS, CHUNKS),
     Method("kara, not ahead", "no chunks, queries where they stood", "kara", Kara(look_ahead=False)),
     Method("kara, layer", "no chunks, one list per layer", "kara", OURS, {**PLAIN, "pool": "layer"}),
     Method("kara, model", "no chunks, one list for the model", "kara", OURS, {**PLAIN, "pool": "model"}),
-    Method("kara, model, chunks", "one list for the model, chunks 0.3 / 8", "kara", OURS, {**CHUNKS, "pool": "model"}),
-    Method("straight", "mean attention of the window's queries, Token2Chunk 0.3 / 8", "kara", STRAIGHT, CHUNKS),
+    Method("kara, model, chunks", f"one list for the model, chunks {_chunks(CHUNKS)}", "kara", OURS,
+           {**CHUNKS, "pool": "model"}),
+    Method("straight", f"as published: mean attention of the window's queries, chunks {_chunks(CHUNKS)}", "kara",
+           STRAIGHT, CHUNKS),
     Method("straight, causal", "the same with the causal mask", "kara",
-           Kara("mean", False, look_ahead=False, attention="causal"), CHUNKS),
+           Kara(replace(PAPER_SCORING, attention="causal"), look_ahead=False), CHUNKS),
     Method("straight, no chunks", "the same without Token2Chunk", "kara", STRAIGHT),
     Method("mean", "mean attention of window and tail queries", "kara", WITH_TAIL),
-    Method("mean, redundancy 9", "the same with redundancy 9", "kara", Kara("mean", False, 9.0, look_ahead=False)),
-    Method("mean, value norms", "the same weighed by value norms", "kara", Kara("mean", True, look_ahead=False)),
+    Method("mean, redundancy 9", "the same with redundancy 9", "kara",
+           Kara(replace(PAPER_SCORING, redundancy=9.0), look_ahead=False)),
+    Method("mean, value norms", "the same weighed by value norms", "kara",
+           Kara(Scoring(reduction="mean"), look_ahead=False)),
     Method("random", "chance, per head", "null", peers.random_per_head),
     Method("random, shared", "chance, one list", "null", peers.random_shared),
     Method("StreamingLLM", "newest first", "null", peers.streaming_llm),
@@ -139,17 +149,18 @@ def ablations() -> list[Method]:
         return Method(name, "", "ablation", scorer, selection, **where)
 
     return [
-        *(one(f"window {n}", window=n) for n in (64, 128, 512, 1024)),
-        *(one(f"tail {n}", tail=n) for n in (0, 16, 128, 256)),
+        *(one(f"window {n}", window=n) for n in (64, 128, 256, 512, 1024) if n != WINDOW),
+        *(one(f"tail {n}", tail=n) for n in (0, 16, 64, 128, 256) if n != TAIL),
         one("no tail queries", Kara(tail_queries=False)),
         one("every 2nd query", Kara(stride=2)),
         one("every 8th query", Kara(stride=8)),
         one("group means, every 2nd", Kara(stride=2, mean_heads=True)),
         one("group means, every 2nd, not ahead", Kara(stride=2, mean_heads=True, look_ahead=False)),
-        one("group means, every 2nd, mean, redundancy 9", Kara("mean", False, 9.0, False, stride=2, mean_heads=True)),
+        one("group means, every 2nd, mean, redundancy 9",
+            Kara(replace(PAPER_SCORING, redundancy=9.0), False, stride=2, mean_heads=True)),
         *(one(f"chunks {fraction} / {span}", selection={"chunk_fraction": fraction, "max_chunk": span})
           for fraction in (0.1, 0.3, 0.5) for span in (4, 8, 16) if (fraction, span) != (0.3, 8)),
-        one("no value norms", Kara(value_norm=False)),
-        one("mean of queries", Kara(reduction="mean")),
-        *(one(f"redundancy {rho}", Kara(redundancy=rho)) for rho in (1.0, 9.0)),
+        one("no value norms", Kara(Scoring(value_norm=False))),
+        one("mean of queries", Kara(Scoring(reduction="mean"))),
+        *(one(f"redundancy {rho}", Kara(Scoring(redundancy=rho))) for rho in (1.0, 9.0)),
     ]  # fmt: skip

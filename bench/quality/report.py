@@ -1,4 +1,4 @@
-"""The page and the picture of what was measured. Every figure comes from the JSON file; nothing is written by hand."""
+"""The page and the picture of what was measured. Every figure comes from the records; nothing is written by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import picture
 from .measure import DISTANCES
@@ -25,15 +25,38 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
     return [page, drawn]
 
 
+class _Tables(NamedTuple):
+    """By method and retention, then by text or haystack."""
+
+    kl: Table
+    top1: Table
+    above: Table
+    exact: Table
+
+
 def _page(result: Mapping[str, Any]) -> list[str]:
     records = result["records"]
-    kl, top1 = by_text(records, "fidelity", "kl"), by_text(records, "fidelity", "top1")
-    above, exact = recall_tables(records)
+    tables = _Tables(by_text(records, "fidelity", "kl"), by_text(records, "fidelity", "top1"), *recall_tables(records))
+    kl, above, exact = tables.kl, tables.above, tables.exact
     retentions = sorted({retention for method, retention in kl if method == DEFAULT})
-    texts = sorted(kl[DEFAULT, retentions[0]])
+    parts = [
+        _head(result),
+        ["## In short", "", *_short(kl, above, exact, retentions)],
+        _fidelity(records, tables, retentions),
+        _recall(records, tables, retentions),
+        _decoding(records),
+        _ablations(kl, by_text(records, "fidelity", "held")),
+        ["## Where Kara loses", "", *_losses(kl, above, exact, retentions), *_losses_decoding(records)],
+        LIMITS,
+    ]
+    return list(itertools.chain.from_iterable([*part, ""] for part in parts))[:-1]
+
+
+def _head(result: Mapping[str, Any]) -> list[str]:
     plan = result["plan"]
     model = "SmolLM2-135M-Instruct" if plan["model"] == "packaged" else plan["model"]
-    lines = [
+    best = picture.best_peers(result["records"])
+    return [
         "# Does it keep the meaning?",
         "",
         f"Written by `make quality`{' --quick' if plan['quick'] else ''} with {model} in float32 "
@@ -45,14 +68,15 @@ def _page(result: Mapping[str, Any]) -> list[str]:
         "![KL divergence and recall by retention](quality.png)",
         "",
         "The picture names the peers that rank best, over its three panels and all retentions: "
-        + ", ".join(f"{name} (mean rank {rank:.1f})" for name, rank in picture.best_peers(records).items())
+        + ", ".join(f"{name} (mean rank {rank:.1f})" for name, rank in best.items())
         + ".",
-        "",
-        "## In short",
-        "",
-        *_short(kl, above, exact, retentions),
-        "",
-        f"## Fidelity: KL to the full cache, nats per token, over {len(texts)} texts",
+    ]
+
+
+def _fidelity(records: Sequence[Mapping[str, Any]], tables: _Tables, retentions: Sequence[float]) -> list[str]:
+    kl, top1 = tables.kl, tables.top1
+    return [
+        f"## Fidelity: KL to the full cache, nats per token, over {len(kl[DEFAULT, retentions[0]])} texts",
         "",
         "Every window of a text is compressed, then the next 192 tokens are read. In brackets: how often the most",
         "likely token is the full cache's. *Score* is the time of scoring one window in all layers, medians, of plain",
@@ -68,7 +92,12 @@ def _page(result: Mapping[str, Any]) -> list[str]:
         *_kinds(kl, retentions),
         "",
         *_distances(records, retentions),
-        "",
+    ]
+
+
+def _recall(records: Sequence[Mapping[str, Any]], tables: _Tables, retentions: Sequence[float]) -> list[str]:
+    above, exact = tables.above, tables.exact
+    return [
         f"## Recall, over {len(above.get((DEFAULT, retentions[0]), {}))} haystacks",
         "",
         "Nats per answer token above the full cache's. In brackets: share of the answers said exactly, of those that",
@@ -77,25 +106,18 @@ def _page(result: Mapping[str, Any]) -> list[str]:
         *_grid(above, retentions, lambda m, r: f"{mean(above[m, r]):.2f} ({100 * mean(exact[m, r]):.0f} %)"),
         "",
         *_recall_kinds(records, retentions),
-        "",
-        *_decoding(records),
-        "",
-        *_ablations(kl, by_text(records, "fidelity", "held")),
-        "",
-        "## Where Kara loses",
-        "",
-        *_losses(kl, above, exact, retentions),
-        *_losses_decoding(records),
-        "",
-        "## What this does not say",
-        "",
-        "One small model, texts of some 2,400 tokens, one seed. Fidelity and recall compress what a model with its",
-        "full cache left (see `bench/quality/replay.py`); only *Decoding* lets errors build up. Nothing is said about",
-        "answers of reasoning models to hard questions, which this model could not give. PyramidKV has a budget for",
-        "every layer, which a paged cache with one block table for all layers cannot hold. KVzip needs a second pass",
-        "over the text and was left out. What was tried on the way and not kept: [tried.md](tried.md).",
     ]
-    return lines
+
+
+LIMITS = [
+    "## What this does not say",
+    "",
+    "One small model, texts of some 2,400 tokens, one seed. Fidelity and recall compress what a model with its",
+    "full cache left (see `bench/quality/replay.py`); only *Decoding* lets errors build up. Nothing is said about",
+    "answers of reasoning models to hard questions, which this model could not give. PyramidKV has a budget for",
+    "every layer, which a paged cache with one block table for all layers cannot hold. KVzip needs a second pass",
+    "over the text and was left out. What was tried on the way and not kept: [tried.md](tried.md).",
+]
 
 
 def _best_peer(table: Table, retention: float) -> str:

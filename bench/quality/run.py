@@ -12,13 +12,13 @@ import torch
 import transformers
 
 import kara_kernels
+from bench.store import Store, digest
 from demos.screen import Screen
 
 from . import sources, texts
 from .decode import decoding, write
 from .measure import AHEAD, PROMPT, Record, fidelity, recall
 from .methods import ABLATION_RETENTION, DEFAULT, FULL, METHODS, RETENTIONS, TAIL, WINDOW, Cell, Method, ablations
-from .store import Store
 from .tasks import haystacks
 
 WINDOWS, HAYSTACK_WINDOWS = 8, 6
@@ -86,8 +86,8 @@ class Run:
         self.methods = [method for method in METHODS if not plan.quick or method.name in QUICK_METHODS]
         self.cells = cells_of(self.methods, (0.3, 0.5) if plan.quick else RETENTIONS)
         versions = platform.python_version(), torch.__version__, transformers.__version__
-        self._writer = sources.digest(sources.of_model(model), plan.seed, *versions)
-        self._reader = sources.digest(self._writer, platform.machine(), torch.get_num_threads(), str(model.device))
+        self._writer = digest(sources.of_model(model), plan.seed, *versions)
+        self._reader = digest(self._writer, platform.machine(), torch.get_num_threads(), str(model.device))
         # All code is looked at now: who edits a file while this runs has started what was there before.
         self._files = {
             (task, own): sources.of_files(task, own) for task in sources.BENCH for own in (False, True)
@@ -108,7 +108,7 @@ class Run:
         """Says all that a record depends on: code, model, versions, processors, the text and the method."""
         method, retention = cell
         code = self._files[item.task, method.own_scores], self._methods[method.name]
-        return sources.digest(self._reader, code, item.task, item.name, item.content, retention)
+        return digest(self._reader, code, item.task, item.name, item.content, retention)
 
     def _measured(self, task: str, items: list[Item]) -> list[Record]:
         wanted = [[(self.key(item, cell), cell) for cell in item.cells] for item in items]
@@ -124,7 +124,8 @@ class Run:
                     for (key, _), record in zip(some, found, strict=True):
                         self.store.put(key, record)
                         advance(1, item.name)
-        return [self.store.get(key) for own in wanted for key, _ in own]
+        records = [self.store.get(key) for own in wanted for key, _ in own]
+        return [record for record in records if record is not None]
 
     def _texts(self) -> list[texts.Text]:
         if self.plan.quick:
@@ -135,7 +136,7 @@ class Run:
             with self.screen.waiting(self.phases, "the model writes its own texts (once, 15 minutes on two cores)"):
                 return [asdict(text) for text in texts.own(self.model, self.tokenizer, OWN_TOKENS, self.plan.seed)]
 
-        key = sources.digest("own", self._writer, OWN_TOKENS, self._texts_by)
+        key = digest("own", self._writer, OWN_TOKENS, self._texts_by)
         return texts.shipped() + [texts.Text(**text) for text in self.store.kept(key, make)]
 
     def _documents(self, written: list[texts.Text]) -> Iterator[Item]:
@@ -177,7 +178,7 @@ class Run:
             with self.screen.waiting(self.phases, "the model writes greedily (once, 4 minutes on two cores)"):
                 return [text.tolist() for text in write(self.model, tensors(prompts), GREEDY_TOKENS)]
 
-        key = sources.digest("greedy", self._writer, GREEDY_TOKENS, prompts, self._greedy_by)
+        key = digest("greedy", self._writer, GREEDY_TOKENS, prompts, self._greedy_by)
         found = self.store.kept(key, make)
         for i, (prompt, text) in enumerate(zip(tensors(prompts), tensors(found), strict=True)):
             name, content = f"greedy-{i + 1}", [prompts[i], found[i]]

@@ -1,13 +1,10 @@
 """What a measurement depends on, as hashes: a scorer that changed is measured again, and nothing else.
 
-Code counts without comments, docstrings and layout. Of the library every file counts that is not known to be idle in a
-measurement, so a file that is new counts too.
+Of the library every file counts that is not known to be idle in a measurement, so a file that is new counts too.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
 import inspect
 import json
@@ -20,9 +17,10 @@ from typing import Any
 
 import torch
 
+from bench.store import ROOT, code_of, digest, digest_of_files
+
 from .methods import Method
 
-ROOT = Path(__file__).resolve().parents[2]
 BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
 VLLM = ("integrations/vllm/*", "integrations/__init__.py")
 SCORES = ("*/score.py",)  # idle where others score
@@ -33,10 +31,6 @@ SHIM = (
 )  # fmt: skip
 
 
-def digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def of_files(task: str, own_scores: bool, root: Path = ROOT) -> str:
     """The bench's and the library's files behind every record of ``task``; ``own_scores``: the library's."""
     idle = VLLM + (() if own_scores else SCORES) + (() if task == "decoding" else SHIM)
@@ -45,7 +39,7 @@ def of_files(task: str, own_scores: bool, root: Path = ROOT) -> str:
     for path in sorted(library.rglob("*.py")):
         if not any(fnmatch(path.relative_to(library).as_posix(), pattern) for pattern in idle):
             files.append(path)
-    return digest([(path.relative_to(root).as_posix(), _code(path.read_text(encoding="utf-8"))) for path in files])
+    return digest_of_files(files, root)
 
 
 def of_method(method: Method) -> str:
@@ -63,7 +57,7 @@ def of_callable(thing: Any) -> list[str]:
 
 def _reached(thing: Any, found: dict[str, str]) -> dict[str, str]:
     """Code or value by name, of ``thing`` and of the functions, classes and constants of its module that it names."""
-    found[thing.__qualname__] = _code(textwrap.dedent(inspect.getsource(thing)))
+    found[thing.__qualname__] = code_of(textwrap.dedent(inspect.getsource(thing)))
     functions = [thing] if isinstance(thing, FunctionType) else filter(inspect.isfunction, vars(thing).values())
     for function in map(inspect.unwrap, functions):
         for name in _names(function.__code__):
@@ -82,17 +76,6 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
-
-
-@functools.cache
-def _code(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body[0] = ast.Pass()
-    return ast.unparse(tree)
 
 
 def of_model(model: Any) -> str:

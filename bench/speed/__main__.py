@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench import baselines, tables
-from bench.tables import Row
-from demos.screen import Screen
+from bench.store import digest_of_folders, measure_all
+from demos import DemoError
 from kara_kernels import PagedCache, compress_window
 from kara_kernels.engine import Policy
 from kara_kernels.ops import score_window
@@ -128,6 +128,10 @@ def alternate(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
     return seconds
 
 
+def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+    return alternate(World(case).jobs(), rounds)
+
+
 def machine() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -147,15 +151,19 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
     cases = QUICK if options.quick else CASES
     head = {"kind": "measured on a CPU", "machine": machine(), "threads": options.threads, "torch": torch.__version__,
             "tail": TAIL, "page": PAGE}  # fmt: skip
-    with Screen().phase({}, "events", len(cases), "cases") as advance:
-        for case in cases:
-            row = {"case": case.label, **asdict(case), "seconds": alternate(World(case).jobs(), options.rounds)}
-            rows.append(row)
-            advance(1, f"{case.label}: {1e3 * statistics.median(row['seconds']['kara']):.1f} ms")
+    code = digest_of_folders("kara_kernels", "bench/speed", "bench/baselines.py")
+    jobs = {case.label: partial(measure, case, options.rounds) for case in cases}
+    try:
+        seconds = measure_all("events", jobs, head, options.rounds, code)
+    except DemoError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\nspeed: stopped; the next run goes on from here", file=sys.stderr)
+        return 130
+    rows = [{"case": case.label, **asdict(case), "seconds": s} for case, s in zip(cases, seconds, strict=True)]
     options.out.mkdir(parents=True, exist_ok=True)
     tables.write(options.out / "speed.csv", rows, **head)
     (options.out / "speed.md").write_text(report.page(head, rows), encoding="utf-8")

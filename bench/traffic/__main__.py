@@ -8,12 +8,15 @@ os.environ["TRITON_INTERPRET"] = "0"  # the emulator runs compiled code; Triton 
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+import triton
 
 from bench import tables
-from demos.screen import Screen
+from bench.store import digest_of_folders, measure_all
+from demos import DemoError
 
 from . import measure, report
 
@@ -27,11 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases = [case for case in measure.CASES if not options.quick or case.name == "SmolLM2"]
-    rows = []
-    with Screen().phase({}, "counting", len(cases), "cases") as advance:
-        for case in cases:
-            rows.append(measure.measure(case))
-            advance(1, case.name)
+    code = digest_of_folders("kara_kernels", "bench/traffic", "tests/ptx")
+    jobs = {case.name: partial(measure.measure, case) for case in cases}
+    try:
+        rows = measure_all("counting", jobs, code, triton.__version__, torch.__version__)
+    except DemoError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\ntraffic: stopped; the next run goes on from here", file=sys.stderr)
+        return 130
     options.out.mkdir(parents=True, exist_ok=True)
     tables.write(options.out / "traffic.csv", rows, kind="counted in an emulator of sm_80 code, not timed")
     (options.out / "traffic.md").write_text(report.page(rows), encoding="utf-8")

@@ -21,8 +21,8 @@ import torch
 from bench import tables
 from bench.tables import Row
 from kara_kernels.engine import Policy
+from kara_kernels.ops._tiles import score_config
 from kara_kernels.ops._triton import ARCHITECTURES
-from kara_kernels.ops.score import score_config
 from kara_kernels.options import PAPER, RECOMMENDED
 
 # ---- assumptions ----------------------------------------------------------------------------------------------------

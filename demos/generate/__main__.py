@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from .. import DemoError
 from ..command import (
@@ -128,22 +129,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.usual = parser.parse_args([])
     for each in (options, options.usual):
         fill_policy(each)
-    check_least(options, tokens=1, window=1, tail=0, block_size=1, temperature=0, seed=0, threads=1)
-    if options.window > 4096:
-        raise DemoError(f"--window must be at most 4096, got {options.window}", 2)
-    if not 1 <= options.keep <= options.window:
-        raise DemoError(f"--keep must be in 1..{options.window} (--window), got {options.keep}", 2)
+    options.policy = _policy(options)
+    check_least(options, tokens=1, block_size=1, temperature=0, seed=0, threads=1)
     if not 0 < options.repetition_penalty < float("inf"):
         raise DemoError(f"--repetition-penalty must be over 0, got {options.repetition_penalty}", 2)
-    from kara_kernels.options import OPTIONS, split_options
-
-    options.policy = told(options, list(OPTIONS))
-    with library_checks():
-        split_options(options.policy)
     check_model(options.model)
     options.prompt = _prompt(options)
     check_outputs(options)
     return options
+
+
+def _policy(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of scoring and selection that were given. The library judges them, and window, keep and tail."""
+    from kara_kernels.engine import Policy
+    from kara_kernels.options import OPTIONS
+
+    given = told(options, list(OPTIONS))
+    with library_checks():
+        Policy(window=options.window, keep=options.keep, tail=options.tail, query_stride=1, **given)
+    return given
 
 
 def _prompt(options: argparse.Namespace) -> str:

@@ -39,7 +39,7 @@ def needed(rows: Rows, options: argparse.Namespace, prompt_tokens: int) -> int:
     most = min(tokens, prompt_tokens + compressions * options.keep + options.window + options.tail)
     blocks = -(-most // options.block_size)
     pool = max(1, 2 * blocks - 1) * options.block_size * rows.kv  # KaraCache doubles its pool when it is full
-    queries = (options.window + options.tail) * rows.queries
+    queries = (options.window + options.tail + 1) * rows.queries
     compressed = 1 if options.no_baseline else 2
     return tokens * rows.kv + compressed * (pool + queries) + 3 * SLICE * rows.logits
 

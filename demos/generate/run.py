@@ -17,7 +17,7 @@ from .. import DemoError
 from ..command import library_checks
 from ..machine import available_bytes, cpu_seconds, share_of_others
 from ..model import load
-from ..screen import Screen, duration
+from ..screen import Screen, rough
 from . import report
 from .closeness import SLICE, closeness, random_scorer
 from .decode import Decoding, Sampler, choose_threads, next_logits, take_turns
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole demo; prints as it goes and returns what ``--json`` writes."""
     stage = _load(options)
     screen, phases = stage.screen, stage.phases
-    with screen.timed(phases, "warm-up"):
+    with screen.waiting(phases, "warm-up"):
         _warm_up(stage)
         trial = _threads(stage)
     decoded, others = _decode(stage)
@@ -124,7 +124,7 @@ def _threads(stage: Stage) -> dict[int, float]:
     chosen = torch.get_num_threads()
     tried = ", ".join(f"{seconds * 1e3:.0f} ms with {count}" for count, seconds in trial.items())
     screen.say(f"threads: {chosen}, after a trial (a token took {tried}; --threads N sets them)")
-    screen.say(f"decoding will take about {duration(2 * options.tokens * trial[chosen])}")
+    screen.say(f"decoding will take about {rough(2 * options.tokens * trial[chosen])}")
     return trial
 
 

@@ -13,6 +13,8 @@ from ..machine import available_bytes, size
 from ..model import row_bytes
 from .prompts import PROMPTS
 
+CPU_BLOCK = 32  # vLLM 0.32 reads blocks of that many tokens on CPUs; a server takes a minute to say so
+
 
 @dataclass(frozen=True)
 class Load:
@@ -58,7 +60,10 @@ def _check_room(options: argparse.Namespace, model: str, longest: int, count: in
     if limit and longest + options.block_size > limit:
         most = limit - options.block_size - (longest - options.tokens)
         raise DemoError(f"--tokens: expected at most {most:,} with this model, got {options.tokens:,}", 2)
-    free = None if torch.cuda.is_available() else available_bytes()  # on a GPU vLLM plans its memory itself
+    cpu = not torch.cuda.is_available()
+    if cpu and options.block_size % CPU_BLOCK:
+        raise DemoError(f"--block-size: expected a multiple of {CPU_BLOCK} on a CPU, got {options.block_size}", 2)
+    free = available_bytes() if cpu else None  # on a GPU vLLM plans its memory itself
     dtype = getattr(torch, options.dtype, None) or config.dtype or torch.float32
     each = row_bytes(config, dtype.itemsize) * options.block_size
     if free is not None and count * each > free:

@@ -78,7 +78,7 @@ def _running(axes: Axes, stage: dict[str, Any]) -> None:
     kara, plain = stage["kara"], stage["vllm"]
     axes.set_title(
         f"{kara['running_mean']:.1f} requests run at once instead of {plain['running_mean']:.1f}; "
-        f"{kara['preemptions']:,} preemptions instead of {plain['preemptions']:,}"
+        f"{kara['preemptions']:,} preemption{'s' * (kara['preemptions'] != 1)} instead of {plain['preemptions']:,}"
     )
 
 

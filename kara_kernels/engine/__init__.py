@@ -21,15 +21,6 @@ from ..windows.policy import Policy
 from ..windows.queries import QueryRing, Span, ring_bytes
 
 __all__ = [
-    "Compression",
-    "Held",
-    "Ledger",
-    "PackedCache",
-    "Plan",
-    "Policy",
-    "QueryRing",
-    "Span",
-    "execute",
-    "ring_bytes",
+    "Compression", "Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "execute", "ring_bytes",
     "warm_up",
-]
+]  # fmt: skip

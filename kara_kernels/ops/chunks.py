@@ -11,9 +11,9 @@ fit, and filling up to exactly ``keep`` are this library's choice.
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..checks import check_chunks, check_scores, require_rows
 from ..paged import row_alignment
+from ..reference.chunks import expanded_positions
 from ._triton import kernel, launch, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
@@ -170,8 +170,8 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, 
         backend: as in :func:`select_topk`.
 
     Returns:
-        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions: block tables are shared by all
-        layers and heads, so equal counts are what a paged engine can free.
+        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions. All layers and heads share a
+        block table, so equal counts are what a paged engine can free.
 
     Raises:
         TypeError, ValueError: wrong dtype or range, a backend that cannot run.
@@ -179,7 +179,7 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, 
     check_scores(scores)
     check_chunks(scores.shape[-1], keep, chunk_budget, max_chunk)
     if resolve_backend(backend, scores.device) == "torch":
-        return reference.expand_chunks(scores, keep, chunk_budget, max_chunk)
+        return expanded_positions(scores, keep, chunk_budget, max_chunk)
     indices = torch.empty(*scores.shape[:-1], keep, dtype=torch.int32, device=scores.device)
     if indices.numel():
         launch_expand(indices.view(-1, keep), require_rows("scores", scores), chunk_budget, max_chunk)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..arguments import check_compact_blocks
 from ..checks import check_unit_stride
-from ..paged import WORDS, PagedCache, per_layer
+from ..paged import WORDS, PagedCache
+from ..reference.compact import compact_windows
 from ._rows import PagedRows, RowFormat, row_pointer
 from ._triton import kernel, launch, layer_pointer, resolve_backend, tl, triton
 
@@ -158,7 +158,7 @@ def compact_blocks(
         window_starts: int32 ``[S]``, physical index of the first window token.
         seq_lens: int32 ``[S]``, physical lengths.
         keep_indices: int32 ``[S, H, K]``, for many layers ``[L, S, H, K]``: positions relative to the window,
-            ascending. All -1 for a sequence that is to be left alone; its window start is then not looked at.
+            ascending. All -1 leaves a sequence alone, and its window start is not read.
         window: window length ``W`` in tokens.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
@@ -171,15 +171,12 @@ def compact_blocks(
             blocks that two sequences share from their windows on) are checked on the CPU and with
             ``KARA_KERNELS_DEBUG=1`` only.
     """
-    _, cache, many = per_layer(None, k_cache, v_cache)
-    if resolve_backend(backend, cache.k[0].device) == "torch":
-        return reference.compact_blocks(k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window)
-    table, starts, lengths, keep = check_compact_blocks(
-        cache, block_tables, window_starts, seq_lens, keep_indices, window, many
-    )
-    cache.require_kernel_layout()
-    check_unit_stride("keep_indices", keep)
-    new_lens = torch.empty_like(lengths)
-    if len(lengths):
-        launch_compact(new_lens, cache, table, starts, lengths, keep, window)
+    given = check_compact_blocks(k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window)
+    if resolve_backend(backend, given.seq_lens.device) == "torch":
+        return compact_windows(given)
+    given.cache.require_kernel_layout()
+    check_unit_stride("keep_indices", given.keep)
+    new_lens = torch.empty_like(given.seq_lens)
+    if len(new_lens):
+        launch_compact(new_lens, given.cache, given.block_tables, given.starts, given.seq_lens, given.keep, window)
     return new_lens

@@ -4,41 +4,31 @@
     p[s,h,g,i,:] = softmax_j(a[s,h,g,i,:])
     scores[s,h,j] = mean over g and i of p[s,h,g,i,j], or the root of the mean of its square
 
-One program owns ``rows_per_program`` of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W``
-keys at hand a softmax row is local to a tile, so the program keeps the keys on chip, walks its query tiles and adds
-up columns; the ``N x W`` logits never leave registers. Programs leave one partial row each and whoever needs the
-scores adds the partial rows in fixed order: no atomics, same bits every time. Wider windows stream key tiles twice:
-once for the row's log-sum-exp, once for the columns.
+One program owns some of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand a softmax
+row is local to a tile. So the program keeps the keys on chip, walks its query tiles and adds up columns; the ``N x W``
+logits never leave registers. Each program leaves one partial row, and whoever needs the scores adds the partial rows in
+fixed order, without atomics and with the same bits every time. Wider windows stream key tiles twice, once for each
+row's log-sum-exp and once for the columns.
 
 Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133); weights by
 the length of values as in Compactor (arXiv 2507.08143); root mean squares are this library's choice.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..arguments import check_score_window
+from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES
-from ..paged import Layers, PagedCache, per_layer, row_alignment
-from ._rows import PagedRows, RowFormat, load_rows
-from ._triton import (
-    INTERPRETED,
-    Architecture,
-    architecture,
-    kernel,
-    launch,
-    layer_pointer,
-    resolve_backend,
-    tl,
-    triton,
-    window_of,
-)
+from ..paged import Layers, PagedCache, row_alignment
+from ..reference.score import score_windows
+from ._norms import mean_cosines, value_norms
+from ._rows import PagedRows, QueryRows, RowFormat, load_rows
+from ._tiles import ScoreConfig, score_config
+from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -46,17 +36,8 @@ TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.f
 PARTIAL_BYTES = 256 << 20
 """Bytes of partial rows on a GPU, or those of one layer if they are more; further layers are scored after them."""
 
+
 # ------------------------------------------------------------------------------------------------- device code
-
-
-class QueryRows(NamedTuple):
-    """Where the query rows of one sequence and KV head are, in a kernel."""
-
-    base: Any
-    places: Any  # rows of the queries; None: they lie one behind the other
-    stride_query: Any
-    stride_head: Any
-    count: Any  # of queries
 
 
 @dataclass(frozen=True)
@@ -96,53 +77,6 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
     if FORM.causal:  # query i is window token W - N + i
         seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
     return tl.where(seen, logits * scale, float("-inf"))
-
-
-@triton.jit
-def _mean_cosines(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Write softmax_j of the mean cosine of key j to all keys: three walks over the keys, nothing kept but a mean."""
-    offs_d = tl.arange(0, BLOCK_D)
-    mean = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, W, BLOCK_R):
-        offs_w = first + tl.arange(0, BLOCK_R)
-        keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
-        mean += tl.sum(_unit(keys), 1)
-    mean = mean / W
-    peak = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    for first in range(0, W, BLOCK_R):
-        offs_w = first + tl.arange(0, BLOCK_R)
-        keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
-        cosine = tl.where(offs_w < W, tl.sum(_unit(keys) * mean[:, None], 0), float("-inf"))
-        higher = tl.maximum(peak, tl.max(cosine, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(cosine - higher), 0)
-        peak = higher
-    for first in range(0, W, BLOCK_R):
-        offs_w = first + tl.arange(0, BLOCK_R)
-        keys = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
-        cosine = tl.sum(_unit(keys) * mean[:, None], 0)
-        tl.store(out + offs_w, tl.exp(cosine - peak) / total, mask=offs_w < W)
-
-
-@triton.jit
-def _unit(keys):
-    """Columns of ``[dims, tokens]`` at length 1, zero columns left zero; safe where squares would leave float32."""
-    largest = tl.max(tl.abs(keys), 0)
-    keys = keys / tl.where(largest > 0, largest, 1.0)[None, :]
-    norm = tl.sqrt(tl.sum(keys * keys, 0))
-    return keys / tl.where(norm > 0, norm, 1.0)[None, :]
-
-
-@triton.jit
-def _value_norms(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Write the Euclidean length of every value of the window."""
-    offs_d = tl.arange(0, BLOCK_D)
-    for first in range(0, W, BLOCK_R):
-        offs_w = first + tl.arange(0, BLOCK_R)
-        values = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
-        largest = tl.max(tl.abs(values), 0)
-        unit = values / tl.where(largest > 0, largest, 1.0)[None, :]
-        tl.store(out + offs_w, largest * tl.sqrt_rn(tl.sum(unit * unit, 0)), mask=offs_w < W)
 
 
 @triton.jit
@@ -262,11 +196,11 @@ def score_kernel(
         row = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile
         out = tl.multiple_of(partials_ptr + row * W, ALIGN)
         if REDUNDANCY and tile == num_tiles - 1:
-            _mean_cosines(out, keys, W, K, K.block, BLOCK_R)
+            mean_cosines(out, keys, W, K, K.block, BLOCK_R)
         elif NORM and tile == num_tiles - 1 - REDUNDANCY:
             v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer) + head * stride_v_h
             values = PagedRows(v_base, table, start, stride_v_b, stride_v_p)
-            _value_norms(out, values, W, V, V.block, BLOCK_R)
+            value_norms(out, values, W, V, V.block, BLOCK_R)
         else:
             q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer)
             q_base += seq * stride_q_s + head * FORM.group * stride_q_h
@@ -286,49 +220,6 @@ def score_kernel(
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    whole: bool  # all keys of the window on chip, one pass; else streamed in tiles, two passes
-    block_m: int  # query rows of a tile
-    block_w: int  # keys of a tile
-    d0: int  # whole: the head dimension as one power of two ... streamed: a slice of it
-    d1: int  # ... and the rest as another (0: none), since padding 192 to 256 would cost a third more work
-    rows: int  # query rows of a program
-    num_warps: int
-
-
-@functools.lru_cache(maxsize=256)
-def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture) -> ScoreConfig:
-    """Launch configuration from shape and target alone: a choice that saw the batch would change last bits.
-
-    ``dtype`` is what the matrix products take.
-    """
-    rows = 512  # keys are read once and one partial row written per 512 query rows: under 2 % of the bytes at W = 256
-    block_w = max(16, triton.next_power_of_2(window))
-    d0 = max(16, 1 << (dim.bit_length() - 1))
-    d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
-    # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
-    # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
-    block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
-
-    def fits(block_m: int) -> bool:
-        needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize
-        return needed + (0 if target.amd else 16384) <= target.shared_memory
-
-    # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
-    if dtype != torch.float32 and block_w <= 1024:
-        if d0 == 256 and block_w == 256 and (target.amd or not fits(block_m)):
-            block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
-        if fits(block_m):
-            # 4 warps for D = 256 and more filled a sixteenth of a multiprocessor, and spilled at 576.
-            return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 and d0 + d1 <= 128 else 8)
-    slice_ = 32 if dtype == torch.float32 else target.slice_dims
-    while dim % slice_ and slice_ > 16:
-        slice_ //= 2
-    # 64 keys: two programs fit a multiprocessor, and 128 spilled on sm_100.
-    return ScoreConfig(False, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)
 
 
 def plan_score(
@@ -459,10 +350,10 @@ def score_window(
             layers), or ``[L, H]``. On the Triton path it is read on the device.
         attention: ``"bidirectional"``; ``"causal"`` restricts query ``i``, then window token ``W - N + i``, to what
             is not after it (an ablation; needs ``N <= W``).
-        reduction: over queries and group: their ``"mean"``; or ``"rms"``, the root of their mean square: a key that few
-            queries need much counts more than one that all need little.
-        v_cache: ``[B, P, H, Dv]``, or ``L`` of them: weighs each key by the Euclidean length of its value. Of an fp8
-            cache the stored value counts, without its scale.
+        reduction: ``"mean"`` over queries and group, or ``"rms"``, the root of their mean square. With ``"rms"`` a key
+            that few queries need much counts more than one that all need little.
+        v_cache: ``[B, P, H, Dv]``, or ``L`` of them. With it each score is multiplied by the Euclidean length of the
+            value. In an fp8 cache the stored value counts, without its scale.
         redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``, after all of the above.
         query_rows: int32 ``[S, N]``, stride 1 along ``N``. ``query`` is then ``[R, H*G, D]``, or ``L`` such tensors, or
             ``[L, R, H*G, D]``; query ``i`` of sequence ``s`` is row ``query_rows[s, i]``, of every layer. So sequences
@@ -470,8 +361,8 @@ def score_window(
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
-        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Of plain means rows sum to 1. A row does not
-        depend on the rest of the batch, to the bit. Products are taken in the query's dtype and summed in float32;
+        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Rows of plain means sum to 1. A row is the same to
+        the bit whatever else is in the batch. Products are taken in the query's dtype and summed in float32;
         float32 on NVIDIA GPUs as three TF32 products.
 
     Raises:
@@ -479,26 +370,29 @@ def score_window(
             are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only. A window that runs past its sequence cannot
             be noticed here.
     """
-    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
-    device = cache.k[0].device
-    if resolve_backend(backend, device) == "torch":
-        return reference.score_window(
-            query, k_cache, block_tables, window_starts, window,
-            scale=scale, k_scale=k_scale, attention=attention, reduction=reduction, v_cache=v_cache,
-            redundancy=redundancy, query_rows=query_rows,
-        )  # fmt: skip
-    queries, table, starts, scales = check_score_window(
-        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy,
-        query_rows,
+    given = check_score_window(
+        query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
+        attention=attention, reduction=reduction, redundancy=redundancy,
     )  # fmt: skip
-    queries.require_kernel_layout("query")
-    cache.require_kernel_layout()
-    layers, (_, _, heads, dim) = len(cache.k), cache.shape
-    config, rows = plan_score(queries, cache.k, window, reduction, v_cache is not None, redundancy, query_rows)
-    scores = torch.empty(layers, len(starts), heads, window, dtype=torch.float32, device=device)
-    if len(starts):
+    if resolve_backend(backend, given.starts.device) == "torch":
+        scores = score_windows(given)
+    else:
+        scores = _score_by_kernels(given)
+    return scores if given.many else scores[0]
+
+
+def _score_by_kernels(a: ScoreArguments) -> Tensor:
+    a.query.require_kernel_layout("query")
+    a.cache.require_kernel_layout()
+    how = a.scoring
+    config, rows = plan_score(
+        a.query, a.cache.k, a.window, how.reduction, a.cache.v is not None, how.redundancy, a.query_rows
+    )
+    shape = len(a.cache.k), len(a.starts), a.cache.shape[2], a.window
+    scores = torch.empty(shape, dtype=torch.float32, device=a.starts.device)
+    if len(a.starts):
         launch_scores(
-            scores, queries, cache, table, starts, None, None, dim**-0.5 if scale is None else scale, scales,
-            attention, rows, config, query_rows,
+            scores, a.query, a.cache, a.block_tables, a.starts, None, None, a.scale, a.k_scale, how.attention, rows,
+            config, a.query_rows,
         )  # fmt: skip
-    return scores if many else scores[0]
+    return scores

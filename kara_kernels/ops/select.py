@@ -1,16 +1,16 @@
 """Exact top-k of a row of scores, in position order, one program per row and everything in registers.
 
-The k-th largest of a row is found by halving the range of its integer keys, at most 32 counts; ties and output slots
-come from prefix sums. No sort, no atomics: the same bits in give the same indices out, on every device. A search
+Halving the range of a row's integer keys finds its k-th largest in at most 32 counts. Ties and output slots come from
+prefix sums. No sort, no atomics: the same bits in give the same indices out, on every device. A search
 costs about a third of the instructions of a bitonic top-k at ``W`` = 1024 to 4096.
 """
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..checks import check_count, check_scores, require_rows
 from ..paged import row_alignment
+from ..reference.select import best_positions
 from ._triton import kernel, launch, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -103,8 +103,8 @@ def select_topk(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     """The ``k`` best positions of each row, in ascending position order.
 
     Args:
-        scores: float32 ``[..., W]``, ``W`` up to 4096. On the Triton path the rows must lie at one stride, the last
-            dimension at stride 1; rows that do not are a ValueError, never a silent copy.
+        scores: float32 ``[..., W]``, ``W`` up to 4096. On the Triton path rows must lie at one stride and the last
+            dimension at stride 1; other rows are a ValueError and never a silent copy.
         k: how many, ``1 <= k <= W``.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
@@ -118,7 +118,7 @@ def select_topk(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     check_scores(scores)
     check_count("k", k, 1, scores.shape[-1])
     if resolve_backend(backend, scores.device) == "torch":
-        return reference.select_topk(scores, k)
+        return best_positions(scores, k)
     indices = torch.empty(*scores.shape[:-1], k, dtype=torch.int32, device=scores.device)
     if indices.numel():
         launch_topk(indices.view(-1, k), require_rows("scores", scores), k)

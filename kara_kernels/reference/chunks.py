@@ -27,6 +27,11 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int) 
     """
     check_scores(scores)
     check_chunks(scores.shape[-1], keep, chunk_budget, max_chunk)
+    return expanded_positions(scores, keep, chunk_budget, max_chunk)
+
+
+def expanded_positions(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int) -> Tensor:
+    """:func:`expand_chunks` unchecked."""
     return by_rows(lambda rows: _expand_rows(rows, keep, chunk_budget, max_chunk), scores, keep)
 
 

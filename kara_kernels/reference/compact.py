@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import check_compact_blocks
-from ..paged import WORDS, PagedCache, per_layer
+from ..arguments import CompactArguments, check_compact_blocks
+from ..paged import WORDS, PagedCache
 
 TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tail's length, and stays in cache
 
 
-@torch.no_grad()
 def compact_blocks(
     k_cache: Tensor | Sequence[Tensor],
     v_cache: Tensor | Sequence[Tensor] | None,
@@ -29,15 +28,21 @@ def compact_blocks(
     ``keep_indices`` int32 ``[S, H, K]`` (``[L, S, H, K]`` for ``L`` layers), window-relative, ascending, or all -1
     for a sequence to leave alone. Returns the new lengths, int32 ``[S]``. Both caches are changed in place.
     """
-    _, cache, many = per_layer(None, k_cache, v_cache)
-    table, starts, lengths, keep = check_compact_blocks(
-        cache, block_tables, window_starts, seq_lens, keep_indices, window, many
+    return compact_windows(
+        check_compact_blocks(k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window)
     )
-    active = keep[0, :, 0, 0] >= 0
-    for s, (start, length, alive) in enumerate(zip(starts.tolist(), lengths.tolist(), active.tolist(), strict=True)):
+
+
+@torch.no_grad()
+def compact_windows(a: CompactArguments) -> Tensor:
+    """New lengths int32 ``[S]``, with checked arguments."""
+    active = a.keep[0, :, 0, 0] >= 0
+    for s, (start, length, alive) in enumerate(
+        zip(a.starts.tolist(), a.seq_lens.tolist(), active.tolist(), strict=True)
+    ):
         if alive:
-            compact_sequence(cache, table[s], start, length, keep[:, s], window)
-    return torch.where(active, lengths - (window - keep.shape[-1]), lengths)
+            compact_sequence(a.cache, a.block_tables[s], start, length, a.keep[:, s], a.window)
+    return torch.where(active, a.seq_lens - (a.window - a.keep.shape[-1]), a.seq_lens)
 
 
 def compact_sequence(cache: PagedCache, blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import check_score_window
+from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES, slices
-from ..paged import Layers, per_layer
+from ..paged import Layers
 
 # Slices bound the memory for any window. 1 MB of logits stays in a core's cache: a 256-token window of 9 heads took
 # 37 ms instead of 42 over 30 layers. Keys become float32 some heads at a time.
@@ -17,41 +17,37 @@ SLICE_BYTES = 1 << 20
 KEY_BYTES = 32 << 20
 
 
-@torch.no_grad()
 def score_window(
-    query: Tensor | Sequence[Tensor],
-    k_cache: Tensor | Sequence[Tensor],
-    block_tables: Tensor,
-    window_starts: Tensor,
-    window: int,
-    *,
-    scale: float | None = None,
-    k_scale: float | Tensor | None = None,
-    attention: str = "bidirectional",
-    reduction: str = "mean",
-    v_cache: Tensor | Sequence[Tensor] | None = None,
-    redundancy: float = 0.0,
-    query_rows: Tensor | None = None,
-) -> Tensor:
+    query: Tensor | Sequence[Tensor], k_cache: Tensor | Sequence[Tensor], block_tables: Tensor,
+    window_starts: Tensor, window: int, *, scale: float | None = None, k_scale: float | Tensor | None = None,
+    attention: str = "bidirectional", reduction: str = "mean", v_cache: Tensor | Sequence[Tensor] | None = None,
+    redundancy: float = 0.0, query_rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Scores of the ``W = window`` tokens from ``window_starts`` on; see :func:`kara_kernels.ops.score_window`.
 
     ``query`` ``[S, N, H*G, D]``, ``k_cache`` ``[B, P, H, D]`` -> float32 ``[S, H, W]``; sequences of ``L`` of both,
     or tensors with a leading ``L``, -> ``[L, S, H, W]``. With ``query_rows`` ``[S, N]``, ``query`` is ``[R, H*G, D]``.
     Computed in float32.
     """
-    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
-    queries, table, starts, scales = check_score_window(
-        queries, cache, block_tables, window_starts, window, scale, k_scale, attention, reduction, redundancy,
-        query_rows,
+    arguments = check_score_window(
+        query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
+        attention=attention, reduction=reduction, redundancy=redundancy,
     )  # fmt: skip
-    scores = torch.empty(len(cache.k), table.shape[0], cache.shape[2], window, dtype=torch.float32, device=table.device)
-    for s, start in enumerate(starts.tolist()):
+    scores = score_windows(arguments)
+    return scores if arguments.many else scores[0]
+
+
+@torch.no_grad()
+def score_windows(a: ScoreArguments) -> Tensor:
+    """float32 ``[L, S, H, W]`` of checked arguments."""
+    scores = a.starts.new_empty(len(a.cache.k), len(a.starts), a.cache.shape[2], a.window, dtype=torch.float32)
+    for s, start in enumerate(a.starts.tolist()):
         scores[:, s] = score_sequence(
-            queries, cache.k, cache.v, table, s, start, window,
-            scale=scale, k_scale=scales, attention=attention, reduction=reduction, redundancy=redundancy,
-            query_rows=query_rows,
+            a.query, a.cache.k, a.cache.v, a.block_tables, s, start, a.window, scale=a.scale, k_scale=a.k_scale,
+            attention=a.scoring.attention, reduction=a.scoring.reduction, redundancy=a.scoring.redundancy,
+            query_rows=a.query_rows,
         )  # fmt: skip
-    return scores if many else scores[0]
+    return scores
 
 
 def score_sequence(

@@ -21,6 +21,11 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
     """
     check_scores(scores)
     check_count("k", k, 1, scores.shape[-1])
+    return best_positions(scores, k)
+
+
+def best_positions(scores: Tensor, k: int) -> Tensor:
+    """:func:`select_topk` unchecked."""
     return by_rows(lambda rows: positions_of_best(unique_rank(order_keys(rows)), k), scores, k)
 
 

@@ -18,8 +18,9 @@ class Compression(NamedTuple):
     logical_len: int
     """Tokens computed until then, padding not counted."""
     physical_len_before: int
+    """Rows held before."""
     physical_len_after: int
-    """Rows held before and after."""
+    """Rows held after."""
     window_start: int
     """Physical index of the first window token."""
     window: int
@@ -37,15 +38,9 @@ class Compression(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        plan: Plan,
-        policy: Policy,
-        keep_indices: Tensor,
-        *,
-        seconds: float,
-        request_id: str | None = None,
+        cls, plan: Plan, policy: Policy, keep_indices: Tensor, *, seconds: float, request_id: str | None = None,
         recomputed_len: int = 0,
-    ) -> Compression:
+    ) -> Compression:  # fmt: skip
         """The record of a plan that was executed.
 
         Args:
@@ -57,18 +52,11 @@ class Compression(NamedTuple):
             request_id: another name than the plan's, such as the client's.
         """
         return cls(
-            request_id=plan.request_id if request_id is None else request_id,
-            logical_len=plan.logical_len,
-            physical_len_before=plan.physical_len,
-            physical_len_after=plan.new_len,
-            window_start=plan.window_start,
-            window=policy.window,
-            keep=policy.keep,
-            keep_indices=keep_indices,
-            freed_blocks=len(plan.freed),
-            recomputed_len=recomputed_len,
-            seconds=seconds,
-        )
+            request_id=plan.request_id if request_id is None else request_id, logical_len=plan.logical_len,
+            physical_len_before=plan.physical_len, physical_len_after=plan.new_len, window_start=plan.window_start,
+            window=policy.window, keep=policy.keep, keep_indices=keep_indices, freed_blocks=len(plan.freed),
+            recomputed_len=recomputed_len, seconds=seconds,
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as what JSON knows, ``keep_indices`` as nested lists: a line of a trace."""

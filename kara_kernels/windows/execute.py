@@ -87,18 +87,11 @@ class PackedCache:
 
 
 def execute(
-    plans: Sequence[Plan],
-    cache: PagedCache | PackedCache,
-    ring: QueryRing,
-    policy: Policy,
-    *,
-    scale: float | None = None,
-    k_scale: float | Tensor | None = None,
-    reduce_scores: Callable[[Tensor], Tensor] | None = None,
-    turn: Callable[[Tensor], Tensor] | None = None,
-    scores: Tensor | None = None,
-    backend: str = "auto",
-) -> list[Tensor]:
+    plans: Sequence[Plan], cache: PagedCache | PackedCache, ring: QueryRing, policy: Policy, *,
+    scale: float | None = None, k_scale: float | Tensor | None = None,
+    reduce_scores: Callable[[Tensor], Tensor] | None = None, turn: Callable[[Tensor], Tensor] | None = None,
+    scores: Tensor | None = None, backend: str = "auto",
+) -> list[Tensor]:  # fmt: skip
     """Compresses every planned window in all layers, in place.
 
     Args:
@@ -137,16 +130,10 @@ def execute(
 
 
 def warm_up(
-    cache: PagedCache | PackedCache,
-    ring: QueryRing,
-    policy: Policy,
-    *,
-    scale: float | None = None,
-    k_scale: float | Tensor | None = None,
-    reduce_scores: Callable[[Tensor], Tensor] | None = None,
-    turn: Callable[[Tensor], Tensor] | None = None,
-    backend: str = "auto",
-) -> None:
+    cache: PagedCache | PackedCache, ring: QueryRing, policy: Policy, *, scale: float | None = None,
+    k_scale: float | Tensor | None = None, reduce_scores: Callable[[Tensor], Tensor] | None = None,
+    turn: Callable[[Tensor], Tensor] | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """Compiles what :func:`execute` launches with the same options, so that the first request need not wait for it.
 
     It compresses one sequence without rows, which is skipped, so no row is read or written. ``turn`` is called with
@@ -163,14 +150,9 @@ def warm_up(
 def _options(policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, backend: str) -> dict[str, Any]:
     """What :func:`compress_window` is told, whatever the plans."""
     return {
-        "window": policy.window,
-        "keep": policy.keep,
-        "scale": scale,
-        "k_scale": k_scale,
-        "reduce_scores": reduce_scores,
-        "backend": backend,
-        **policy.selection,
-    }
+        "window": policy.window, "keep": policy.keep, "scale": scale, "k_scale": k_scale,
+        "reduce_scores": reduce_scores, "backend": backend, **policy.selection,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,13 +173,9 @@ class _Call:
         return self.launch(plans, rows, tables, cache, scores)
 
     def launch(
-        self,
-        plans: Sequence[Plan],
-        rows: Sequence[Sequence[int]],
-        tables: Sequence[Sequence[int]],
-        cache: PagedCache,
-        scores: Tensor | None,
-    ) -> Tensor:
+        self, plans: Sequence[Plan], rows: Sequence[Sequence[int]], tables: Sequence[Sequence[int]],
+        cache: PagedCache, scores: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         count, width = len(plans), max(map(len, tables))
         # Blocks before the first written one are left out: lengths and starts count from it.
         before = [plan.first_written * cache.shape[1] for plan in plans]

@@ -56,11 +56,9 @@ def _shapes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     lists = (*k_cache.shape[:-4], block_tables.shape[0], k_cache.shape[-2])
     return (
-        torch.empty_like(seq_lens),
-        seq_lens.new_empty(*lists, keep),
-        seq_lens.new_empty(*lists, window, dtype=torch.float32),
-        torch.empty_like(seq_lens),
-    )
+        torch.empty_like(seq_lens), seq_lens.new_empty(*lists, keep),
+        seq_lens.new_empty(*lists, window, dtype=torch.float32), torch.empty_like(seq_lens),
+    )  # fmt: skip
 
 
 def in_graph(

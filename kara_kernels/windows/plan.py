@@ -213,17 +213,10 @@ class Ledger:
             self._skip(state, reason)
             return None
         return physical - begin, Plan(
-            request_id=held.request_id,
-            logical_len=held.logical_len,
-            physical_len=physical,
-            new_len=after,
-            window_start=start,
-            blocks=tuple(held.blocks),
-            first_written=start // page,
-            kept_blocks=kept,
-            last_query=last,
-            num_queries=last - first + 1,
-        )
+            request_id=held.request_id, logical_len=held.logical_len, physical_len=physical, new_len=after,
+            window_start=start, blocks=tuple(held.blocks), first_written=start // page, kept_blocks=kept,
+            last_query=last, num_queries=last - first + 1,
+        )  # fmt: skip
 
     def _judges(self, state: _State, begin: int, logical: int) -> tuple[int, int, int]:
         """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""

@@ -51,19 +51,9 @@ class QueryRing:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        *,
-        layers: int,
-        query_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        max_sequences: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        rows: int | None = None,
-    ) -> None:
+        self, policy: Policy, *, layers: int, query_heads: int, kv_heads: int, head_dim: int, max_sequences: int,
+        max_tokens: int, dtype: torch.dtype, device: torch.device | str, rows: int | None = None,
+    ) -> None:  # fmt: skip
         self.policy = policy
         self.rows = policy.query_rows if rows is None else check_count("rows", rows, policy.query_rows, 2**31 - 1)
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
@@ -171,14 +161,9 @@ class QueryRing:
 
 
 def ring_bytes(
-    policy: Policy,
-    layers: int,
-    heads: int,
-    head_dim: int,
-    max_sequences: int,
-    dtype: torch.dtype,
+    policy: Policy, layers: int, heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype,
     rows: int | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Bytes of a :class:`QueryRing` that records ``heads`` heads: query heads, or KV heads with means of groups."""
     rows = policy.query_rows if rows is None else rows
     return layers * (max_sequences * rows + 1) * heads * head_dim * dtype.itemsize

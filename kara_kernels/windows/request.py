@@ -19,7 +19,7 @@ from ..checks import (
     check_unit_stride,
     check_window,
     contents_are_checked,
-)
+)  # fmt: skip
 from ..options import Scoring, Selection, split_options
 from ..paged import Layers, PagedCache, per_layer
 
@@ -90,23 +90,12 @@ class Request:
 
 
 def check_request(
-    query: Tensor | Sequence[Tensor] | None,
-    k_cache: Tensor | Sequence[Tensor],
-    v_cache: Tensor | Sequence[Tensor] | None,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    *,
-    window: int,
-    keep: int,
-    scores: Tensor | None,
-    window_starts: Tensor | None,
-    protected_lens: Tensor | None,
-    query_rows: Tensor | None,
-    scale: float | None,
-    k_scale: float | Tensor | None,
-    reduce_scores: ReduceScores | None,
+    query: Tensor | Sequence[Tensor] | None, k_cache: Tensor | Sequence[Tensor],
+    v_cache: Tensor | Sequence[Tensor] | None, block_tables: Tensor, seq_lens: Tensor, *, window: int, keep: int,
+    scores: Tensor | None, window_starts: Tensor | None, protected_lens: Tensor | None, query_rows: Tensor | None,
+    scale: float | None, k_scale: float | Tensor | None, reduce_scores: ReduceScores | None,
     options: Mapping[str, Any],
-) -> Request:
+) -> Request:  # fmt: skip
     """Every argument of :func:`kara_kernels.compress_window` but the backend, before anything is written."""
     scoring, selection = split_options(options)
     queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)

@@ -12,7 +12,7 @@ from ..ops.chunks import launch_keep
 from ..ops.compact import launch_compact
 from ..ops.pool import PartialRows, launch_pool
 from ..ops.score import launch_score, launch_scores, layers_at_once, plan_score
-from ..reference.chunks import expand_chunks
+from ..reference.chunks import expanded_positions
 from ..reference.compact import compact_sequence
 from ..reference.score import score_sequence
 from .request import Request
@@ -52,18 +52,16 @@ def by_torch(r: Request) -> Lists:
     starts, fits = r.windows()
     alive = [(s, start) for s, (start, fit) in enumerate(zip(starts.tolist(), fits.tolist(), strict=True)) if fit]
     scores = r.reduced(_scores(r, alive))
-    keep_indices = expand_chunks(scores, r.keep, r.chunk_budget, r.selection.max_chunk)
+    keep_indices = expanded_positions(scores, r.keep, r.chunk_budget, r.selection.max_chunk)
     keep_indices = torch.where(fits[:, None, None], keep_indices, -1)
     rows = keep_indices.expand(layers, sequences, heads, r.keep)
     for s, start in alive:
         compact_sequence(r.cache, r.block_tables[s], start, int(r.seq_lens[s]), rows[:, s], r.window)
     protected = torch.zeros_like(starts) if r.protected_lens is None else r.protected_lens.clamp(min=0)
     return Lists(
-        torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens),
-        keep_indices,
-        scores,
+        torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores,
         torch.where(fits, starts + r.keep, protected),
-    )
+    )  # fmt: skip
 
 
 def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:

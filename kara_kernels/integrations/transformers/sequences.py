@@ -123,11 +123,8 @@ class Sequences:
 
     def _begin(self, prompts: Sequence[int]) -> None:
         """Starts sequences, each with the number of its tokens that are never compressed."""
-        if self.ring is not None:
-            for s in range(len(self.blocks.tables)):
-                self.ring.release(str(s))
-            if prompts and len(prompts) != self.ring.max_sequences:
-                self.ring = None
+        if self.ring is not None and prompts and len(prompts) != self.ring.max_sequences:
+            self.ring = None  # else the new sequences write over the rows of those that had their names
         self.blocks.begin(len(prompts))
         # Every query behind the frontier is in the ring, which grows where a forward brings many.
         self.ledger = Ledger(self.policy, self.blocks.page, query_rows=2**31 - 1)

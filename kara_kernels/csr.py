@@ -1,0 +1,77 @@
+"""Block tables in CSR form, as FlashInfer plans attention with, made the rectangular tables of this library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_count, check_tensor, contents_are_checked
+
+
+def block_tables_from_csr(
+    indptr: Tensor, indices: Tensor, last_page_len: Tensor, *, page_size: int, max_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Block tables and lengths of sequences whose pages are listed one after another.
+
+    Nothing is read back to the host: the width of the tables is given, because only the device knows the longest
+    sequence. It may be captured in a CUDA graph.
+
+    Args:
+        indptr: int32 ``[S + 1]``. Sequence ``s`` owns the pages ``indices[indptr[s] : indptr[s + 1]]``.
+        indices: int32 ``[nnz]`` block ids; entries behind ``indptr[S]`` are ignored.
+        last_page_len: int32 ``[S]``, tokens in the last page of each sequence, ``1..page_size``; of a sequence
+            without pages it is ignored.
+        page_size: ``P``, tokens of a block.
+        max_blocks: columns of the tables, at least the pages of the longest sequence.
+
+    Returns:
+        ``(block_tables [S, max_blocks], seq_lens [S])``, both int32: what :func:`kara_kernels.compress_window` takes.
+        Unused columns are 0; a sequence without pages has length 0.
+
+    Raises:
+        TypeError, ValueError: naming argument, expected and got.
+
+    Not checked on a GPU, unless ``KARA_KERNELS_DEBUG=1`` (it costs a synchronisation): that ``indptr`` begins at 0,
+    never falls and ends within ``indices``; that no sequence has more than ``max_blocks`` pages; that ids are 0 or
+    more; the range of ``last_page_len``. No memory outside of ``indices`` is read in any case.
+    """
+    device = indptr.device if isinstance(indptr, Tensor) else torch.device("cpu")
+    check_tensor("indptr", indptr, (None,), (torch.int32,), device)
+    if len(indptr) < 1:
+        raise ValueError(f"indptr: expected shape [S + 1], got {list(indptr.shape)}")
+    check_tensor("indices", indices, (None,), (torch.int32,), device)
+    check_tensor("last_page_len", last_page_len, (len(indptr) - 1,), (torch.int32,), device)
+    check_count("page_size", page_size, 1, 2**31 - 1)
+    check_count("max_blocks", max_blocks, 1, 2**31 - 1)
+    if contents_are_checked(device):
+        _check_contents(indptr, indices, last_page_len, page_size, max_blocks)
+    begins, pages = indptr[:-1], indptr.diff()
+    column = torch.arange(max_blocks, dtype=torch.int32, device=device)
+    used = column < pages[:, None]
+    seq_lens = torch.where(pages > 0, (pages - 1) * page_size + last_page_len, 0)
+    if len(indices) == 0:
+        return torch.zeros_like(used, dtype=torch.int32), seq_lens
+    place = (begins[:, None] + column).clamp_(0, len(indices) - 1)
+    return torch.where(used, indices[place], 0), seq_lens
+
+
+def _check_contents(indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int, max_blocks: int) -> None:
+    if int(indptr[0]) != 0:
+        raise ValueError(f"indptr[0]: expected 0, got {int(indptr[0])}")
+    pages = indptr.diff()
+    for bad, expected in (
+        (pages < 0, "at least as much as before"),
+        (indptr[1:] > len(indices), f"at most {len(indices)}, the entries of indices"),
+        (pages > max_blocks, f"at most max_blocks = {max_blocks} pages of a sequence"),
+    ):
+        if bool(bad.any()):
+            s = int(bad.nonzero()[0])
+            raise ValueError(f"indptr[{s + 1}]: expected {expected}, got {int(indptr[s + 1])} after {int(indptr[s])}")
+    bad = (pages > 0) & ((last_page_len < 1) | (last_page_len > page_size))
+    if bool(bad.any()):
+        s = int(bad.nonzero()[0])
+        raise ValueError(f"last_page_len[{s}]: expected 1..{page_size}, got {int(last_page_len[s])}")
+    bad = indices[: int(indptr[-1])] < 0
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"indices[{i}]: expected a block id of 0 or more, got {int(indices[i])}")

@@ -1,0 +1,51 @@
+"""Which tiles scoring works on: a function of shape, dtype and target."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ._triton import Architecture, triton
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    whole: bool  # all keys of the window on chip, one pass; else streamed in tiles, two passes
+    block_m: int  # query rows of a tile
+    block_w: int  # keys of a tile
+    d0: int  # whole: the head dimension as one power of two ... streamed: a slice of it
+    d1: int  # ... and the rest as another (0: none), since padding 192 to 256 would cost a third more work
+    rows: int  # query rows of a program
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=256)
+def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture) -> ScoreConfig:
+    """Launch configuration from shape and target alone: a choice that saw the batch would change last bits.
+
+    ``dtype`` is what the matrix products take.
+    """
+    rows = 512  # keys are read once and one partial row written per 512 query rows: under 2 % of the bytes at W = 256
+    block_w = max(16, triton.next_power_of_2(window))
+    d0 = max(16, 1 << (dim.bit_length() - 1))
+    d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
+    # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
+    # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
+    block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
+
+    def fits(block_m: int) -> bool:
+        needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize
+        return needed + (0 if target.amd else 16384) <= target.shared_memory
+
+    # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
+    if dtype != torch.float32 and block_w <= 1024:
+        if d0 == 256 and block_w == 256 and (target.amd or not fits(block_m)):
+            block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
+        if fits(block_m):
+            # 4 warps for D = 256 and more filled a sixteenth of a multiprocessor, and spilled at 576.
+            return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 and d0 + d1 <= 128 else 8)
+    slice_ = 32 if dtype == torch.float32 else target.slice_dims
+    while dim % slice_ and slice_ > 16:
+        slice_ //= 2
+    # 64 keys: two programs fit a multiprocessor, and 128 spilled on sm_100.
+    return ScoreConfig(False, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)
