@@ -13,9 +13,10 @@ from bench.traffic import model as m
 from bench.traffic import predict
 from bench.traffic.model import Event, Gpu, Measured, Model
 from kara_kernels.engine import Policy
+from kara_kernels.ops._triton import Architecture
 
 # 10 bytes a second once sustained, 10 operations, memory of 1000 bytes.
-GPU = Gpu(10 / m.BANDWIDTH_SHARE, 10 / m.MATRIX_SHARE, 1000 / m.MEMORY_SHARE, 1, 1.0, 1 << 20)
+GPU = Gpu(10 / m.BANDWIDTH_SHARE, 10 / m.MATRIX_SHARE, 1000 / m.MEMORY_SHARE, 1, 1.0, 80)
 MODEL = Model(2, 3, 4, 16, 16, dense=100.0, operations=1.0)
 POLICY = Policy(window=32, keep=8, tail=4)
 
@@ -55,9 +56,10 @@ def test_an_event_by_hand() -> None:
     assert m.event(MODEL, slow_issue, POLICY, counted, 10).scoring == pytest.approx(issued)
 
 
-def test_streaming_doubles_matrix_work() -> None:
-    counted, tiny = Measured(1.0, 1.0), replace(GPU, bandwidth=1e30, clock=1e30)
-    whole, streamed = (m.event(MODEL, replace(tiny, shared=size), POLICY, counted, 10) for size in (1 << 20, 1 << 10))
+def test_streaming_doubles_matrix_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, fast = Measured(1.0, 1.0), replace(GPU, bandwidth=1e30, clock=1e30)
+    monkeypatch.setattr(m, "ARCHITECTURES", {"roomy": Architecture(1 << 20), "tiny": Architecture(1 << 10)})
+    whole, streamed = (m.event(MODEL, replace(fast, target=name), POLICY, counted, 10) for name in ("roomy", "tiny"))
     assert streamed.scoring == pytest.approx(2 * whole.scoring)
 
 

@@ -32,6 +32,8 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
     # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
     # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
     block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
+    if target.slice_dims == 32 and block_w == 256:
+        block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64, without fused multiply-adds
 
     def fits(block_m: int) -> bool:
         needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize
