@@ -29,7 +29,7 @@ def configure(model, kara, **options):
 @pytest.mark.parametrize(
     ("kara", "words"),
     [
-        ({"windw": 64}, ["windw", "expected one of window, keep", "trace"]),
+        ({"windw": 64}, ["windw", "expected one of ", "window, keep", "trace"]),
         ({"window": "64"}, ["window", "expected an int", "str"]),
         ({"window": 64, "keep": 64}, ["keep", "expected 1..63", "64"]),
         ({"window": 64, "keep": 0}, ["keep", "expected 1..63", "0"]),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import threading
 import time
 
@@ -94,6 +95,9 @@ def test_operators_see_what_happens(server):
     assert metrics["kara:compress_seconds_total"] > 0
     assert metrics["kara:retention"] == 1.0  # nothing runs
     log = server.log.read_text()
-    assert "Kara compresses the KV cache while decoding: window=64, keep=32" in log
+    said = re.search("Kara compresses the KV cache while decoding: (.*)", log)
+    assert said is not None
+    assert "window=64, keep=32, tail=16" in said[1]
+    assert "attention='bidirectional'" in said[1]
     assert "query ring takes" in log
     assert {event["request_id"][:5] for event in events} == {"cmpl-"}
