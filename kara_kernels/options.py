@@ -94,6 +94,9 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 """Kara as published (arXiv 2607.01237): ``compress_window(..., **PAPER)``."""
 
 
+_DEFAULTS = Scoring(), Selection()
+
+
 def split_options(given: Mapping[str, Any]) -> tuple[Scoring, Selection]:
     """Keywords, split into their two parts. What is not given takes its default.
 
@@ -101,6 +104,8 @@ def split_options(given: Mapping[str, Any]) -> tuple[Scoring, Selection]:
         TypeError: an unknown name.
         TypeError, ValueError: a value out of range.
     """
+    if not given:
+        return _DEFAULTS
     if unknown := sorted(set(given) - set(OPTIONS)):
         raise TypeError(f"{', '.join(unknown)}: expected options among {', '.join(OPTIONS)}")
     scoring = {name: value for name, value in given.items() if name in Scoring.__dataclass_fields__}

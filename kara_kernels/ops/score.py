@@ -231,7 +231,7 @@ def plan_score(
     config = score_config(window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
     queries = q.shape[1] if query_rows is None else query_rows.shape[1]
     rows = queries * (q.shape[2] // k.shape[2])
-    tiles = triton.cdiv(rows, config.rows) + value_norm + (redundancy > 0)
+    tiles = -(-rows // config.rows) + value_norm + (redundancy > 0)  # triton.cdiv takes 10 us here
     return config, PartialRows(tiles, 1 / rows, reduction == "rms", value_norm, redundancy)
 
 

@@ -102,18 +102,18 @@ def check_request(
     device, (_, _, heads, dim) = cache.k[0].device, cache.shape
     check_count("keep", keep, 1, check_window(window))
     table = check_block_tables(block_tables, device)
-    check_lengths("seq_lens", seq_lens, len(table), device)
+    check_lengths("seq_lens", seq_lens, table.shape[0], device)
     for name, lengths in (("window_starts", window_starts), ("protected_lens", protected_lens)):
         if lengths is not None:
-            check_lengths(name, lengths, len(table), device)
+            check_lengths(name, lengths, table.shape[0], device)
     scale = dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38)
     if reduce_scores is not None and not callable(reduce_scores):
         raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
     if scores is None:
-        queries = check_query(queries, cache, len(table), query_rows, window, scoring.attention)
+        queries = check_query(queries, cache, table.shape[0], query_rows, window, scoring.attention)
     else:
         queries = query_rows = None
-        shape = (len(cache.k), len(table), heads, window) if many else (len(table), heads, window)
+        shape = (len(cache.k), table.shape[0], heads, window) if many else (table.shape[0], heads, window)
         check_tensor("scores", scores, shape, (torch.float32,), device)
         scores = scores if many else scores[None]
     request = Request(

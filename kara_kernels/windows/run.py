@@ -31,11 +31,11 @@ def run(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """Executes a request. Returns lengths, keep indices ``[L, S, H, K]``, scores ``[L, S, H, W]`` and frontiers, the
     second and third without ``L`` for one layer, pooled ones as expanded views."""
     compress = by_torch
-    if resolve_backend(backend, request.seq_lens.device) == "triton" and len(request.seq_lens):
+    if resolve_backend(backend, request.seq_lens.device) == "triton" and request.seq_lens.shape[0]:
         request.require_kernel_layout()
         compress = by_triton
     lengths, keep_indices, scores, frontiers = compress(request)
-    shape = len(request.cache.k), len(request.seq_lens), request.cache.shape[2]
+    shape = len(request.cache.k), request.seq_lens.shape[0], request.cache.shape[2]
     keep_indices, scores = keep_indices.expand(*shape, -1), scores.expand(*shape, -1)
     if not request.many:
         keep_indices, scores = keep_indices[0], scores[0]
@@ -48,7 +48,7 @@ def run(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
 @torch.no_grad()
 def by_torch(r: Request) -> Lists:
     """Sequence by sequence, which bounds the memory for any batch."""
-    layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
+    layers, sequences, heads = len(r.cache.k), r.seq_lens.shape[0], r.cache.shape[2]
     starts, fits = r.windows()
     alive = [(s, start) for s, (start, fit) in enumerate(zip(starts.tolist(), fits.tolist(), strict=True)) if fit]
     scores = r.reduced(_scores(r, alive))
@@ -70,7 +70,7 @@ def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:
         return r.scores
     scores = torch.zeros(*r.lists, r.window, device=r.seq_lens.device)
     if r.scores is not None:
-        for s in range(len(r.seq_lens)):
+        for s in range(r.seq_lens.shape[0]):
             scores[:, s] = _pooled(r, r.scores[:, s])
     elif r.query is not None:
         for s, start in alive:
@@ -98,7 +98,7 @@ def by_triton(r: Request) -> Lists:
     Scoring leaves partial rows that selection adds up. Where all layers' would be too many, layers are scored some at
     a time, each time with a launch that adds them up.
     """
-    layers, sequences, heads = len(r.cache.k), len(r.seq_lens), r.cache.shape[2]
+    layers, sequences, heads = len(r.cache.k), r.seq_lens.shape[0], r.cache.shape[2]
     fit = r.window_starts, r.seq_lens, r.protected_lens
     scores, partials, rows = r.scores, None, PartialRows()
     if r.query is not None:
