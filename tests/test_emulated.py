@@ -258,7 +258,7 @@ def unmasked(instruction: str, kernel: str) -> Callable[[str, str], str]:
 
 
 @pytest.mark.parametrize(("instruction", "kernel"), [
-    (r"ld\.global\.b32", "compact_kernel"), (r"ld\.global\.b32", "keep_kernel"), (r"st\.global", "keep_kernel"),
+    (r"ld\.global\.b32", "compact_kernel"), (r"ld\.global\.v4\.b32", "keep_kernel"), (r"st\.global", "keep_kernel"),
     (r"st\.global\.b32", "score_kernel"),
 ])  # fmt: skip
 def test_a_lost_mask_is_reported(instruction: str, kernel: str) -> None:
