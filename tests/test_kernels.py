@@ -13,7 +13,7 @@ from conftest import INTERPRETED
 from hypothesis import given, settings
 from worlds import FP8, Plan, Sequenced, World, plans
 
-from kara_kernels import compress_window, ops, reference
+from kara_kernels import CompressedWindow, compress_window, ops, reference
 from kara_kernels.ops._tiles import score_config
 from kara_kernels.ops._triton import ARCHITECTURES
 
@@ -223,6 +223,34 @@ def test_rows_the_kernel_cannot_reach_are_refused_not_copied(operation: str) -> 
     arguments = (2,) if operation == "select_topk" else (2, 1, 4)
     with pytest.raises(ValueError, match="scores: expected rows at one stride"):
         getattr(ops, operation)(scores, *arguments, backend="triton")
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("pool", ["head", "model"])
+def test_given_scores_the_kernel_cannot_reach_are_refused_not_copied(pool: str, layers: int) -> None:
+    """Every second of wider rows: PyTorch takes them as they are; a kernel would read what lies between."""
+    plan = Plan(sequences=(Sequenced(2, tail=1), Sequenced(5)), layers=layers, heads=2, window=6)
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(layers, 2, 2, 12, generator=generator)[..., ::2]
+    wide = wide if layers > 1 else wide[0]
+
+    def compress(world: World, scores: torch.Tensor, backend: str) -> CompressedWindow:
+        values = world.v_caches
+        assert values is not None
+        caches = (world.k_caches, values) if layers > 1 else (world.k_caches[0], values[0])
+        return compress_window(
+            None, *caches, world.block_tables, world.seq_lens, window=6, keep=3, scores=scores, pool=pool,
+            window_starts=world.window_starts, backend=backend,
+        )  # fmt: skip
+
+    refused, strided, dense = World(plan), World(plan), World(plan)
+    before = refused.snapshot()
+    with pytest.raises(ValueError, match="scores: expected stride 1 in the last dimension, got 2"):
+        compress(refused, wide, "triton")
+    refused.assert_untouched(before)
+    result = compress(strided, wide, "torch")
+    assert all(map(torch.equal, result, compress(dense, wide.contiguous(), "triton")))
+    strided.assert_untouched(dense.snapshot())
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
