@@ -28,9 +28,12 @@ def row_alignment(tensor: Tensor) -> int:
     It decides how wide loads may be. Strides count and not the base alone, so that it is the same for all slices of a
     buffer: kernels are compiled for it.
     """
-    strides = 0
-    for stride, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True):
-        strides |= stride if n > 1 else 0
+    if tensor.is_contiguous():  # rows one behind the other: a batch of one has the alignment of any batch
+        strides = tensor.shape[-1]
+    else:
+        strides = 0
+        for stride, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True):
+            strides |= stride if n > 1 else 0
     bits = 16 | tensor.data_ptr() | strides * tensor.element_size()
     return bits & -bits
 
@@ -113,6 +116,17 @@ class Layers(Sequence[Tensor]):
     @property
     def stride_layer(self) -> int:
         return 0 if self.stacked is None else self.stacked.stride(0)
+
+    @functools.cached_property
+    def strides(self) -> tuple[int, int, int, int]:
+        """In elements: from layer to layer, and along all dimensions of a layer but the last."""
+        first, second, third, _ = self._first.stride()
+        return self.stride_layer, first, second, third
+
+    @functools.cached_property
+    def words(self) -> Tensor:
+        """The first layer as integers of its element size: rows that are moved, or fp8 that a kernel decodes."""
+        return self._first.view(WORDS[self._first.element_size()])
 
     def require_kernel_layout(self, name: str) -> None:
         """Kernels read rows of ``D`` contiguous elements and one set of strides for all layers."""

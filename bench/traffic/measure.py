@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from kara_kernels import compress_window
+from kara_kernels.arguments import check_score_window
 from kara_kernels.checks import MAX_WINDOW
 from kara_kernels.engine import Policy
 from kara_kernels.ops.score import plan_score
 from kara_kernels.options import PAPER, RECOMMENDED
-from kara_kernels.paged import per_layer
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator lives with the tests that it was made for
 from ptx import Launch, emulating
@@ -179,12 +179,13 @@ def measure(case: Case) -> dict[str, Any]:
     """One event of a case, as a row of the table."""
     given = tensors(case)
     reached = [*given["query"], *given["k_cache"], *(given["v_cache"] or [])]
-    queries, cache, _ = per_layer(given["query"], given["k_cache"], given["v_cache"], given["query_rows"])
     with emulating("together", reached) as launches:
         result = compress_window(**given, keep=case.keep, backend="triton", **case.options)
-        assert queries is not None
-        config, partial = plan_score(queries, cache.k, case.window, case.options["reduction"], case.norms,
-                                     case.redundancy, given["query_rows"])  # fmt: skip
+        config, partial = plan_score(check_score_window(
+            given["query"], given["k_cache"], given["v_cache"] if case.norms else None, given["block_tables"],
+            given["seq_lens"] - case.window, case.window, given["query_rows"], None, None,
+            reduction=case.options["reduction"], redundancy=case.redundancy,
+        ))  # fmt: skip
     problems = [str(problem) for launch in launches for problem in launch.problems]
     if problems:
         raise RuntimeError(f"{case.name}: {problems[0]}")

@@ -11,11 +11,12 @@ fit, and filling up to exactly ``keep`` are this library's choice.
 import torch
 from torch import Tensor
 
+from ..arguments import Windows
 from ..checks import check_chunks, check_scores, require_rows
 from ..paged import row_alignment
 from ..reference.chunks import expanded_positions
 from ._triton import kernel, launch, resolve_backend, tl, triton, window_of
-from .pool import PartialRows, row_scores
+from .pool import PartialRows, partial_arguments, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -75,14 +76,14 @@ def expand_kernel(
 def keep_kernel(
     indices_ptr, scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
-    SUM: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
+    COMPUTED: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
     CHUNKS: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not
     fit.
 
-    With ``SUM`` the row is first added up from partial rows and written to ``scores`` (zero where the window does not
-    fit); without, ``partials`` are the scores.
+    With ``COMPUTED`` the row is first added up from partial rows and written to ``scores``, zero where the window does
+    not fit. Without, ``partials`` are the scores.
     """
     list_ = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1).to(tl.int64)
@@ -94,7 +95,7 @@ def keep_kernel(
     out = tl.multiple_of(scores_ptr + row * W, ALIGN)
     if fits:
         partials = tl.multiple_of(partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h, ALIGN)
-        if SUM:
+        if COMPUTED:
             scores = row_scores(
                 partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
             )
@@ -109,7 +110,7 @@ def keep_kernel(
         store_positions(indices_ptr + row * keep, kept, offs_w)
     else:
         tl.store(indices_ptr + row * keep + offs_w, tl.full([BLOCK_W], -1, tl.int32), mask=offs_w < keep)
-        if SUM:
+        if COMPUTED:
             tl.store(out + offs_w, tl.zeros([BLOCK_W], tl.float32), mask=inside)
 
 
@@ -128,23 +129,19 @@ def launch_expand(indices: Tensor, scores: Tensor, chunk_budget: int, max_chunk:
 
 
 def launch_keep(
-    indices: Tensor, scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor,
-    protected: Tensor | None, partial_rows: PartialRows, chunk_budget: int, max_chunk: int, computed: bool,
+    indices: Tensor, scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows | None, chunk_budget: int,
+    max_chunk: int,
 ) -> None:  # fmt: skip
-    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and, if ``computed``, ``scores [l, S, h,
-    W]``."""
-    layers, sequences, lists, tiles, window = partials.shape
+    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and ``scores [l, S, h, W]``.
+
+    ``rows`` says what the partials are; None: one tile, the scores, which are not written then.
+    """
+    layers, sequences, lists, _, window = partials.shape
     launch(
         keep_kernel, (lists, sequences, layers), scores.device,
-        indices_ptr=indices, scores_ptr=scores, partials_ptr=partials, starts_ptr=starts, seq_lens_ptr=seq_lens,
-        protected_ptr=protected, num_tiles=tiles, inverse=float(partial_rows.inverse),
-        redundancy=float(partial_rows.redundancy), keep=indices.shape[-1], chunk_budget=chunk_budget,
-        max_chunk=max_chunk, stride_p_l=partials.stride(0), stride_p_s=partials.stride(1),
-        stride_p_h=partials.stride(2),
-        SUM=computed, SQUARES=partial_rows.squares, VALUE_NORM=int(partial_rows.value_norm),
-        REDUNDANCY=int(partial_rows.redundancy > 0), CHUNKS=chunk_budget > 0, W=window,
-        ALIGN=min(row_alignment(partials), row_alignment(scores)), BLOCK_W=triton.next_power_of_2(window),
-        num_warps=row_warps(window), enable_fp_fusion=True,
+        indices_ptr=indices, keep=indices.shape[-1], chunk_budget=chunk_budget, max_chunk=max_chunk,
+        **partial_arguments(partials, scores, w, rows), CHUNKS=chunk_budget > 0,
+        BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 
 

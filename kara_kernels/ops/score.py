@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES
-from ..paged import Layers, PagedCache, row_alignment
+from ..paged import row_alignment
 from ..reference.score import score_windows
 from ._norms import mean_cosines, value_norms
-from ._rows import PagedRows, QueryRows, RowFormat, load_rows
+from ._rows import PagedRows, QueryRows, load_rows, pool_arguments
 from ._tiles import ScoreConfig, score_config
 from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
@@ -222,17 +222,20 @@ def score_kernel(
 # --------------------------------------------------------------------------------------------- how it is launched
 
 
-def plan_score(
-    query: Layers, k_cache: Layers, window: int, reduction: str, value_norm: bool, redundancy: float,
-    query_rows: Tensor | None = None,
-) -> tuple[ScoreConfig, PartialRows]:  # fmt: skip
-    """The launch configuration and the partial rows that it leaves per KV head; arguments as of ``launch_score``."""
-    q, k = query[0], k_cache[0]
-    config = score_config(window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
-    queries = q.shape[1] if query_rows is None else query_rows.shape[1]
-    rows = queries * (q.shape[2] // k.shape[2])
-    tiles = -(-rows // config.rows) + value_norm + (redundancy > 0)  # triton.cdiv takes 10 us here
-    return config, PartialRows(tiles, 1 / rows, reduction == "rms", value_norm, redundancy)
+def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
+    """The launch configuration and the partial rows that it leaves per KV head."""
+    assert a.query is not None
+    q, k, how = a.query[0], a.cache.k[0], a.scoring
+    config = score_config(a.window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
+    rows = _count(a) * (q.shape[2] // k.shape[2])
+    tiles = -(-rows // config.rows) + a.value_norm + (how.redundancy > 0)  # triton.cdiv takes 10 us here
+    return config, PartialRows(tiles, 1 / rows, how.reduction == "rms", a.value_norm, how.redundancy)
+
+
+def _count(a: ScoreArguments) -> int:
+    """``N``, queries of a sequence."""
+    assert a.query is not None
+    return a.query[0].shape[1] if a.query_rows is None else a.query_rows.shape[1]
 
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
@@ -242,51 +245,41 @@ def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
 
 
 def launch_score(
-    partials: Tensor, query: Layers, cache: PagedCache, block_tables: Tensor, starts: Tensor | None,
-    seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
-    rows: PartialRows, config: ScoreConfig, query_rows: Tensor | None = None, first_layer: int = 0,
-) -> None:  # fmt: skip
+    partials: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows, first_layer: int = 0
+) -> None:
     """Partial rows of all sequences in layers ``first_layer`` ... of the pools into ``partials [L, S, H, tiles, W]``.
 
-    ``query``: ``[S, N, H*G, D]`` of each layer. With ``query_rows`` (int32 ``[S, N]``, the last stride 1) it is
-    ``[1, R, H*G, D]`` instead, and query ``i`` of sequence ``s`` is row ``query_rows[s, i]``. Checks nothing.
+    Checks nothing.
     """
+    assert a.query is not None
     layers, sequences, heads, tiles, window = partials.shape
-    values = cache.v if rows.value_norm and cache.v is not None else cache.k  # keys stand in where none are read
-    q, k, v = query[0], cache.k[0], values[0]
+    values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys stand in: none are read
+    q, k, device = a.query[0], a.cache.k[0], partials.device
+    stride_layer, stride_sequence, stride_query, stride_head = a.query.strides
     form = ScoreForm(
-        heads, q.shape[2] // heads, window, query.alignment, row_alignment(partials), attention == "causal",
-        rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
+        heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
+        a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
         # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
-        tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)], architecture(k.device).float32_products,
+        tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)], architecture(device).float32_products,
     )  # fmt: skip
-    by_head = k_scale if isinstance(k_scale, Tensor) else None
+    by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
     # No fused multiply-add but those that are written as such. Where a lane holds one term of a sum across lanes, the
     # compiler makes `shfl y, x*x; fma x, x, y` of it: the lane rounds its partner's product and not its own, the
     # partner does the opposite, and the two store different last bits of one sum to one address. It happened to the
     # sums of narrow or misaligned rows everywhere, and to all columns on sm_100, whose lanes hold one query row each.
     launch(
-        score_kernel, (sequences * heads, tiles, layers), k.device,
-        partials_ptr=partials, query_ptr=q, query_table=query.table, query_rows_ptr=query_rows,
-        k_ptr=_bytes_of_fp8(k), k_table=cache.k.table, v_ptr=_bytes_of_fp8(v), v_table=values.table,
-        block_tables_ptr=block_tables, starts_ptr=starts, seq_lens_ptr=seq_lens, protected_ptr=protected,
-        scale=float(scale if isinstance(k_scale, Tensor) else scale * k_scale), k_scale_ptr=by_head,
-        num_queries=q.shape[1] if query_rows is None else query_rows.shape[1], num_tiles=tiles, first_layer=first_layer,
-        stride_q_l=query.stride_layer, stride_q_s=q.stride(0) if query_rows is None else 0,
-        stride_q_n=q.stride(1), stride_q_h=q.stride(2),
-        stride_qr_s=0 if query_rows is None else query_rows.stride(0),
-        stride_k_l=cache.k.stride_layer, stride_k_b=k.stride(0), stride_k_p=k.stride(1), stride_k_h=k.stride(2),
-        stride_v_l=values.stride_layer, stride_v_b=v.stride(0), stride_v_p=v.stride(1), stride_v_h=v.stride(2),
-        stride_t_s=block_tables.stride(0),
-        stride_ks_l=0 if by_head is None else by_head.stride(0),
+        score_kernel, (sequences * heads, tiles, layers), device,
+        partials_ptr=partials, query_ptr=q, query_table=a.query.table, query_rows_ptr=a.query_rows,
+        block_tables_ptr=a.block_tables, starts_ptr=a.window_starts, seq_lens_ptr=a.seq_lens,
+        protected_ptr=a.protected_lens, scale=a.scale if isinstance(a.k_scale, Tensor) else a.scale * a.k_scale,
+        k_scale_ptr=by_head, num_queries=_count(a), num_tiles=tiles, first_layer=first_layer,
+        stride_q_l=stride_layer, stride_q_s=stride_sequence if a.query_rows is None else 0, stride_q_n=stride_query,
+        stride_q_h=stride_head, stride_qr_s=0 if a.query_rows is None else a.query_rows.stride(0),
+        stride_t_s=a.block_tables.stride(0), stride_ks_l=0 if by_head is None else by_head.stride(0),
         stride_ks_h=0 if by_head is None else by_head.stride(1),
-        FORM=form, K=RowFormat.of(cache.k), V=RowFormat.of(values), CONFIG=config,
-        num_warps=config.num_warps, enable_fp_fusion=False,
+        **pool_arguments("k", a.cache.k), **pool_arguments("v", values),
+        FORM=form, CONFIG=config, num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _bytes_of_fp8(rows: Tensor) -> Tensor:
-    return rows.view(torch.uint8) if rows.dtype in FP8_DTYPES else rows
 
 
 def layers_at_once(sequences: int, heads: int, window: int, rows: PartialRows) -> int:
@@ -294,11 +287,7 @@ def layers_at_once(sequences: int, heads: int, window: int, rows: PartialRows) -
     return max(1, PARTIAL_BYTES // (4 * sequences * heads * rows.tiles * window))
 
 
-def launch_scores(
-    scores: Tensor, query: Layers, cache: PagedCache, block_tables: Tensor, starts: Tensor | None,
-    seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
-    rows: PartialRows, config: ScoreConfig, query_rows: Tensor | None = None,
-) -> None:  # fmt: skip
+def launch_scores(scores: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows) -> None:
     """Scores of every head into ``scores [L, S, H, W]``, some layers at a time so that partial rows stay bounded.
 
     Zero for a sequence whose window does not fit. Checks nothing.
@@ -308,11 +297,8 @@ def launch_scores(
     partials = scores.new_empty(at_once, sequences, heads, rows.tiles, window)
     for first in range(0, layers, at_once):
         some = partials[: layers - first]
-        launch_score(
-            some, query, cache, block_tables, starts, seq_lens, protected, scale, k_scale, attention, rows, config,
-            query_rows, first,
-        )  # fmt: skip
-        launch_pool(scores[first : first + at_once], some, starts, seq_lens, protected, rows, True)
+        launch_score(some, a, config, rows, first)
+        launch_pool(scores[first : first + at_once], some, a, rows)
 
 
 # ------------------------------------------------------------------------------------------------------ public
@@ -374,25 +360,15 @@ def score_window(
         query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
         attention=attention, reduction=reduction, redundancy=redundancy,
     )  # fmt: skip
-    if resolve_backend(backend, given.starts.device) == "torch":
-        scores = score_windows(given)
-    else:
-        scores = _score_by_kernels(given)
+    by_torch = resolve_backend(backend, given.block_tables.device) == "torch"
+    scores = score_windows(given) if by_torch else _score_by_kernels(given)
     return scores if given.many else scores[0]
 
 
 def _score_by_kernels(a: ScoreArguments) -> Tensor:
-    a.query.require_kernel_layout("query")
-    a.cache.require_kernel_layout()
-    how = a.scoring
-    config, rows = plan_score(
-        a.query, a.cache.k, a.window, how.reduction, a.cache.v is not None, how.redundancy, a.query_rows
-    )
-    shape = len(a.cache.k), len(a.starts), a.cache.shape[2], a.window
-    scores = torch.empty(shape, dtype=torch.float32, device=a.starts.device)
-    if len(a.starts):
-        launch_scores(
-            scores, a.query, a.cache, a.block_tables, a.starts, None, None, a.scale, a.k_scale, how.attention, rows,
-            config, a.query_rows,
-        )  # fmt: skip
+    a.require_kernel_layout()
+    shape = len(a.cache.k), a.block_tables.shape[0], a.cache.shape[2], a.window
+    scores = torch.empty(shape, dtype=torch.float32, device=a.block_tables.device)
+    if scores.numel():
+        launch_scores(scores, a, *plan_score(a))
     return scores
