@@ -103,14 +103,17 @@ def launch_pool(scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows 
     )  # fmt: skip
 
 
-def partial_arguments(partials: Tensor, scores: Tensor, w: Windows, rows: PartialRows | None) -> dict[str, Any]:
+def partial_arguments(
+    partials: Tensor, scores: Tensor, w: Windows | None, rows: PartialRows | None
+) -> dict[str, Any]:  # fmt: skip
     """What kernels take that make ``scores`` of ``partials``."""
     _, _, _, tiles, window = partials.shape
     stride_layer, stride_sequence, stride_head, _, _ = partials.stride()
     of = rows or PartialRows()
+    starts, seq_lens, protected = (w.window_starts, w.seq_lens, w.protected_lens) if w else (None, None, None)
     return {
-        "scores_ptr": scores, "partials_ptr": partials, "starts_ptr": w.window_starts, "seq_lens_ptr": w.seq_lens,
-        "protected_ptr": w.protected_lens, "num_tiles": tiles, "inverse": of.inverse, "redundancy": of.redundancy,
+        "scores_ptr": scores, "partials_ptr": partials, "starts_ptr": starts, "seq_lens_ptr": seq_lens,
+        "protected_ptr": protected, "num_tiles": tiles, "inverse": of.inverse, "redundancy": of.redundancy,
         "stride_p_l": stride_layer, "stride_p_s": stride_sequence, "stride_p_h": stride_head,
         "COMPUTED": rows is not None, "SQUARES": of.squares, "VALUE_NORM": int(of.value_norm),
         "REDUNDANCY": int(of.redundancy > 0), "W": window,
