@@ -66,6 +66,18 @@ def check_tensor(
     return value
 
 
+def check_alike(name: str, tensors: Sequence[Tensor]) -> None:
+    """Tensors, at least one, of one shape, dtype and device."""
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(tensor).__name__}")
+        for what in ("shape", "dtype", "device"):
+            if (got := getattr(tensor, what)) != (want := getattr(tensors[0], what)):
+                raise ValueError(f"{name}[{i}]: expected {what} {want} as in {name}[0], got {got}")
+
+
 def check_unit_stride(name: str, tensor: Tensor, where: str = " in the last dimension") -> None:
     """Strides of what holds nothing do not count: NumPy's empty arrays have stride 0."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():

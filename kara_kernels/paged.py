@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from .checks import check_unit_stride
+from .checks import check_alike, check_unit_stride
 from .overlap import View, dims_of, first_meeting, reaches_twice
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what rows of an element size are moved as
@@ -53,22 +53,16 @@ class Layers(Sequence[Tensor]):
             raise ValueError(f"{name}: expected 4 dimensions, or 5 with a leading L, got shape {list(tensors.shape)}")
         self.stacked = tensors if isinstance(tensors, Tensor) else None
         self._listed = () if isinstance(tensors, Tensor) else tuple(tensors)
+        if self.stacked is None:
+            check_alike(name, self._listed)
+        elif not self.stacked.shape[0]:
+            raise ValueError(f"{name}: expected at least one layer, got shape {list(self.stacked.shape)}")
+        # Layers of a stacked tensor are cut when they are asked for: 36 views take longer than a launch.
+        self._first = self._listed[0] if self.stacked is None else self.stacked[0]
         self._table: Tensor | None = None
         self._kernels_can_read = False
+        self.arguments: dict[tuple[str, bool], dict[str, Any]] = {}  # of kernels, which are the same for every call
         self.pool: PagedCache | None = None  # the pool whose keys these are, checked
-        if not len(self):
-            raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
-        # Layers of a stacked tensor are cut when they are asked for: 36 views take longer than a launch.
-        self._first = first = self._listed[0] if self.stacked is None else self.stacked[0]
-        for layer, tensor in enumerate(self._listed):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}[{layer}]: expected a tensor, got {type(tensor).__name__}")
-            for what in ("shape", "dtype", "device"):
-                if getattr(tensor, what) != getattr(first, what):
-                    raise ValueError(
-                        f"{name}[{layer}]: expected {what} {getattr(first, what)} as in {name}[0], "
-                        f"got {getattr(tensor, what)}"
-                    )
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...

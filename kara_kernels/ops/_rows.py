@@ -56,12 +56,14 @@ def pool_arguments(name: str, layers: Layers, decoded: bool = True) -> dict[str,
 
     ``decoded``: rows are read as numbers; else they are moved as they are.
     """
-    layer, block, token, head = layers.strides
-    first = layers.words if not decoded or layers[0].dtype in FP8_DTYPES else layers[0]
-    return {
-        f"{name}_ptr": first, f"{name}_table": layers.table, f"stride_{name}_l": layer, f"stride_{name}_b": block,
-        f"stride_{name}_p": token, f"stride_{name}_h": head, name.upper(): RowFormat.of(layers, decoded),
-    }  # fmt: skip
+    if (name, decoded) not in layers.arguments:
+        layer, block, token, head = layers.strides
+        first = layers.words if not decoded or layers[0].dtype in FP8_DTYPES else layers[0]
+        layers.arguments[name, decoded] = {
+            f"{name}_ptr": first, f"{name}_table": layers.table, f"stride_{name}_l": layer, f"stride_{name}_b": block,
+            f"stride_{name}_p": token, f"stride_{name}_h": head, name.upper(): RowFormat.of(layers, decoded),
+        }  # fmt: skip
+    return layers.arguments[name, decoded]
 
 
 @triton.jit

@@ -308,7 +308,7 @@ def flat(low: int, *shape: int) -> torch.Tensor:
 
 ROWS = torch.zeros(3, 20)
 BAD_PACKED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no layer": ({"pools": []}, ValueError, "pools: expected at least one layer, got none"),
+    "no layer": ({"pools": []}, ValueError, "pools: expected at least one layer, got an empty sequence"),
     "a vector": ({"pools": [ROWS[0]]}, ValueError, r"pools\[0\]: expected shape \[B, E\], got \[20\]"),
     "stride": ({"pools": [ROWS.t()]}, ValueError, r"pools\[0\]: expected stride 1 .*, got 20"),
     "shape": ({"pools": [ROWS, ROWS[1:]]}, ValueError, r"pools\[1\]: expected shape .*\[3, 20.* got .*\[2, 20"),
