@@ -64,7 +64,10 @@ def in_graph(
     """The node of a graph. Tensors alone can be seen through by a compiler: lists and pools raise TypeError."""
     for name, value in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor under torch.compile, for many layers one stacked [L, ...]")
+            raise TypeError(
+                f"{name}: expected a tensor under torch.compile, for many layers one stacked [L, ...], got "
+                f"{type(value).__name__}"
+            )
     if reduce_scores is not None:
         raise TypeError("reduce_scores: expected None under torch.compile, got a callable")
     scales = (None, k_scale) if isinstance(k_scale, Tensor) else (k_scale, None)
