@@ -204,9 +204,9 @@ def per_layer(
     many = isinstance(k_cache, Layers)
     if isinstance(k_cache, Tensor):
         if v_cache is not None and not isinstance(v_cache, Tensor):
-            raise TypeError(f"v_cache: expected a tensor as k_cache is one, got {type(v_cache).__name__}")
+            raise TypeError(f"v_cache: expected a tensor like k_cache, got {type(v_cache).__name__}")
         if query is not None and not isinstance(query, Tensor):
-            raise TypeError(f"query: expected a tensor as k_cache is one, got {type(query).__name__}")
+            raise TypeError(f"query: expected a tensor like k_cache, got {type(query).__name__}")
         k_cache, v_cache = k_cache[None], None if v_cache is None else v_cache[None]
     return _query_layers(query, many, query_rows is not None), PagedCache.of(k_cache, v_cache), many
 
