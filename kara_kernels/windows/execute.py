@@ -51,9 +51,7 @@ class PackedCache:
             if offsets.dtype != torch.int64:
                 raise TypeError(f"{name}: expected dtype torch.int64, got {offsets.dtype}")
             if offsets.dim() != 3 or 0 in offsets.shape or offsets.shape[:2] != k_offsets.shape[:2]:
-                raise ValueError(
-                    f"{name}: expected [P, H, D], one P and H for both, got {list(offsets.shape)}"
-                )
+                raise ValueError(f"{name}: expected [P, H, D], one P and H for both, got {list(offsets.shape)}")
         flat = torch.cat([k_offsets.flatten(), v_offsets.flatten()])
         low, high = int(flat.min()), int(flat.max())
         if low < 0 or high >= first.shape[1]:

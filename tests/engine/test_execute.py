@@ -320,7 +320,7 @@ BAD_PACKED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "k_offsets: expected dtype torch.int64, got torch.int32",
     ),
     "flat": ({"v_offsets": flat(12, 8)}, ValueError, r"v_offsets: expected \[P, H, D\].*, got \[8\]"),
-    "pages": ({"v_offsets": flat(12, 4, 1, 2)}, ValueError, r"v_offsets: expected shape .* got \[4, 1, 2\]"),
+    "pages": ({"v_offsets": flat(12, 4, 1, 2)}, ValueError, r"v_offsets: expected \[P, H, D\], .* got \[4, 1, 2\]"),
     "empty": ({"k_offsets": flat(0, 2, 2, 0)}, ValueError, r"k_offsets: .* got \[2, 2, 0\]"),
     "outside": ({"v_offsets": flat(13, 2, 2, 2)}, ValueError, r"offsets: expected 0\.\.19, got 0\.\.20"),
     "negative": ({"k_offsets": flat(-1, 2, 2, 3)}, ValueError, r"offsets: expected 0\.\.19, got -1\.\.19"),
