@@ -58,6 +58,16 @@ WORLDS: dict[str, tuple[Plan, dict[str, object], int]] = {
     "heads of four": (Plan(ONE, 1, 2, 2, 33, 20, 4, 4, 16, dtype=BF16, query_dtype=BF16), BOTH, 16),
     "fp8 of AMD, float32 queries": (
         Plan(ONE, 1, 1, 2, 17, 20, 8, 8, 4, dtype=torch.float8_e4m3fnuz), BOTH | {"k_scale": 0.5}, 9),
+    "fp16 queries on e4m3fn keys": (
+        Plan(ONE, 1, 2, 2, 64, 40, 64, 64, 16, dtype=FP8, query_dtype=FP16), BOTH | {"k_scale": 0.5}, 30),
+    "bf16 queries on e5m2 keys": (
+        Plan(ONE, 1, 2, 2, 64, 40, 64, 64, 16, dtype=torch.float8_e5m2, query_dtype=BF16), BOTH | {"k_scale": 0.5}, 30),
+    "fp16 queries on e4m3fnuz keys": (
+        Plan(ONE, 1, 1, 2, 33, 20, 24, 40, 16, dtype=torch.float8_e4m3fnuz, query_dtype=FP16),
+        BOTH | {"k_scale": 2.0}, 16),
+    "bf16 queries on e5m2fnuz keys": (
+        Plan(ONE, 1, 1, 2, 33, 20, 24, 40, 16, dtype=torch.float8_e5m2fnuz, query_dtype=BF16),
+        BOTH | {"k_scale": 2.0}, 16),
     "dtypes mixed": (Plan(ONE, 1, 1, 2, 50, 50, 32, 32, 8, dtype=BF16, query_dtype=torch.float32), {}, 25),
     "equal scores": (Plan(MIXED, 1, 2, 2, 256, 64, 64, 64, 16, dtype=BF16, query_dtype=BF16, content="equal"), {}, 128),
 }  # fmt: skip

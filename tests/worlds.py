@@ -37,6 +37,7 @@ NAN_BITS = {
     torch.float8_e4m3fn: 0x7F,
     torch.float8_e5m2: 0x7D,
     torch.float8_e4m3fnuz: 0,  # its only NaN is a single pattern
+    torch.float8_e5m2fnuz: 0,
     torch.uint8: 0,
     torch.int8: 0,
 }
