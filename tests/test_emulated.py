@@ -141,6 +141,21 @@ def assert_scores(world: World, scores: torch.Tensor, options: dict[str, object]
             assert (scores[layer, s].double() - exact).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize(("sign", "causal"), [(1, False), (-1, True)])
+def test_float32_products_beyond_float32(sign: int, causal: bool, dtype: torch.dtype) -> None:
+    """Three TF32 products each: a part that overflowed would be lost and leave a number that is wrong."""
+    world = worlds.huge_products(Plan(ONE, 2, 1, 2, 70, 40, 64, 64, 16, dtype=dtype))
+    scale = sign * worlds.HUGE_SCALE
+    with emulating("together", memory(world)) as launches:
+        scores = ops.score_window(
+            world.query, world.k_caches, world.block_tables, world.window_starts, 70, scale=scale,
+            attention="causal" if causal else "bidirectional", backend="triton",
+        )  # fmt: skip
+    clean(launches)
+    worlds.assert_scores_of_huge_products(world, scores, scale=scale, causal=causal)
+
+
 ROWS = torch.tensor([[0.5, float("nan"), -0.0, 0.0, float("inf"), -float("inf"), 0.5, 1e-45, -1e-45] * 30] * 3)
 
 

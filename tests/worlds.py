@@ -488,6 +488,31 @@ def from_bits(patterns: Sequence[int]) -> torch.Tensor:
     return torch.tensor(signed, dtype=torch.int32).view(torch.float32)
 
 
+HUGE = 2.0**63
+HUGE_SCALE = 0.6 * 2.0**-125  # a normal number of float32
+
+
+def huge_products(plan: Plan) -> World:
+    """Products of queries and keys of about 1e39, beyond float32. Times HUGE_SCALE they are moderate logits."""
+    world = World(plan)
+    for layer, query in enumerate(world.query):
+        query.mul_(HUGE)
+        for s in range(len(world.starts)):
+            world.write_keys(layer, s, world.read_keys(layer, s) * HUGE)
+    return world
+
+
+def assert_scores_of_huge_products(world: World, scores: torch.Tensor, *, scale: float, causal: bool) -> None:
+    """Within the bound of the same logits made of moderate queries and keys: those differ by powers of two."""
+    for layer, query in enumerate(world.query):
+        for s in range(len(world.starts)):
+            given = query[s] / HUGE, world.read_keys(layer, s) / HUGE
+            how = {"scale": scale * HUGE * HUGE, "causal": causal}
+            exact = dense_scores(*given, dtype=torch.float64, **how)  # type: ignore[arg-type]
+            bound = allowed_error(*given, exact, **how)  # type: ignore[arg-type]
+            assert (scores[layer, s].double() - exact).abs().max() <= bound
+
+
 # ---- how wrong a float32 score may be --------------------------------------------------------------------
 
 

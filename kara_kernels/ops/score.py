@@ -55,11 +55,16 @@ class ScoreForm:
     redundancy: int  # ... the softmax of mean cosines
     dtype: Any  # Triton's, of the products
     precision: str
+    scale_first: bool  # queries are scaled before the product, else the product
 
 
 @triton.jit
-def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
-    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it."""
+def _load_queries(queries, scale, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
+    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it.
+
+    With ``scale`` if products are float32: so they stay within its range where the logits do. Keys that are scaled
+    instead spilled on sm_120.
+    """
     ALIGN: tl.constexpr = FORM.align
     query = offs_m // FORM.group
     if queries.places is not None:
@@ -67,7 +72,8 @@ def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl
     offset = query.to(tl.int64) * queries.stride_query + (offs_m % FORM.group).to(tl.int64) * queries.stride_head
     row = tl.multiple_of(queries.base + offset, ALIGN)
     mask = (offs_m < row_last)[:, None] & (offs_d < DIM)[None, :]
-    return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
+    rows = tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
+    return rows * scale if FORM.scale_first else rows
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
     seen = (offs_w < FORM.window)[None, :]
     if FORM.causal:  # query i is window token W - N + i
         seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
-    return tl.where(seen, logits * scale, float("-inf"))
+    return tl.where(seen, logits if FORM.scale_first else logits * scale, float("-inf"))
 
 
 @triton.jit
@@ -101,10 +107,10 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(queries, offs_m, d0, row_last, D, FORM)
+        q0 = _load_queries(queries, scale, offs_m, d0, row_last, D, FORM)
         logits = tl.dot(q0, k0, input_precision=PRECISION)
         if D1 > 0:
-            q1 = _load_queries(queries, offs_m, d1, row_last, D, FORM)
+            q1 = _load_queries(queries, scale, offs_m, d1, row_last, D, FORM)
             logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
@@ -125,7 +131,7 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
     logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(queries, offs_m, offs_d, row_last, D, FORM)
+        q = _load_queries(queries, scale, offs_m, offs_d, row_last, D, FORM)
         k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
         logits = tl.dot(q, k, logits, input_precision=PRECISION)
     return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
@@ -140,8 +146,8 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
     BLOCK_W: tl.constexpr = CONFIG.block_w
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        # A causal row may see nothing of a tile: a finite start keeps -inf - -inf out of the recurrence.
-        peak = tl.full([BLOCK_M], -3.0e38, tl.float32)
+        # A causal row may see nothing of a tile: a finite start, the lowest, keeps -inf - -inf out of the recurrence.
+        peak = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for tile in range(0, W, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
@@ -259,6 +265,7 @@ def launch_score(
         rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
         # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
         tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)], architecture(k.device).float32_products,
+        _matrix_dtype(q, k) == torch.float32,
     )  # fmt: skip
     by_head = k_scale if isinstance(k_scale, Tensor) else None
     # No fused multiply-add but those that are written as such. Where a lane holds one term of a sum across lanes, the
@@ -363,7 +370,8 @@ def score_window(
     Returns:
         float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Rows of plain means sum to 1. A row is the same to
         the bit whatever else is in the batch. Products are taken in the query's dtype and summed in float32;
-        float32 on NVIDIA GPUs as three TF32 products.
+        float32 on NVIDIA GPUs as three TF32 products. Float32 queries are scaled before the product. Kernels scale
+        bfloat16 products: one beyond float32's range, the largest of its row, makes every score of its head NaN.
 
     Raises:
         TypeError, ValueError: before anything is launched. Contents (block ids, starts, ``query_rows`` in ``0..R-1``)
