@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from conftest import INTERPRETED
 
@@ -103,6 +105,22 @@ def test_a_missed_goal_is_told(goal: str, broken: dict[str, object]) -> None:
 def test_a_reason_that_excuses_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="excuses no row"):
         judge([row()], [Excuse("no spills", lambda found: True, "because")])
+
+
+@pytest.mark.parametrize("some", [["--quick"], ["--targets", "sm_100"]])
+def test_reasons_excuse_in_a_run_of_some_kernels(
+    some: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not all of them do there, and those that excuse nothing are no error."""
+    atomics = row(target="sm_100", shared_atomics=2)
+    monkeypatch.setattr(command, "_run_children", lambda options: [atomics])
+    assert command.main([*some, "--out", str(tmp_path)]) == 0
+    assert "tensor memory" in (tmp_path / "codegen.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="excuses no row"):
+        command.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(command, "_run_children", lambda options: [atomics, row(spills=8)])
+    assert command.main([*some, "--out", str(tmp_path)]) == 1
+    assert "missed: no spills, 1 of 2" in capsys.readouterr().err
 
 
 # The kernels have changed since the table was made. It takes `make codegen` half an hour on two cores.

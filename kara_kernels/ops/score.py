@@ -7,8 +7,9 @@
 One program owns some of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand a softmax
 row is local to a tile. So the program keeps the keys on chip, walks its query tiles and adds up columns; the ``N x W``
 logits never leave registers. Each program leaves one partial row, and whoever needs the scores adds the partial rows in
-fixed order, without atomics and with the same bits every time. Wider windows stream key tiles twice, once for each
-row's log-sum-exp and once for the columns.
+fixed order, without atomics and with the same bits every time. Where heads are too wide for that, keys pass once per
+query tile in slices of the head dimension. Wider windows stream key tiles twice, once for each row's log-sum-exp and
+once for the columns.
 
 Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133); weights by
 the length of values as in Compactor (arXiv 2507.08143); root mean squares are this library's choice.
@@ -55,11 +56,16 @@ class ScoreForm:
     redundancy: int  # ... the softmax of mean cosines
     dtype: Any  # Triton's, of the products
     precision: str
+    scale_first: bool  # queries are scaled before the product, else the product
 
 
 @triton.jit
-def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
-    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it."""
+def _load_queries(queries, scale, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
+    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it.
+
+    With ``scale`` if products are float32: so they stay within its range where the logits do. Keys that are scaled
+    instead spilled on sm_120.
+    """
     ALIGN: tl.constexpr = FORM.align
     query = offs_m // FORM.group
     if queries.places is not None:
@@ -67,7 +73,8 @@ def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl
     offset = query.to(tl.int64) * queries.stride_query + (offs_m % FORM.group).to(tl.int64) * queries.stride_head
     row = tl.multiple_of(queries.base + offset, ALIGN)
     mask = (offs_m < row_last)[:, None] & (offs_d < DIM)[None, :]
-    return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
+    rows = tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
+    return rows * scale if FORM.scale_first else rows
 
 
 @triton.jit
@@ -76,7 +83,7 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
     seen = (offs_w < FORM.window)[None, :]
     if FORM.causal:  # query i is window token W - N + i
         seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
-    return tl.where(seen, logits * scale, float("-inf"))
+    return tl.where(seen, logits if FORM.scale_first else logits * scale, float("-inf"))
 
 
 @triton.jit
@@ -101,16 +108,35 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(queries, offs_m, d0, row_last, D, FORM)
+        q0 = _load_queries(queries, scale, offs_m, d0, row_last, D, FORM)
         logits = tl.dot(q0, k0, input_precision=PRECISION)
         if D1 > 0:
-            q1 = _load_queries(queries, offs_m, d1, row_last, D, FORM)
+            q1 = _load_queries(queries, scale, offs_m, d1, row_last, D, FORM)
             logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
-        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
-        columns += tl.sum(p * p if FORM.squares else p, 0)
+        columns += _column_sums(logits, offs_m, row_last, FORM)
     tl.store(out + offs_w, columns, mask=offs_w < W)
+
+
+@triton.jit
+def _column_sums(logits, offs_m, row_last, FORM: tl.constexpr):
+    """Of the softmax of whole rows."""
+    p = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
+    return tl.sum(p * p if FORM.squares else p, 0)
+
+
+@triton.jit
+def _columns_sliced(out, queries, keys, scale, row_first, row_last,
+                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
+    """The logits of all keys stay on chip, the keys pass in slices of the head dimension: one pass too."""
+    offs_w = tl.arange(0, CONFIG.block_w)
+    columns = tl.zeros([CONFIG.block_w], tl.float32)
+    for first in range(row_first, row_last, CONFIG.block_m):
+        offs_m = first + tl.arange(0, CONFIG.block_m)
+        logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
+        columns += _column_sums(logits, offs_m, row_last, FORM)
+    tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -125,7 +151,7 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
     logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(queries, offs_m, offs_d, row_last, D, FORM)
+        q = _load_queries(queries, scale, offs_m, offs_d, row_last, D, FORM)
         k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
         logits = tl.dot(q, k, logits, input_precision=PRECISION)
     return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
@@ -140,8 +166,8 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
     BLOCK_W: tl.constexpr = CONFIG.block_w
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        # A causal row may see nothing of a tile: a finite start keeps -inf - -inf out of the recurrence.
-        peak = tl.full([BLOCK_M], -3.0e38, tl.float32)
+        # A causal row may see nothing of a tile: a finite start, the lowest, keeps -inf - -inf out of the recurrence.
+        peak = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for tile in range(0, W, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
@@ -213,7 +239,9 @@ def score_kernel(
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
             row_first = tile * CONFIG.rows
             row_last = tl.minimum(row_first + CONFIG.rows, num_queries * FORM.group)
-            if CONFIG.whole:
+            if CONFIG.whole and CONFIG.sliced:
+                _columns_sliced(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
+            elif CONFIG.whole:
                 _columns_whole(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
             else:
                 _columns_streamed(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
@@ -254,13 +282,15 @@ def launch_score(
     assert a.query is not None
     layers, sequences, heads, tiles, window = partials.shape
     values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys stand in: none are read
-    q, k, device = a.query[0], a.cache.k[0], partials.device
+    q, device = a.query[0], partials.device
+    dtype = _matrix_dtype(q, a.cache.k[0])
     stride_layer, stride_sequence, stride_query, stride_head = a.query.strides
     form = ScoreForm(
         heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
         a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
         # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
-        tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)], architecture(device).float32_products,
+        tl.float32 if INTERPRETED else TRITON_DTYPES[dtype], architecture(device).float32_products,
+        dtype == torch.float32,
     )  # fmt: skip
     by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
     # No fused multiply-add but those that are written as such. Where a lane holds one term of a sum across lanes, the
@@ -349,7 +379,8 @@ def score_window(
     Returns:
         float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Rows of plain means sum to 1. A row is the same to
         the bit whatever else is in the batch. Products are taken in the query's dtype and summed in float32;
-        float32 on NVIDIA GPUs as three TF32 products.
+        float32 on NVIDIA GPUs as three TF32 products. Float32 queries are scaled before the product. Kernels scale
+        bfloat16 products: one beyond float32's range, the largest of its row, makes every score of its head NaN.
 
     Raises:
         TypeError, ValueError: before anything is launched. Contents (block ids, starts, ``query_rows`` in ``0..R-1``)
