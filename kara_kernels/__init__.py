@@ -6,7 +6,7 @@ Names are imported on first use: the package's own command line answers before t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .csr import block_tables_from_csr
+    from .integrations.flashinfer import block_tables_from_csr
     from .paged import PagedCache
     from .windows.compress import CompressedWindow, compress_window
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "CompressedWindow": "windows.compress",
     "PagedCache": "paged",
-    "block_tables_from_csr": "csr",
+    "block_tables_from_csr": "integrations.flashinfer",
     "compress_window": "windows.compress",
 }
 

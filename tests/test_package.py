@@ -60,7 +60,7 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-GROUND = {"checks", "csr", "overlap", "paged", "arguments", "options"}
+GROUND = {"checks", "overlap", "paged", "arguments", "options"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,6 @@ GROUND = {"checks", "csr", "overlap", "paged", "arguments", "options"}
     [
         ("checks.py", set()),
         ("overlap.py", set()),
-        ("csr.py", {"checks"}),
         ("paged.py", {"checks", "overlap"}),
         ("arguments.py", {"checks", "options", "paged"}),
         ("options.py", {"checks"}),
@@ -76,6 +75,7 @@ GROUND = {"checks", "csr", "overlap", "paged", "arguments", "options"}
         ("ops", {*GROUND, "reference", "ops"}),
         ("windows", {*GROUND, "reference", "ops", "windows"}),
         ("engine", {"windows"}),
+        ("integrations/flashinfer.py", {"checks"}),
         ("integrations/transformers", {*GROUND, "engine", "integrations", ""}),
         ("integrations/vllm", {*GROUND, "engine", "integrations"}),
     ],

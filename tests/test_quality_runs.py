@@ -131,7 +131,7 @@ def test_a_key_says_all_that_a_record_depends_on(tmp_path: Path, monkeypatch: py
         patch.setattr(torch, "get_num_threads", lambda: 99)
         different.append(keys(model))
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "of_files", lambda task, own: "other files")
+        patch.setattr(sources, "of_files", lambda task, own, device: "other files")
         different.append(keys(model))
     found = [key for some in (first, *different) for key in some.values()]
     assert len(set(found)) == len(found) == 2 * 10
@@ -189,27 +189,35 @@ def test_settings_and_models_count() -> None:
     assert sources.of_model(model) != sources.of_model(twin)
 
 
+OURS = {"fidelity of ours", "fidelity of ours, on a GPU"}
+ALL = {"fidelity", "decoding", *OURS}
+
+
 @pytest.mark.parametrize(("path", "changed"), [
-    ("bench/quality/replay.py", {"fidelity", "fidelity of ours", "decoding"}),
-    ("bench/quality/measure.py", {"fidelity", "fidelity of ours"}),
+    ("bench/quality/replay.py", ALL),
+    ("bench/quality/measure.py", ALL - {"decoding"}),
     ("bench/quality/decode.py", {"decoding"}),
-    ("kara_kernels/windows/run.py", {"fidelity", "fidelity of ours", "decoding"}),
-    ("kara_kernels/reference/chunks.py", {"fidelity", "fidelity of ours", "decoding"}),
-    ("kara_kernels/integrations/transformers/rotary.py", {"fidelity", "fidelity of ours", "decoding"}),
-    ("kara_kernels/reference/score.py", {"fidelity of ours"}),
-    ("kara_kernels/ops/_tiles.py", {"fidelity of ours"}),
+    ("kara_kernels/windows/run.py", ALL),
+    ("kara_kernels/reference/chunks.py", ALL),
+    ("kara_kernels/integrations/transformers/rotary.py", ALL),
+    ("kara_kernels/reference/score.py", OURS),
+    ("kara_kernels/ops/_triton.py", ALL),
+    ("kara_kernels/ops/_tiles.py", {"fidelity of ours, on a GPU"}),
+    ("kara_kernels/ops/chunks.py", {"fidelity of ours, on a GPU"}),
+    ("kara_kernels/integrations/flashinfer.py", set()),
     ("kara_kernels/windows/plan.py", {"decoding"}),
     ("kara_kernels/integrations/vllm/settings.py", set()),
-    ("kara_kernels/windows/of_tomorrow.py", {"fidelity", "fidelity of ours", "decoding"}),
+    ("kara_kernels/windows/of_tomorrow.py", ALL),
 ])  # fmt: skip
 def test_files_that_a_record_depends_on(tmp_path: Path, path: str, changed: set[str]) -> None:
     for folder in ("bench/quality", "kara_kernels"):
         shutil.copytree(sources.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
     def hashes() -> dict[str, str]:
-        return {"fidelity": sources.of_files("fidelity", False, tmp_path),
-                "fidelity of ours": sources.of_files("fidelity", True, tmp_path),
-                "decoding": sources.of_files("decoding", False, tmp_path)}  # fmt: skip
+        return {"fidelity": sources.of_files("fidelity", False, "cpu", tmp_path),
+                "fidelity of ours": sources.of_files("fidelity", True, "cpu", tmp_path),
+                "fidelity of ours, on a GPU": sources.of_files("fidelity", True, "cuda", tmp_path),
+                "decoding": sources.of_files("decoding", False, "cpu", tmp_path)}  # fmt: skip
 
     before = hashes()
     file = tmp_path / path

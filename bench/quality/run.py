@@ -90,7 +90,9 @@ class Run:
         self._reader = digest(self._writer, platform.machine(), torch.get_num_threads(), str(model.device))
         # All code is looked at now: who edits a file while this runs has started what was there before.
         self._files = {
-            (task, own): sources.of_files(task, own) for task in sources.BENCH for own in (False, True)
+            (task, own): sources.of_files(task, own, model.device.type)
+            for task in sources.BENCH
+            for own in (False, True)
         }  # fmt: skip
         self._methods = {method.name: sources.of_method(method) for method in [FULL, *METHODS, *ablations()]}
         self._texts_by, self._greedy_by = sources.of_callable(texts.own), sources.of_callable(write)

@@ -22,7 +22,14 @@ from bench.store import ROOT, code_of, digest, digest_of_files
 from .methods import Method
 
 BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
-VLLM = ("integrations/vllm/*", "integrations/__init__.py")
+# Integrations that no measurement goes through.
+OTHERS = (
+    "integrations/vllm/*",
+    "integrations/__init__.py",
+    "integrations/environment.py",
+    "integrations/flashinfer.py",
+)
+KERNELS = ("ops/[!_]*.py", "ops/_[nr]*.py", "ops/_tiles.py")  # idle on CPUs; what chooses the path is not
 SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py")  # idle where others score
 # Idle where no engine runs: replays call compress_window themselves.
 SHIM = (
@@ -31,9 +38,11 @@ SHIM = (
 )  # fmt: skip
 
 
-def of_files(task: str, own_scores: bool, root: Path = ROOT) -> str:
-    """The bench's and the library's files behind every record of ``task``; ``own_scores``: the library's."""
-    idle = VLLM + (() if own_scores else SCORES) + (() if task == "decoding" else SHIM)
+def of_files(task: str, own_scores: bool, device: str, root: Path = ROOT) -> str:
+    """The bench's and the library's files behind every record of ``task`` on a type of device; ``own_scores``: the
+    library's."""
+    idle = OTHERS + (() if own_scores else SCORES) + (() if task == "decoding" else SHIM)
+    idle += KERNELS if device == "cpu" else ()
     library = root / "kara_kernels"
     files = [root / "bench/quality" / f"{name}.py" for name in BENCH[task]]
     for path in sorted(library.rglob("*.py")):

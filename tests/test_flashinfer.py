@@ -67,7 +67,7 @@ def test_a_window_is_compressed_through_them(plan: Plan) -> None:
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_nothing_is_read_back(device: str, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without contents, of which the host can ask nothing but their shape."""
-    monkeypatch.setattr("kara_kernels.csr.contents_are_checked", lambda device: False)
+    monkeypatch.setattr("kara_kernels.integrations.flashinfer.contents_are_checked", lambda device: False)
     with FakeTensorMode():
         indptr, indices, last = (torch.empty(n, dtype=torch.int32, device=device) for n in (4, pages, 3))
         with pytest.raises(DataDependentOutputException):
@@ -80,7 +80,7 @@ def test_nothing_is_read_back(device: str, pages: int, monkeypatch: pytest.Monke
 
 
 def test_unchecked_contents_read_no_memory_but_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kara_kernels.csr.contents_are_checked", lambda device: False)
+    monkeypatch.setattr("kara_kernels.integrations.flashinfer.contents_are_checked", lambda device: False)
     tables, _ = block_tables_from_csr(
         int32([-5, 2, 2**30]), int32([3, 4]), int32([1, 1]), page_size=4, max_blocks=8
     )  # fmt: skip
