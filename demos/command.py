@@ -10,21 +10,39 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from . import DemoError
 
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 ON_OFF = {"on": True, "off": False}
-# What an option of kara_kernels.options is for, in a line. Names, defaults and checks come from there.
-MEANINGS = {
-    "attention": "causal hides later keys from every query, as an ablation",
-    "reduction": "take the root mean square over the queries, or the mean",
-    "value_norm": "on weighs every key by the length of its value",
-    "redundancy": "over 0 marks down keys that resemble the others",
-    "pool": "every KV head keeps its own tokens, or the heads of a layer share a list, or the whole model does",
-    "chunk_fraction": "share of the kept tokens that may fill gaps between others, 0 to 1",
-    "max_chunk": "longest stretch without gaps that is kept in one piece, in tokens",
+
+
+class Option(NamedTuple):
+    """An option of scoring or selection as the command line shows it."""
+
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] | None = None
+
+
+# kara_kernels.options imports torch, which takes seconds. --help must not wait for that, so its defaults are repeated
+# here. A test holds them equal to the library's, and the library still checks every value.
+USUAL = {"window": 256, "keep": 128, "tail": 128}
+OPTIONS = {
+    "attention": Option(
+        "bidirectional", "causal hides later keys from every query, as an ablation", ("bidirectional", "causal")
+    ),
+    "reduction": Option("rms", "take the root mean square over the queries, or the mean", ("mean", "rms")),
+    "value_norm": Option(None, "on multiplies every score by the length of the value"),
+    "redundancy": Option(0.0, "above 0, keys that resemble other keys score lower"),
+    "pool": Option(
+        "head",
+        "who shares a list of kept tokens: nobody (each KV head has its own), the heads of a layer, or the whole model",
+        ("head", "layer", "model"),
+    ),
+    "chunk_fraction": Option(0.1, "share of the kept tokens that may fill gaps between other kept tokens, 0 to 1"),
+    "max_chunk": Option(8, "longest span that counts as a chunk, in tokens"),
 }
 
 
@@ -43,13 +61,10 @@ def flag(name: str) -> str:
 
 
 def add_policy(parser: argparse.ArgumentParser) -> Any:
-    """Window, keep and tail. What is not given stays None, and the library's own defaults hold."""
-    from kara_kernels.engine import Policy
-
-    usual = Policy()
+    """Window, keep and tail. An option that is not given stays None, and the library's default holds."""
     group = parser.add_argument_group("how the cache is compressed")
     group.add_argument(
-        "--window", metavar="W", type=int, help=f"tokens looked at in one compression (default: {usual.window})"
+        "--window", metavar="W", type=int, help=f"tokens looked at in one compression (default: {USUAL['window']})"
     )
     group.add_argument(
         "--keep", metavar="K", type=int, help="tokens of each window that stay, 1 to W-1 (default: half of the window)"
@@ -58,26 +73,22 @@ def add_policy(parser: argparse.ArgumentParser) -> Any:
         "--tail",
         metavar="N",
         type=int,
-        help=f"newest tokens, left alone; their queries help to score the window (default: {usual.tail})",
+        help=f"newest tokens, left alone; their queries help to score the window (default: {USUAL['tail']})",
     )
     return group
 
 
 def add_options(group: Any) -> None:
-    """Every option of scoring and selection, as :mod:`kara_kernels.options` lists them."""
-    from kara_kernels import options
-
-    choices = {"attention": options.ATTENTIONS, "reduction": options.REDUCTIONS, "pool": options.POOLS}
-    for name, field in options.OPTIONS.items():
-        meaning = MEANINGS.get(name, "see kara_kernels.options")
-        if field.default is None or isinstance(field.default, bool):
+    """Every option of scoring and selection."""
+    for name, (default, meaning, choices) in OPTIONS.items():
+        if default is None:
             group.add_argument(flag(name), choices=ON_OFF, help=f"{meaning} (default: on)")
-        elif name in choices:
-            group.add_argument(flag(name), choices=choices[name], help=f"{meaning} (default: {field.default})")
+        elif choices:
+            group.add_argument(flag(name), choices=choices, help=f"{meaning} (default: {default})")
         else:
-            kind = type(field.default)
+            kind = type(default)
             metavar = "N" if kind is int else "X"
-            group.add_argument(flag(name), metavar=metavar, type=kind, help=f"{meaning} (default: {field.default})")
+            group.add_argument(flag(name), metavar=metavar, type=kind, help=f"{meaning} (default: {default})")
 
 
 def told(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -87,13 +98,10 @@ def told(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def fill_policy(options: argparse.Namespace) -> None:
-    """Give window, keep and tail the values that hold where they were not given."""
-    from kara_kernels.engine import Policy
-
-    usual = Policy()
-    options.window = usual.window if options.window is None else options.window
+    """Set window, keep and tail to their defaults where they were not given."""
+    options.window = USUAL["window"] if options.window is None else options.window
     options.keep = max(1, options.window // 2) if options.keep is None else options.keep
-    options.tail = usual.tail if options.tail is None else options.tail
+    options.tail = USUAL["tail"] if options.tail is None else options.tail
 
 
 @contextlib.contextmanager

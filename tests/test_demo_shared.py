@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ pytest.importorskip("rich")
 from demos import DemoError, command, environment, machine
 from demos.machine import Seconds
 from demos.screen import Screen, duration, time_told
+from kara_kernels import options
+from kara_kernels.engine import Policy
 from kara_kernels.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -153,13 +157,38 @@ def test_every_option_of_the_library_is_one_of_the_command_line() -> None:
     assert got == {name: False if field.default is None else field.default for name, field in OPTIONS.items()}
 
 
-def test_window_keep_and_tail_are_the_librarys() -> None:
-    from kara_kernels.engine import Policy
+def test_what_help_shows_is_what_the_library_has() -> None:
+    assert {name: option.default for name, option in command.OPTIONS.items()} == dict(options.RECOMMENDED)
+    assert {name: option.choices for name, option in command.OPTIONS.items() if option.choices} == {
+        "attention": options.ATTENTIONS,
+        "reduction": options.REDUCTIONS,
+        "pool": options.POOLS,
+    }
+    assert vars(Policy()).items() >= command.USUAL.items()
 
+
+@pytest.mark.parametrize("demo", ["demos.generate", "demos.serve"])
+def test_help_does_not_import_torch(demo: str) -> None:
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = [{demo!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_module({demo!r}, run_name='__main__')\n"
+        "except SystemExit as left:\n"
+        "    assert not left.code, left.code\n"
+        "slow = {'torch', 'numpy', 'transformers', 'vllm', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--window W" in done.stdout
+
+
+def test_window_keep_and_tail_are_the_librarys() -> None:
     def filled(**given: Any) -> argparse.Namespace:
-        options = argparse.Namespace(**({"window": None, "keep": None, "tail": None} | given))
-        command.fill_policy(options)
-        return options
+        wanted = argparse.Namespace(**({"window": None, "keep": None, "tail": None} | given))
+        command.fill_policy(wanted)
+        return wanted
 
     usual = Policy()
     assert vars(filled()) == {"window": usual.window, "keep": usual.keep, "tail": usual.tail}

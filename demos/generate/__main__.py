@@ -1,6 +1,7 @@
 """Command line of the demo: ``python -m demos.generate``.
 
-Options are checked before transformers and matplotlib are imported, so ``--help`` and mistakes answer soon.
+``--help`` imports nothing slow. Options are checked before transformers and matplotlib are imported, so mistakes are
+reported soon.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    require(["torch"], ADVICE)  # only now: --help does without
     options.usual = parser.parse_args([])
     for each in (options, options.usual):
         fill_policy(each)
@@ -166,7 +168,6 @@ def _prompt(options: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         with imports(PROG):
-            require(["torch"], ADVICE)
             options = parse(argv)
             require(["transformers", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
             from .run import run

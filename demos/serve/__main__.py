@@ -117,6 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     ``given`` is added, the settings that the plugin is told, and ``policy``, all that hold with them.
     """
     options = _parser().parse_args(argv)
+    require(["torch"], ADVICE)  # only now: --help does without
     given = told(options, POLICY)
     fill_policy(options)
     if "window" in given:
@@ -155,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def body() -> None:
-        require(["torch"], ADVICE)
         options = parse(argv)
         require(["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
         from .run import run
