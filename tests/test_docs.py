@@ -297,13 +297,21 @@ def test_the_readme_says_what_matters_first() -> None:
 
 
 OPERATIONS = {
-    "score": r"score_window|score_kernel",
+    "score": r"score_window|score_kernel|launch_score",
     "pool": r"[\"']pool[\"']|pool=|pool_kernel",
     "select": r"select_topk|topk_kernel",
     "chunks": r"expand_chunks|expand_kernel",
-    "compact": r"compact_blocks|compact_kernel",
-    "compress_window": r"compress_window|\bexecute\b|KaraCache|vllm",
+    "compact": r"compact_blocks|compact_kernel|launch_compact",
+    "compress_window": r"compress_window",
 }
+ENGINES = r"compress_window|\bexecute\b|Kara(Cache|Batching)|harness"
+"""Engines and GPUs reach the operations through ``compress_window``."""
+
+
+def file_of(name: str) -> Path:
+    """``engine/plan`` is ``tests/engine/test_plan.py``."""
+    folder, _, stem = name.rpartition("/")
+    return ROOT / "tests" / folder / f"test_{stem}.py"
 
 
 def test_contributing_names_the_test_of_every_operation_and_proof() -> None:
@@ -312,14 +320,27 @@ def test_contributing_names_the_test_of_every_operation_and_proof() -> None:
     for operation, cells in rows.items():
         assert len(cells) == 6
         for column, cell in enumerate(cells):
-            # Engines and GPUs reach the operations through compress_window.
-            mention = OPERATIONS[operation] if column < 4 else OPERATIONS["compress_window"]
             names = re.findall(r"`([\w/.]+)`", cell)
             assert names
             for name in names:
-                folder, _, stem = name.rpartition("/")
-                file = ROOT / "tests" / folder / f"test_{stem}.py"
-                assert re.search(mention, file.read_text(encoding="utf-8")), f"{file} does not mention {operation}"
+                text = file_of(name).read_text(encoding="utf-8")
+                mention = OPERATIONS[operation] if column < 4 else ENGINES
+                assert re.search(mention, text), f"{name} does not mention {operation}"
+
+
+def test_contributing_names_tests_that_exist_and_leaves_none_out() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Which test proves what\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+    named = {name for cells in rows for cell in cells[2:] for name in re.findall(r"`([\w/.]+)`", cell)}
+    assert {file_of(name) for name in named} == set((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_in_the_text_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w./-])(?:kara_kernels|tests|demos|bench|docs)/[\w./-]*\w", text):
+        assert (ROOT / path).exists() or (page.parent / path).exists(), f"{page.name} names {path}"
 
 
 @pytest.mark.parametrize(
