@@ -288,8 +288,8 @@ def test_times_are_medians_and_doubted_on_a_busy_machine(demo: SimpleNamespace) 
     for others, doubtful in ((None, False), (0.01, False), (0.5, True)):
         figures["machine"]["cpu_share_of_others"] = others
         said = findings(figures)
-        assert f"a token took {ratio:.2f} times as long with Kara (medians)" in said[2]
-        assert ("50% of the processors' time" in said[-1]) == doubtful
+        assert f"A token took {ratio:.2f} times as long with Kara (medians" in said[2]
+        assert ("50% of the CPU time" in said[-1]) == doubtful
 
 
 @pytest.mark.parametrize("more", [(), ("--no-baseline",), ("--block-size", "64"), ("--tail", "40")])

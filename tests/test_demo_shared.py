@@ -115,9 +115,7 @@ def test_others_are_whoever_is_busy_and_not_we() -> None:
     assert machine.share_of_others(before, Seconds(own=5, busy=18, there=120)) == pytest.approx(4 / 20)
     assert machine.share_of_others(before, Seconds(own=9, busy=17, there=120)) == 0  # ticks are coarse
     assert machine.doubt(0.04) is None
-    assert (
-        machine.doubt(0.31) == "Other programs took 31% of the processors' time meanwhile, so the times are doubtful."
-    )
+    assert machine.doubt(0.31) == "Other programs used 31% of the CPU time during the run, so the timings are doubtful."
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="reads /proc")

@@ -225,7 +225,7 @@ def test_doubtful_times_are_called_so(tmp_path: Path) -> None:
     found = result(tmp_path)
     assert not any("doubtful" in line for line in report.findings(found))
     found["plentiful"]["vllm"]["cpu_share_of_others"] = 0.4
-    assert any("40% of the processors' time" in line for line in report.findings(found))
+    assert any("40% of the CPU time" in line for line in report.findings(found))
     found["plentiful"]["vllm"]["cpu_share_of_others"] = found["limited"]["kara"]["cpu_share_of_others"] = None
     assert not any("doubtful" in line for line in report.findings(found))  # nobody knows
 
