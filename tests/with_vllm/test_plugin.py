@@ -66,13 +66,13 @@ def test_settings_are_checked_at_start_up(model, kara, words):
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ({"kv_offloading_size": 1.0}, "KV connectors"),  # which vLLM makes of it
         ({"async_scheduling": True}, "asynchronous scheduling"),
-        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*, got fp8"),
-        ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*, got elsewhere.Scheduler"),
+        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*: fp8"),
+        ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*: elsewhere.Scheduler"),
         ({"runner": "pooling"}, "pooling models"),
     ],
 )
 def test_unsupported_configurations_are_refused(model, options, words):
-    with pytest.raises(ValueError, match=f"kara: not supported together with .*{words}"):
+    with pytest.raises(ValueError, match=f"kara: expected only supported features, got .*{words}"):
         configure(model, KARA, **options)
 
 
@@ -114,13 +114,13 @@ def layer(**changes):
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
-        ([layer(alibi_slopes=torch.ones(4))], "not supported: ALiBi .layer 0"),
-        ([layer(), layer(sliding_window=128)], "sliding windows .layer 1"),
+        ([layer(alibi_slopes=torch.ones(4))], "expected plain attention in layer 0, got ALiBi"),
+        ([layer(), layer(sliding_window=128)], "layer 1, got sliding windows"),
         ([layer(sinks=torch.ones(4))], "attention sinks"),
         ([layer(logits_soft_cap=30.0)], "soft-capped logits"),
         ([layer(kv_sharing_target_layer_name="0")], "cross-layer KV sharing"),
-        ([layer(attn_type="encoder_only")], "attention other than a decoder's, got encoder_only"),
-        ([layer(head_size_v=16)], "values of another size than keys, got 16 and 32"),
+        ([layer(attn_type="encoder_only")], "attention other than a decoder's: encoder_only"),
+        ([layer(head_size_v=16)], "values of another size than keys: 16 and 32"),
         ([layer(), layer(num_kv_heads=4)], "the same heads and scale in every layer"),
         ([layer(), layer(scale=1.0)], "the same heads and scale in every layer"),
         ([], "the same heads and scale in every layer, got no layer"),
