@@ -1,4 +1,4 @@
-"""``python -m bench.gpu``: check the kernels on this machine's GPU, then time them; ``--compare`` two such runs."""
+"""``python -m bench.gpu``: checks the kernels on this GPU, then times them. ``--compare`` compares two runs."""
 
 from __future__ import annotations
 

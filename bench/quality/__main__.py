@@ -1,4 +1,4 @@
-"""``python -m bench.quality``: measure, then write the report. Problems are one line, not a traceback."""
+"""``python -m bench.quality``: measures, then writes the report. Errors are one line, not a traceback."""
 
 from __future__ import annotations
 
