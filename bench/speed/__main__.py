@@ -144,7 +144,9 @@ def machine() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speed.md, speed.csv and speed.png")
-    parser.add_argument("--threads", type=int, default=1, help="1: threads that wait for each other spoil the figures")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads (default: 1, since waiting threads distort times)"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="one tiny case")
     options = parser.parse_args(arguments)
