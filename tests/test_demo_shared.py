@@ -1,4 +1,4 @@
-"""What demos and benches share: progress, the machine, command lines; and that no wheel holds any of it."""
+"""Shared parts of demos and benches: progress, the machine, command lines. No wheel contains any of it."""
 
 from __future__ import annotations
 
