@@ -1,4 +1,4 @@
-"""Checks that need a pool: queries, keep lists, key scales, and what block tables lead to."""
+"""The arguments of operations on windows: checked, and in one form whether they came for one layer or for many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .checks import (
     FP8_DTYPES,
-    MAX_WINDOW,
     SCORED_DTYPES,
     check_block_tables,
     check_lengths,
@@ -19,9 +18,129 @@ from .checks import (
     check_unit_stride,
     check_window,
     contents_are_checked,
+    refuse,
 )  # fmt: skip
 from .options import Scoring
 from .paged import Layers, PagedCache, per_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """A pool, and where in it the window of each sequence lies."""
+
+    cache: PagedCache
+    block_tables: Tensor  # int32 [S, max_blocks]
+    window: int
+    many: bool  # whether results carry a leading L
+    window_starts: Tensor | None = None  # int32 [S]; None: the newest W tokens
+    seq_lens: Tensor | None = None  # int32 [S]; None: every window fits
+    protected_lens: Tensor | None = None  # int32 [S]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreArguments(Windows):
+    """Windows and what scores them."""
+
+    query: Layers | None  # None where scores are given
+    query_rows: Tensor | None
+    scoring: Scoring
+    scale: float
+    k_scale: float | Tensor  # a tensor is [L, H]
+
+    @property
+    def value_norm(self) -> bool:
+        """Whether scores are weighed by the length of values."""
+        return self.cache.v is not None if self.scoring.value_norm is None else self.scoring.value_norm
+
+    def require_kernel_layout(self) -> None:
+        """Refuses strides that kernels cannot read."""
+        self.cache.require_kernel_layout()
+        if self.query is not None:
+            self.query.require_kernel_layout("query")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactArguments(Windows):
+    """Windows and what stays of them."""
+
+    window_starts: Tensor
+    seq_lens: Tensor
+    keep_indices: Tensor  # int32 [L, S, H, K]
+
+
+def check_windows(
+    query: Any, k_cache: Any, v_cache: Any, block_tables: object, window: int, query_rows: Tensor | None = None,
+    **lengths: Any,
+) -> tuple[Layers | None, dict[str, Any]]:  # fmt: skip
+    """The query by layer, and the fields of :class:`Windows`; ``lengths`` those of them that are given."""
+    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
+    device = cache.k[0].device
+    check_window(window)
+    table = check_block_tables(block_tables, device)
+    for name, value in lengths.items():
+        check_lengths(name, value, table.shape[0], device)
+    return queries, {"cache": cache, "block_tables": table, "window": window, "many": many, **lengths}
+
+
+def check_scoring(
+    query: Layers | None, where: dict[str, Any], query_rows: Tensor | None, scale: object,
+    k_scale: float | Tensor | None, scoring: Scoring, scores: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of :class:`ScoreArguments` beside those of the windows, ``where``. Given ``scores`` need no query."""
+    cache: PagedCache = where["cache"]
+    _, _, heads, dim = cache.shape
+    if scores is None:
+        check_query(query, cache, where["block_tables"].shape[0], query_rows, where["window"], scoring.attention)
+        if scoring.value_norm is not False:
+            _check_values(cache, bool(scoring.value_norm))
+    return {
+        "query": query if scores is None else None, "query_rows": query_rows if scores is None else None,
+        "scoring": scoring,
+        "scale": dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38),
+        "k_scale": key_scales(k_scale, len(cache.k), heads, cache.k[0].device),
+    }  # fmt: skip
+
+
+def _check_values(cache: PagedCache, needed: bool) -> None:
+    """Values whose length can be taken, if there are any or they are ``needed``."""
+    if cache.v is None and needed:
+        raise ValueError("value_norm: expected False without a v_cache, got True")
+    if cache.v is not None and cache.v[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
+        raise TypeError(
+            f"v_cache: expected float16, bfloat16, float32 or float8 to take norms of, got {cache.v[0].dtype}"
+        )
+
+
+def check_score_window(
+    query: Any, k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, window: int,
+    query_rows: Tensor | None, scale: object, k_scale: float | Tensor | None, **scoring: Any,
+) -> ScoreArguments:  # fmt: skip
+    """Arguments of ``score_window``; ``scoring``: attention, reduction, redundancy."""
+    queries, where = check_windows(
+        query, k_cache, v_cache, block_tables, window, query_rows, window_starts=window_starts
+    )
+    how = Scoring(value_norm=v_cache is not None, **scoring)
+    given = ScoreArguments(**where, **check_scoring(queries, where, query_rows, scale, k_scale, how))
+    starts = where["window_starts"]
+    if contents_are_checked(starts.device):
+        everywhere = torch.ones_like(starts, dtype=torch.bool)
+        check_contents(given, starts, starts.long() + window, everywhere, written=False)
+    return given
+
+
+def check_compact_blocks(
+    k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, seq_lens: object, keep_indices: object,
+    window: int,
+) -> CompactArguments:  # fmt: skip
+    """Arguments of ``compact_blocks``."""
+    _, where = check_windows(
+        None, k_cache, v_cache, block_tables, window, window_starts=window_starts, seq_lens=seq_lens
+    )
+    keep = check_keep_indices(keep_indices, where["cache"], where["block_tables"].shape[0], window, where["many"])
+    given = CompactArguments(**where, keep_indices=keep)
+    if contents_are_checked(keep.device):
+        check_contents(given, given.window_starts, given.seq_lens, keep[0, :, 0, 0] >= 0)
+    return given
 
 
 def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, window: int, many: bool) -> Tensor:
@@ -36,19 +155,14 @@ def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, 
         ascending = (keep[..., 1:] > keep[..., :-1]).all(-1) & (keep[..., 0] >= 0) & (keep[..., -1] < window)
         left_alone = (keep == -1).all(-1)
         bad = ~(ascending | left_alone) | (left_alone != left_alone[:1, :, :1])
-        if bool(bad.any()):
-            row = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"keep_indices{row}: expected ascending indices in 0..{window - 1}, or -1 throughout a sequence, "
-                f"got {keep[tuple(row)].tolist()[:8]}"
-            )
+        expected = f"ascending indices in 0..{window - 1}, or -1 throughout a sequence"
+        refuse(bad, "keep_indices", expected, keep[..., :8])
     return keep
 
 
 def check_query(
-    query: Layers | None, cache: PagedCache, sequences: int, query_rows: object = None, window: int = MAX_WINDOW,
-    attention: str = "bidirectional",
-) -> Layers:  # fmt: skip
+    query: Layers | None, cache: PagedCache, sequences: int, query_rows: object, window: int, attention: str
+) -> None:
     """``L`` tensors ``[S, N, H*G, D]`` of a dtype that can be scored, matching the pool.
 
     With ``query_rows`` int32 ``[S, N]`` they are ``[1, R, H*G, D]``, as ``per_layer`` hands them over, and the rows
@@ -59,37 +173,30 @@ def check_query(
         raise TypeError("query: expected a tensor or one per layer, got None (only given scores replace it)")
     if len(query) != len(cache.k):
         raise ValueError(f"query: expected {len(cache.k)} layers as in k_cache, got {len(query)}")
-    first = query[0]
+    first, device, name = query[0], cache.k[0].device, "query"
     if query_rows is None:
-        check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, cache.k[0].device)
-        _check_queries("query", first, window, attention)
+        judges = check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, device)
     else:
         if first.dim() != 4 or first.shape[0] != 1:  # Layers that the caller made
             raise ValueError(f"query: expected layers of [1, R, H*G, D] with query_rows, got shape {list(first.shape)}")
-        check_tensor("query", first[0], (None, None, dim), SCORED_DTYPES, cache.k[0].device)
+        check_tensor("query", first[0], (None, None, dim), SCORED_DTYPES, device)
         if first.shape[1] < 1 and sequences:
             raise ValueError(f"query: expected at least one row of queries, got shape {list(first.shape[1:])}")
-        rows = check_query_rows(query_rows, first.shape[1], sequences, first.device)
-        _check_queries("query_rows", rows, window, attention)
+        judges, name = check_query_rows(query_rows, first.shape[1], sequences, device), "query_rows"
+    count = judges.shape[1]
+    if count < 1:
+        raise ValueError(f"{name}: expected at least one query per sequence, got shape {list(judges.shape)}")
+    if attention == "causal" and count > window:
+        raise ValueError(
+            f"{name}: expected at most {window} queries with attention='causal' (query i is window token W - N + i), "
+            f"got {count}"
+        )
     if first.shape[2] < heads or first.shape[2] % heads:
         raise ValueError(f"query: expected a multiple of {heads} KV heads in dimension H*G, got {first.shape[2]}")
     if cache.k[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
         raise TypeError(
             f"k_cache: expected a dtype that can be scored (float16, bfloat16, float32 or float8), got "
             f"{cache.k[0].dtype}; view fp8 bytes as their float8 dtype, or pass scores="
-        )
-    return query
-
-
-def _check_queries(name: str, queries: Tensor, window: int, attention: str) -> None:
-    """``N``, the second dimension of ``queries``."""
-    count = queries.shape[1]
-    if count < 1:
-        raise ValueError(f"{name}: expected at least one query per sequence, got shape {list(queries.shape)}")
-    if attention == "causal" and count > window:
-        raise ValueError(
-            f"{name}: expected at most {window} queries with attention='causal' (query i is window token W - N + i), "
-            f"got {count}"
         )
 
 
@@ -98,10 +205,7 @@ def check_query_rows(query_rows: object, rows: int, sequences: int, device: torc
     chosen = check_tensor("query_rows", query_rows, (sequences, None), (torch.int32,), device)
     check_unit_stride("query_rows", chosen, " along queries")
     if contents_are_checked(device):
-        bad = (chosen < 0) | (chosen >= rows)
-        if bool(bad.any()):
-            s, i = bad.nonzero()[0].tolist()
-            raise ValueError(f"query_rows[{s}, {i}]: expected a row of query in 0..{rows - 1}, got {int(chosen[s, i])}")
+        refuse((chosen < 0) | (chosen >= rows), "query_rows", f"a row of query in 0..{rows - 1}", chosen)
     return chosen
 
 
@@ -127,128 +231,32 @@ def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: 
         ) from None
 
 
-def check_values(cache: PagedCache) -> None:
-    """Values whose length can be taken, if there are any."""
-    if cache.v is not None and cache.v[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
-        raise TypeError(
-            f"v_cache: expected float16, bfloat16, float32 or float8 to take lengths of, got {cache.v[0].dtype}"
-        )
-
-
-@dataclass(frozen=True)
-class ScoreArguments:
-    """Checked arguments of ``score_window``; shapes as there, layers always leading."""
-
-    query: Layers
-    query_rows: Tensor | None
-    cache: PagedCache
-    block_tables: Tensor
-    starts: Tensor
-    window: int
-    scoring: Scoring
-    scale: float
-    k_scale: float | Tensor
-    many: bool
-
-
-def check_score_window(
-    query: Any, k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, window: int,
-    query_rows: Tensor | None, scale: object, k_scale: float | Tensor | None, **scoring: Any,
-) -> ScoreArguments:  # fmt: skip
-    """Arguments of ``score_window``; ``scoring``: attention, reduction, redundancy."""
-    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
-    device, (_, _, heads, dim) = cache.k[0].device, cache.shape
-    check_window(window)
-    table = check_block_tables(block_tables, device)
-    starts = check_lengths("window_starts", window_starts, len(table), device)
-    how = Scoring(value_norm=v_cache is not None, **scoring)
-    arguments = ScoreArguments(
-        query=check_query(queries, cache, len(table), query_rows, window, how.attention), query_rows=query_rows,
-        cache=cache, block_tables=table, starts=starts, window=window, scoring=how,
-        scale=dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38),
-        k_scale=key_scales(k_scale, len(cache.k), heads, device), many=many,
-    )  # fmt: skip
-    check_values(cache)
-    if contents_are_checked(device):
-        everywhere = torch.ones_like(starts, dtype=torch.bool)
-        check_contents(cache, table, starts, starts.long() + window, everywhere, written=False)
-    return arguments
-
-
-@dataclass(frozen=True)
-class CompactArguments:
-    """Checked arguments of ``compact_blocks``; ``keep`` is ``[L, S, H, K]``."""
-
-    cache: PagedCache
-    block_tables: Tensor
-    starts: Tensor
-    seq_lens: Tensor
-    keep: Tensor
-    window: int
-
-
-def check_compact_blocks(
-    k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, seq_lens: object, keep_indices: object,
-    window: int,
-) -> CompactArguments:  # fmt: skip
-    """Arguments of ``compact_blocks``."""
-    _, cache, many = per_layer(None, k_cache, v_cache)
-    check_window(window)
-    device = cache.k[0].device
-    table = check_block_tables(block_tables, device)
-    starts = check_lengths("window_starts", window_starts, len(table), device)
-    lengths = check_lengths("seq_lens", seq_lens, len(table), device)
-    keep = check_keep_indices(keep_indices, cache, len(table), window, many)
-    if contents_are_checked(device):
-        check_contents(cache, table, starts, lengths, keep[0, :, 0, 0] >= 0, lengths, window)
-    return CompactArguments(cache, table, starts, lengths, keep, window)
-
-
-def check_contents(
-    cache: PagedCache, block_tables: Tensor, starts: Tensor, ends: Tensor, active: Tensor,
-    seq_lens: Tensor | None = None, window: int = 0, written: bool = True,
-) -> None:  # fmt: skip
+def check_contents(w: Windows, starts: Tensor, ends: Tensor, active: Tensor, *, written: bool = True) -> None:
     """Block ids and lengths that lead to tokens ``starts..ends`` of the ``active`` sequences.
 
-    ``starts``, ``ends``, ``seq_lens`` int32 ``[S]``, ``active`` bool ``[S]``. ``window`` tokens must fit between start
-    and end. With ``written`` no two sequences may share a block: only blocks that one sequence owns alone may be
-    rewritten. Only called where reading contents is free or asked for.
+    ``starts``, ``ends`` int ``[S]``, ``active`` bool ``[S]``. A window must fit between start and end. With ``written``
+    no two sequences may share a block: only blocks that one sequence owns alone may be rewritten. Only called where
+    reading contents is free or asked for.
     """
-    blocks, page, _, _ = cache.shape
-    capacity = block_tables.shape[1] * page
-    for name, values, rows in (("seq_lens", seq_lens, None), ("window_starts + window", ends, active)):
-        if values is None:
-            continue
-        beyond = values > capacity if rows is None else (values > capacity) & rows
-        if bool(beyond.any()):
-            s = int(beyond.nonzero()[0])
-            raise ValueError(
-                f"{name}[{s}]: expected at most {capacity} (the block table's capacity), got {int(values[s])}"
-            )
-    negative = (starts < 0) & active
-    if bool(negative.any()):
-        s = int(negative.nonzero()[0])
-        raise ValueError(f"window_starts[{s}]: expected 0 or more, got {int(starts[s])}")
-    late = (starts > ends - window) & active
-    if bool(late.any()):
-        s = int(late.nonzero()[0])
-        raise ValueError(
-            f"window_starts[{s}]: expected at most {int(ends[s]) - window}, a window of {window} before the "
-            f"sequence's end, got {int(starts[s])}"
-        )
-    column = torch.arange(block_tables.shape[1], device=block_tables.device)
+    (blocks, page, _, _), columns, window = w.cache.shape, w.block_tables.shape[1], w.window
+    within = f"at most {columns * page} (the block table's capacity)"
+    if w.seq_lens is not None:
+        refuse(w.seq_lens > columns * page, "seq_lens", within, w.seq_lens)
+    refuse((ends > columns * page) & active, "window_starts + window", within, ends)
+    refuse((starts < 0) & active, "window_starts", "0 or more", starts)
+    refuse(
+        (starts > ends - window) & active, "window_starts",
+        lambda s: f"at most {int(ends[s]) - window}, a window of {window} before the sequence's end", starts,
+    )  # fmt: skip
+    column = torch.arange(columns, device=w.block_tables.device)
     used = active[:, None] & (column >= (starts // page)[:, None]) & (column <= ((ends - 1) // page)[:, None])
-    bad = used & ((block_tables < 0) | (block_tables >= blocks))
-    if bool(bad.any()):
-        s, b = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"block_tables[{s}, {b}]: expected a block id in 0..{blocks - 1}, got {int(block_tables[s, b])}"
-        )
+    bad = used & ((w.block_tables < 0) | (w.block_tables >= blocks))
+    refuse(bad, "block_tables", f"a block id in 0..{blocks - 1}", w.block_tables)
     if written:
-        ids, counts = block_tables[used].unique(return_counts=True)
+        ids, counts = w.block_tables[used].unique(return_counts=True)
         if bool((counts > 1).any()):
             block = int(ids[counts > 1][0])
             raise ValueError(
-                f"block_tables: expected blocks that one sequence owns alone from its window on, "
-                f"got block {block} twice"
+                f"block_tables: expected blocks that one sequence owns alone from its window on, got block {block} "
+                f"twice"
             )

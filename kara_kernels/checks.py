@@ -8,7 +8,8 @@ caller's promise unless ``KARA_KERNELS_DEBUG=1``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,14 +66,27 @@ def check_tensor(
     return value
 
 
+def check_alike(name: str, tensors: Sequence[Tensor]) -> None:
+    """Tensors, at least one, of one shape, dtype and device."""
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(tensor).__name__}")
+        for what in ("shape", "dtype", "device"):
+            if (got := getattr(tensor, what)) != (want := getattr(tensors[0], what)):
+                raise ValueError(f"{name}[{i}]: expected {what} {want} as in {name}[0], got {got}")
+
+
 def check_unit_stride(name: str, tensor: Tensor, where: str = " in the last dimension") -> None:
     """Strides of what holds nothing do not count: NumPy's empty arrays have stride 0."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():
         raise ValueError(f"{name}: expected stride 1{where}, got {tensor.stride(-1)}")
 
 
-def check_block_tables(block_tables: object, device: torch.device, sequences: int | None = None) -> Tensor:
-    table = check_tensor("block_tables", block_tables, (sequences, None), (torch.int32,), device)
+def check_block_tables(block_tables: object, device: torch.device) -> Tensor:
+    """int32 ``[S, max_blocks]``, stride 1 along blocks."""
+    table = check_tensor("block_tables", block_tables, (None, None), (torch.int32,), device)
     check_unit_stride("block_tables", table, " along blocks")
     return table
 
@@ -118,6 +132,14 @@ def check_chunks(window: int, keep: int, chunk_budget: int, max_chunk: int) -> N
 def slices(total: int, size: int) -> Iterator[slice]:
     """``0..total`` in pieces of ``size``: how the PyTorch path bounds its memory."""
     return (slice(i, min(i + size, total)) for i in range(0, total, size))
+
+
+def refuse(bad: Tensor, name: str, expected: str | Callable[..., str], got: Tensor) -> None:
+    """ValueError for the first place where ``bad`` holds; ``expected`` may be told from the place's indices."""
+    if bool(bad.any()):
+        place: list[Any] = bad.nonzero()[0].tolist()
+        told = expected if isinstance(expected, str) else expected(*place)
+        raise ValueError(f"{name}{place}: expected {told}, got {got[tuple(place)].tolist()}")
 
 
 def contents_are_checked(device: torch.device) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_tensor, contents_are_checked
+from .checks import check_count, check_tensor, contents_are_checked, refuse
 
 
 def block_tables_from_csr(
@@ -56,8 +56,7 @@ def block_tables_from_csr(
 
 
 def _check_contents(indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int, max_blocks: int) -> None:
-    if int(indptr[0]) != 0:
-        raise ValueError(f"indptr[0]: expected 0, got {int(indptr[0])}")
+    refuse(indptr[:1] != 0, "indptr", "0", indptr)
     pages = indptr.diff()
     for bad, expected in (
         (pages < 0, "at least as much as before"),
@@ -68,10 +67,6 @@ def _check_contents(indptr: Tensor, indices: Tensor, last_page_len: Tensor, page
             s = int(bad.nonzero()[0])
             raise ValueError(f"indptr[{s + 1}]: expected {expected}, got {int(indptr[s + 1])} after {int(indptr[s])}")
     bad = (pages > 0) & ((last_page_len < 1) | (last_page_len > page_size))
-    if bool(bad.any()):
-        s = int(bad.nonzero()[0])
-        raise ValueError(f"last_page_len[{s}]: expected 1..{page_size}, got {int(last_page_len[s])}")
-    bad = indices[: int(indptr[-1])] < 0
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0])
-        raise ValueError(f"indices[{i}]: expected a block id of 0 or more, got {int(indices[i])}")
+    refuse(bad, "last_page_len", f"1..{page_size}", last_page_len)
+    used = indices[: int(indptr[-1])]
+    refuse(used < 0, "indices", "a block id of 0 or more", used)

@@ -107,7 +107,8 @@ def split_options(given: Mapping[str, Any]) -> tuple[Scoring, Selection]:
     if not given:
         return _DEFAULTS
     if unknown := sorted(set(given) - set(OPTIONS)):
-        raise TypeError(f"{', '.join(unknown)}: expected options among {', '.join(OPTIONS)}")
+        names = ", ".join(unknown)
+        raise TypeError(f"{names}: expected options among {', '.join(OPTIONS)}, got {names}")
     scoring = {name: value for name, value in given.items() if name in Scoring.__dataclass_fields__}
     selection = {name: value for name, value in given.items() if name in Selection.__dataclass_fields__}
     return Scoring(**scoring), Selection(**selection)

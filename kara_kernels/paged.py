@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from .checks import check_unit_stride
+from .checks import check_alike, check_unit_stride
 from .overlap import View, dims_of, first_meeting, reaches_twice
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what rows of an element size are moved as
@@ -28,9 +28,12 @@ def row_alignment(tensor: Tensor) -> int:
     It decides how wide loads may be. Strides count and not the base alone, so that it is the same for all slices of a
     buffer: kernels are compiled for it.
     """
-    strides = 0
-    for stride, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True):
-        strides |= stride if n > 1 else 0
+    if tensor.is_contiguous():  # rows one behind the other: a batch of one has the alignment of any batch
+        strides = tensor.shape[-1]
+    else:
+        strides = 0
+        for stride, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True):
+            strides |= stride if n > 1 else 0
     bits = 16 | tensor.data_ptr() | strides * tensor.element_size()
     return bits & -bits
 
@@ -50,22 +53,16 @@ class Layers(Sequence[Tensor]):
             raise ValueError(f"{name}: expected 4 dimensions, or 5 with a leading L, got shape {list(tensors.shape)}")
         self.stacked = tensors if isinstance(tensors, Tensor) else None
         self._listed = () if isinstance(tensors, Tensor) else tuple(tensors)
+        if self.stacked is None:
+            check_alike(name, self._listed)
+        elif not self.stacked.shape[0]:
+            raise ValueError(f"{name}: expected at least one layer, got shape {list(self.stacked.shape)}")
+        # Layers of a stacked tensor are cut when they are asked for: 36 views take longer than a launch.
+        self._first = self._listed[0] if self.stacked is None else self.stacked[0]
         self._table: Tensor | None = None
         self._kernels_can_read = False
+        self.arguments: dict[tuple[str, bool], dict[str, Any]] = {}  # of kernels, which are the same for every call
         self.pool: PagedCache | None = None  # the pool whose keys these are, checked
-        if not len(self):
-            raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
-        # Layers of a stacked tensor are cut when they are asked for: 36 views take longer than a launch.
-        self._first = first = self._listed[0] if self.stacked is None else self.stacked[0]
-        for layer, tensor in enumerate(self._listed):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}[{layer}]: expected a tensor, got {type(tensor).__name__}")
-            for what in ("shape", "dtype", "device"):
-                if getattr(tensor, what) != getattr(first, what):
-                    raise ValueError(
-                        f"{name}[{layer}]: expected {what} {getattr(first, what)} as in {name}[0], "
-                        f"got {getattr(tensor, what)}"
-                    )
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -113,6 +110,17 @@ class Layers(Sequence[Tensor]):
     @property
     def stride_layer(self) -> int:
         return 0 if self.stacked is None else self.stacked.stride(0)
+
+    @functools.cached_property
+    def strides(self) -> tuple[int, int, int, int]:
+        """In elements: from layer to layer, and along all dimensions of a layer but the last."""
+        first, second, third, _ = self._first.stride()
+        return self.stride_layer, first, second, third
+
+    @functools.cached_property
+    def words(self) -> Tensor:
+        """The first layer as integers of its element size: rows that are moved, or fp8 that a kernel decodes."""
+        return self._first.view(WORDS[self._first.element_size()])
 
     def require_kernel_layout(self, name: str) -> None:
         """Kernels read rows of ``D`` contiguous elements and one set of strides for all layers."""
@@ -196,9 +204,9 @@ def per_layer(
     many = isinstance(k_cache, Layers)
     if isinstance(k_cache, Tensor):
         if v_cache is not None and not isinstance(v_cache, Tensor):
-            raise TypeError(f"v_cache: expected a tensor as k_cache is one, got {type(v_cache).__name__}")
+            raise TypeError(f"v_cache: expected a tensor like k_cache, got {type(v_cache).__name__}")
         if query is not None and not isinstance(query, Tensor):
-            raise TypeError(f"query: expected a tensor as k_cache is one, got {type(query).__name__}")
+            raise TypeError(f"query: expected a tensor like k_cache, got {type(query).__name__}")
         k_cache, v_cache = k_cache[None], None if v_cache is None else v_cache[None]
     return _query_layers(query, many, query_rows is not None), PagedCache.of(k_cache, v_cache), many
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import hypothesis.strategies as st
@@ -597,6 +598,18 @@ def test_pooled_lists_are_shared(backend: str) -> None:
     assert torch.equal(by_layer, by_layer[:, :, :1].expand_as(by_layer))
     by_model = compress(World(TWO_LAYERS), 3, backend, pool="model").keep_indices
     assert torch.equal(by_model, by_model[:1, :, :1].expand_as(by_model))
+
+
+@pytest.mark.parametrize("pool", ["layer", "model"])
+def test_pooled_scores_are_rounded_once(backend: str, pool: str) -> None:
+    """2^24 + 1 is no float32: a mean in float32 loses every one beside it, in whatever order it adds."""
+    layers, heads = (1, 5) if pool == "layer" else (5, 1)
+    plan = Plan((Sequenced(1, tail=3),), layers=layers, heads=heads, window=4)
+    each = torch.tensor([[2.0**24, 0, -(2.0**24), 3]] + [[1.0, 1e-3, 1, 2.0**25]] * 4)
+    scores = each.view(layers, 1, heads, 4)
+    result = compress(World(plan), 2, backend, query=None, scores=scores if layers > 1 else scores[0], pool=pool)
+    exact = [float(sum(map(Fraction, column)) / 5) for column in each.t().tolist()]  # float64, then float32
+    assert layered(World(plan), result.scores)[0, 0, 0].tolist() == torch.tensor(exact).tolist()
 
 
 def test_any_bit_pattern_is_a_score(backend: str) -> None:

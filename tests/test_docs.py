@@ -300,7 +300,7 @@ OPERATIONS = {
     "score": r"score_window|score_kernel|launch_score",
     "pool": r"[\"']pool[\"']|pool=|pool_kernel",
     "select": r"select_topk|topk_kernel",
-    "chunks": r"expand_chunks|expand_kernel",
+    "chunks": r"expand_chunks|keep_kernel",
     "compact": r"compact_blocks|compact_kernel|launch_compact",
     "compress_window": r"compress_window",
 }

@@ -46,6 +46,12 @@ WORLDS: dict[str, tuple[Plan, dict[str, object], int]] = {
         Plan(MIXED, 1, 2, 4, 128, 100, 128, 128, 16, "stacked", FP8, BF16),
         {"k_scale": 0.5, "value_norm": True, "redundancy": 0.5}, 64),
     "latent cache": (Plan(ONE, 1, 1, 16, 128, 20, 576, 0, 64, dtype=BF16, query_dtype=BF16), {}, 50),
+    "latent cache, two programs, all options": (
+        Plan(ONE, 1, 1, 16, 150, 40, 576, 0, 64, dtype=BF16, query_dtype=BF16),
+        {"reduction": "rms", "redundancy": 0.5}, 70),
+    "sliced keys, causal, fp8": (
+        Plan(ONE, 1, 1, 2, 256, 70, 288, 40, 16, dtype=FP8, query_dtype=FP16),
+        {"attention": "causal", "k_scale": 0.5}, 128),
     "wide window, streamed": (Plan(ONE, 1, 1, 2, 2048, 70, 64, 64, 256, dtype=BF16, query_dtype=BF16), {}, 1024),
     "widest window": (Plan(ONE, 1, 1, 1, 4096, 20, 64, 64, 256, dtype=FP16, query_dtype=FP16), {}, 2000),
     "float32, pages of one": (Plan(MIXED, 1, 2, 3, 100, 40, 64, 64, 1), {"chunk_fraction": 0.0}, 50),
@@ -58,6 +64,16 @@ WORLDS: dict[str, tuple[Plan, dict[str, object], int]] = {
     "heads of four": (Plan(ONE, 1, 2, 2, 33, 20, 4, 4, 16, dtype=BF16, query_dtype=BF16), BOTH, 16),
     "fp8 of AMD, float32 queries": (
         Plan(ONE, 1, 1, 2, 17, 20, 8, 8, 4, dtype=torch.float8_e4m3fnuz), BOTH | {"k_scale": 0.5}, 9),
+    "fp16 queries on e4m3fn keys": (
+        Plan(ONE, 1, 2, 2, 64, 40, 64, 64, 16, dtype=FP8, query_dtype=FP16), BOTH | {"k_scale": 0.5}, 30),
+    "bf16 queries on e5m2 keys": (
+        Plan(ONE, 1, 2, 2, 64, 40, 64, 64, 16, dtype=torch.float8_e5m2, query_dtype=BF16), BOTH | {"k_scale": 0.5}, 30),
+    "fp16 queries on e4m3fnuz keys": (
+        Plan(ONE, 1, 1, 2, 33, 20, 24, 40, 16, dtype=torch.float8_e4m3fnuz, query_dtype=FP16),
+        BOTH | {"k_scale": 2.0}, 16),
+    "bf16 queries on e5m2fnuz keys": (
+        Plan(ONE, 1, 1, 2, 33, 20, 24, 40, 16, dtype=torch.float8_e5m2fnuz, query_dtype=BF16),
+        BOTH | {"k_scale": 2.0}, 16),
     "dtypes mixed": (Plan(ONE, 1, 1, 2, 50, 50, 32, 32, 8, dtype=BF16, query_dtype=torch.float32), {}, 25),
     "equal scores": (Plan(MIXED, 1, 2, 2, 256, 64, 64, 64, 16, dtype=BF16, query_dtype=BF16, content="equal"), {}, 128),
 }  # fmt: skip
@@ -82,7 +98,9 @@ def compress(world: World, keep: int, **options: object):
 # Lockstep for every world. Every order for worlds whose warps share memory or move rows in place.
 CASES = [(name, "together") for name in WORLDS]
 CASES += [
-    (name, order) for name in ("llama", "pooled over the model", "fp8 cache", "equal scores") for order in ORDERS[1:]
+    (name, order)
+    for name in ("llama", "pooled over the model", "fp8 cache", "equal scores", "latent cache")
+    for order in ORDERS[1:]
 ]
 # Rows so narrow that a lane holds one element of a sum, and several lanes store that sum.
 NARROW = ("float32 streamed, odd head dimension", "misaligned, padded rows", "misaligned by one element",
@@ -129,6 +147,21 @@ def assert_scores(world: World, scores: torch.Tensor, options: dict[str, object]
             exact = worlds.dense_scores(query, keys, dtype=torch.float64, **wanted)  # type: ignore[arg-type]
             bound = worlds.allowed_error(query, keys, exact, **wanted)  # type: ignore[arg-type]
             assert (scores[layer, s].double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize(("sign", "causal"), [(1, False), (-1, True)])
+def test_float32_products_beyond_float32(sign: int, causal: bool, dtype: torch.dtype) -> None:
+    """Three TF32 products each: a part that overflowed would be lost and leave a number that is wrong."""
+    world = worlds.huge_products(Plan(ONE, 2, 1, 2, 70, 40, 64, 64, 16, dtype=dtype))
+    scale = sign * worlds.HUGE_SCALE
+    with emulating("together", memory(world)) as launches:
+        scores = ops.score_window(
+            world.query, world.k_caches, world.block_tables, world.window_starts, 70, scale=scale,
+            attention="causal" if causal else "bidirectional", backend="triton",
+        )  # fmt: skip
+    clean(launches)
+    worlds.assert_scores_of_huge_products(world, scores, scale=scale, causal=causal)
 
 
 ROWS = torch.tensor([[0.5, float("nan"), -0.0, 0.0, float("inf"), -float("inf"), 0.5, 1e-45, -1e-45] * 30] * 3)

@@ -76,6 +76,7 @@ WAYS = {
     "whole, two programs": (256, 256, 3, 64, torch.bfloat16, True),
     "whole, head dimension of two parts": (60, 64, 2, 80, torch.float16, True),
     "whole, head dimension not of sixteens": (33, 33, 1, 72, torch.bfloat16, True),
+    "whole, sliced": (140, 140, 4, 576, torch.bfloat16, True),
     "streamed, several key and query tiles": (200, 256, 3, 24, torch.float32, False),
     "streamed, latent cache": (70, 40, 4, 576, torch.float32, False),
     "streamed for width": (1500, 70, 2, 16, torch.bfloat16, False),
@@ -97,6 +98,42 @@ def test_every_way_through_the_score_kernel(way: str, attention: str, reduction:
     )  # fmt: skip
     extra = {"redundancy": 0.5, "value_norm": True} if attention == "bidirectional" else {}
     assert_scores_agree(world, attention=attention, reduction=reduction, **extra)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_float32_products_beyond_float32(sign: int, causal: bool, dtype: torch.dtype) -> None:
+    """Logits that float32 holds, of products that it does not: in the kernel as in the reference. Any keys."""
+    plan = Plan((Sequenced(3, tail=2),), layers=2, group=2, window=70, queries=40, dim=64, v_dim=64, dtype=dtype)
+    world = worlds.huge_products(plan)
+    how = {"scale": sign * worlds.HUGE_SCALE, "attention": "causal" if causal else "bidirectional"}
+    for module, options in ((ops, {"backend": "triton"}), (reference, {})):
+        scores = score(world, module, **how, **options)
+        worlds.assert_scores_of_huge_products(world, scores, scale=how["scale"], causal=causal)
+
+
+def test_bfloat16_products_beyond_float32_are_no_scores() -> None:
+    """What `score_window` says of them. The reference, in float32, scales before the product."""
+    dtype = torch.bfloat16
+    plan = Plan((Sequenced(),), heads=2, window=33, queries=20, dim=64, v_dim=64, dtype=dtype, query_dtype=dtype)
+    world = worlds.huge_products(plan)
+    world.query[0][:, :, 1] /= worlds.HUGE  # only products of head 0 leave float32
+    scores = score(world, ops, scale=worlds.HUGE_SCALE, backend="triton")[0, 0]
+    assert scores[0].isnan().all()
+    assert scores[1].isfinite().all()
+    assert score(world, reference, scale=worlds.HUGE_SCALE).isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [-3.3e38, 3.3e38])
+def test_logits_at_the_edges_of_float32(magnitude: float) -> None:
+    """All equal, so that attention is even; streamed, where a row's peak starts from below."""
+    keys, query = torch.full((1, 16, 1, 8), magnitude), torch.zeros(1, 1, 1, 8)
+    query[..., 0] = 1
+    table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for module, options in ((ops, {"backend": "triton"}), (reference, {})):
+        scores = module.score_window(query, keys, table, start, 16, scale=0.6931471, **options)  # type: ignore[attr-defined]
+        assert torch.allclose(scores, torch.tensor(1 / 16))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "rms"])

@@ -14,8 +14,10 @@ from conftest import INTERPRETED
 from worlds import Plan, Sequenced, World, allowed_error, dense_scores
 
 from kara_kernels import compress_window
+from kara_kernels.arguments import ScoreArguments, Windows
 from kara_kernels.ops.compact import launch_compact
 from kara_kernels.ops.score import launch_score, plan_score
+from kara_kernels.options import Scoring
 from kara_kernels.paged import Layers, PagedCache
 
 if not INTERPRETED:
@@ -41,13 +43,15 @@ def partials_of(world: World, queries: Layers, layers: slice = slice(None), rows
     plan, cache = world.plan, PagedCache(world.k_caches, world.v_caches)
     first, last, _ = layers.indices(plan.layers)
     k_scale = torch.linspace(0.5, 1.5, plan.layers * plan.heads).view(plan.layers, plan.heads)
+    given = ScoreArguments(
+        cache=cache, block_tables=world.block_tables, window=plan.window, many=True, window_starts=world.window_starts,
+        seq_lens=world.seq_lens, protected_lens=world.protected_lens, query=queries, query_rows=rows,
+        scoring=Scoring(attention=attention, value_norm=norms), scale=0.125, k_scale=k_scale,
+    )  # fmt: skip
     with device([*queries, *world.k_caches, *world.v_caches]):
-        config, partial = plan_score(queries, cache.k, plan.window, "rms", norms, 0.0, query_rows=rows)
+        config, partial = plan_score(given)
         partials = torch.full((last - first, len(plan.sequences), plan.heads, partial.tiles, plan.window), torch.nan)
-        launch_score(
-            partials, queries, cache, world.block_tables, world.window_starts, world.seq_lens, world.protected_lens,
-            0.125, k_scale, attention, partial, config, query_rows=rows, first_layer=first,
-        )  # fmt: skip
+        launch_score(partials, given, config, partial, first)
     return partials
 
 
@@ -91,11 +95,12 @@ def test_frontiers(starts: bool, protected: bool) -> None:
     pool = torch.zeros(16, 8, 1, 16)
     kept = torch.tensor([[0, 3, 7], [-1] * 3, [-1] * 3, [0, 1, 2]]).int()[None, :, None]
     new_lens, frontiers = torch.full((2, 4), -9, dtype=torch.int32)
+    windows = Windows(
+        cache=PagedCache(pool[None]), block_tables=torch.arange(16).int().view(4, 4), window=window, many=True,
+        window_starts=begin if starts else None, seq_lens=lengths, protected_lens=given if protected else None,
+    )  # fmt: skip
     with device([pool]):
-        launch_compact(
-            new_lens, PagedCache(pool[None]), torch.arange(16).int().view(4, 4), begin if starts else None, lengths,
-            kept, window, frontiers=frontiers, protected=given if protected else None,
-        )  # fmt: skip
+        launch_compact(new_lens, frontiers, windows, kept)
     alone = [6, 0] if protected else [0, 0]
     first = begin if starts else lengths - window
     assert frontiers.tolist() == [int(first[0]) + keep, *alone, int(first[3]) + keep]

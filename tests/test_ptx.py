@@ -201,6 +201,13 @@ def rounded(places: int, ties: str = "even") -> Callable:
     return lambda a: nearest_float(Fraction(a), places, -126, ties) if math.isfinite(a) and a else a
 
 
+def bf16_bits(a: float) -> int:
+    """To nearest, ties to even; every NaN becomes 0x7FFF."""
+    number = rounded(7)(a)
+    with np.errstate(over="ignore"):  # beyond the largest lies infinity
+        return 0x7FFF if math.isnan(a) else int(np.float32(number).view(np.uint32)) >> 16
+
+
 def divided(a: float, b: float) -> float:
     if b == 0 or not math.isfinite(a) or not math.isfinite(b):
         with np.errstate(all="ignore"):
@@ -245,6 +252,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "add.f32": (["f32"] * 2, "f32", exactly(lambda a, b: a + b)),
     "sub.f32": (["f32"] * 2, "f32", exactly(lambda a, b: a - b)),
     "mul.f32": (["f32"] * 2, "f32", exactly(lambda a, b: a * b)),
+    "mul.rn.f16": (["f16"] * 2, "f16", lambda a, b: float(np.float16(a * b))),  # float64 holds the product exactly
     "add.f64": (["f64"] * 2, "f64", lambda a, b: a + b),
     "min.s32": (["s32"] * 2, "s32", min),
     "max.s32": (["s32"] * 2, "s32", max),
@@ -323,6 +331,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "cvt.rn.f16.f32": (["f32"], "f16", lambda a: float(np.float16(np.float32(a)))),
     "cvt.f32.bf16": (["bf16"], "f32", lambda a: a),
     "cvt.rn.bf16.f32": (["f32"], "bf16", rounded(7)),
+    "cvt.rn.bf16x2.f32": (["f32"] * 2, "b32", lambda a, b: bf16_bits(a) << 16 | bf16_bits(b)),
     "cvt.rna.tf32.f32": (["f32"], "tf32", rounded(10, "away")),
     "bfe.u32": (["u32"] * 3, "u32", lambda a, n, length: field(a, n, length, False)),
     "bfe.s32": (["s32", "u32", "u32"], "s32", lambda a, n, length: field(a & 0xFFFFFFFF, n, length, True)),

@@ -37,6 +37,7 @@ NAN_BITS = {
     torch.float8_e4m3fn: 0x7F,
     torch.float8_e5m2: 0x7D,
     torch.float8_e4m3fnuz: 0,  # it has a single NaN pattern
+    torch.float8_e5m2fnuz: 0,
     torch.uint8: 0,
     torch.int8: 0,
 }
@@ -485,6 +486,31 @@ def score_rows(max_rows: int = 4, max_width: int = 40) -> st.SearchStrategy[torc
 def from_bits(patterns: Sequence[int]) -> torch.Tensor:
     signed = [pattern - 2**32 if pattern >= 2**31 else pattern for pattern in patterns]
     return torch.tensor(signed, dtype=torch.int32).view(torch.float32)
+
+
+HUGE = 2.0**63
+HUGE_SCALE = 0.6 * 2.0**-125  # a normal number of float32
+
+
+def huge_products(plan: Plan) -> World:
+    """Products of queries and keys of about 1e39, beyond float32. Times HUGE_SCALE they are moderate logits."""
+    world = World(plan)
+    for layer, query in enumerate(world.query):
+        query.mul_(HUGE)
+        for s in range(len(world.starts)):
+            world.write_keys(layer, s, world.read_keys(layer, s) * HUGE)
+    return world
+
+
+def assert_scores_of_huge_products(world: World, scores: torch.Tensor, *, scale: float, causal: bool) -> None:
+    """Within the bound of the same logits made of moderate queries and keys: those differ by powers of two."""
+    for layer, query in enumerate(world.query):
+        for s in range(len(world.starts)):
+            given = query[s] / HUGE, world.read_keys(layer, s) / HUGE
+            how = {"scale": scale * HUGE * HUGE, "causal": causal}
+            exact = dense_scores(*given, dtype=torch.float64, **how)  # type: ignore[arg-type]
+            bound = allowed_error(*given, exact, **how)  # type: ignore[arg-type]
+            assert (scores[layer, s].double() - exact).abs().max() <= bound
 
 
 # ---- how wrong a float32 score may be --------------------------------------------------------------------

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from kara_kernels import compress_window
+from kara_kernels.arguments import check_score_window
 from kara_kernels.checks import MAX_WINDOW
 from kara_kernels.engine import Policy
 from kara_kernels.ops.score import plan_score
 from kara_kernels.options import PAPER, RECOMMENDED
-from kara_kernels.paged import per_layer
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator is part of the tests
 from ptx import Launch, emulating
@@ -179,12 +179,13 @@ def measure(case: Case) -> dict[str, Any]:
     """Measures one compression of a case, as a row of the table."""
     given = tensors(case)
     reached = [*given["query"], *given["k_cache"], *(given["v_cache"] or [])]
-    queries, cache, _ = per_layer(given["query"], given["k_cache"], given["v_cache"], given["query_rows"])
     with emulating("together", reached) as launches:
         result = compress_window(**given, keep=case.keep, backend="triton", **case.options)
-        assert queries is not None
-        config, partial = plan_score(queries, cache.k, case.window, case.options["reduction"], case.norms,
-                                     case.redundancy, given["query_rows"])  # fmt: skip
+        config, partial = plan_score(check_score_window(
+            given["query"], given["k_cache"], given["v_cache"] if case.norms else None, given["block_tables"],
+            given["seq_lens"] - case.window, case.window, given["query_rows"], None, None,
+            reduction=case.options["reduction"], redundancy=case.redundancy,
+        ))  # fmt: skip
     problems = [str(problem) for launch in launches for problem in launch.problems]
     if problems:
         raise RuntimeError(f"{case.name}: {problems[0]}")
@@ -230,10 +231,7 @@ def goals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 # Goals that a case cannot meet, and why. An unused excuse is an error of `missed`, so that none outlives its reason.
-EXCUSES = {
-    ("DeepSeek-V3, latent", "matrix operations"): "192 recorded queries of a single KV head fill one and a half of the "
-    "streamed kernel's tiles of 128 rows; what the rest multiplies is padding.",
-}  # fmt: skip
+EXCUSES: dict[tuple[str, str], str] = {}
 
 
 def missed(row: dict[str, Any]) -> list[str]:

@@ -51,6 +51,21 @@ class RowFormat:
         return triton.next_power_of_2(self.dim)
 
 
+def pool_arguments(name: str, layers: Layers, decoded: bool = True) -> dict[str, Any]:
+    """A kernel's arguments of a pool: ``k_ptr``, ``k_table``, ``stride_k_l`` ... ``stride_k_h`` and the format ``K``.
+
+    ``decoded``: rows are read as numbers; else they are moved as they are.
+    """
+    if (name, decoded) not in layers.arguments:
+        layer, block, token, head = layers.strides
+        first = layers.words if not decoded or layers[0].dtype in FP8_DTYPES else layers[0]
+        layers.arguments[name, decoded] = {
+            f"{name}_ptr": first, f"{name}_table": layers.table, f"stride_{name}_l": layer, f"stride_{name}_b": block,
+            f"stride_{name}_p": token, f"stride_{name}_h": head, name.upper(): RowFormat.of(layers, decoded),
+        }  # fmt: skip
+    return layers.arguments[name, decoded]
+
+
 @triton.jit
 def fp8_to_float(bits, FP8: tl.constexpr, DTYPE: tl.constexpr):
     """fp8 bytes to ``DTYPE``, exactly: placed in a wider float whose exponent bias differs by a power of two.

@@ -11,11 +11,11 @@ fit, and filling up to exactly ``keep`` are this library's choice.
 import torch
 from torch import Tensor
 
+from ..arguments import Windows
 from ..checks import check_chunks, check_scores, require_rows
-from ..paged import row_alignment
 from ..reference.chunks import expanded_positions
 from ._triton import kernel, launch, resolve_backend, tl, triton, window_of
-from .pool import PartialRows, row_scores
+from .pool import PartialRows, partial_arguments, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -38,17 +38,20 @@ def _earlier(pos_a, key_a, pos_b, key_b):
 def chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W: tl.constexpr):
     """Mask of exactly ``keep`` kept positions."""
     kept = take_best(keys, inside.to(tl.int32), keep - chunk_budget)
-    # Nearest candidate on either side of each position, and its key.
-    left, left_key = tl.associative_scan((tl.where(kept, offs_w, -1), keys), 0, _later)
-    right, right_key = tl.associative_scan((tl.where(kept, offs_w, W), keys), 0, _earlier, reverse=True)
-    # The pair is represented by the first position of its gap, which orders pairs by position.
-    first = inside & (left >= 0) & (right < W) & (offs_w == left + 1) & (right > offs_w) & (right - left < max_chunk)
-    bought = take_best(tl.minimum(left_key, right_key), tl.where(first, right - left - 1, 0), chunk_budget)
-    # A bought first position speaks for its whole gap: the latest one on the left, if no candidate came since.
-    opened = tl.associative_scan(tl.where(bought, offs_w, -1), 0, _maximum)
-    kept = kept | (inside & (opened > left))
-    missing = keep - tl.sum(kept.to(tl.int32), 0)
-    return kept | take_best(keys, (inside & ~kept).to(tl.int32), missing)
+    if chunk_budget > 0:
+        # Nearest candidate on either side of each position, and its key.
+        left, left_key = tl.associative_scan((tl.where(kept, offs_w, -1), keys), 0, _later)
+        right, right_key = tl.associative_scan((tl.where(kept, offs_w, W), keys), 0, _earlier, reverse=True)
+        # The pair is represented by the first position of its gap, which orders pairs by position.
+        pair = inside & (left >= 0) & (right < W) & (right - left < max_chunk)
+        first = pair & (offs_w == left + 1) & (right > offs_w)
+        bought = take_best(tl.minimum(left_key, right_key), tl.where(first, right - left - 1, 0), chunk_budget)
+        # A bought first position speaks for its whole gap: the latest one on the left, if no candidate came since.
+        opened = tl.associative_scan(tl.where(bought, offs_w, -1), 0, _maximum)
+        kept = kept | (inside & (opened > left))
+        missing = keep - tl.sum(kept.to(tl.int32), 0)
+        kept = kept | take_best(keys, (inside & ~kept).to(tl.int32), missing)
+    return kept
 
 
 @triton.jit
@@ -57,44 +60,31 @@ def _maximum(a, b):
 
 
 @kernel
-def expand_kernel(
-    indices_ptr, scores_ptr, keep, chunk_budget, max_chunk, stride_row: tl.int64,
-    W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Grid ``(rows,)``: ``indices [rows, keep]`` from ``scores [rows, W]``."""
-    row = tl.program_id(0).to(tl.int64)
-    offs_w = tl.arange(0, BLOCK_W)
-    inside = offs_w < W
-    scores = tl.multiple_of(scores_ptr + row * stride_row, ALIGN)
-    keys = order_keys(tl.load(scores + offs_w, mask=inside, other=0.0))
-    kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
-    store_positions(indices_ptr + row * keep, kept, offs_w)
-
-
-@kernel
 def keep_kernel(
     indices_ptr, scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
-    SUM: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
-    CHUNKS: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
+    COMPUTED: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
+    W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not
-    fit.
+    fit. Rows that belong to no window have neither starts nor lengths.
 
-    With ``SUM`` the row is first added up from partial rows and written to ``scores`` (zero where the window does not
-    fit); without, ``partials`` are the scores.
+    With ``COMPUTED`` the row is first added up from partial rows and written to ``scores``, zero where the window does
+    not fit. Without, ``partials`` are the scores.
     """
     list_ = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1).to(tl.int64)
     layer = tl.program_id(2).to(tl.int64)
-    _, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
+    fits = True
+    if seq_lens_ptr is not None:
+        _, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
     row = (layer * tl.num_programs(1) + seq) * tl.num_programs(0) + list_
     offs_w = tl.arange(0, BLOCK_W)
     inside = offs_w < W
     out = tl.multiple_of(scores_ptr + row * W, ALIGN)
     if fits:
         partials = tl.multiple_of(partials_ptr + layer * stride_p_l + seq * stride_p_s + list_ * stride_p_h, ALIGN)
-        if SUM:
+        if COMPUTED:
             scores = row_scores(
                 partials, offs_w, num_tiles, inverse, redundancy, W, SQUARES, VALUE_NORM, REDUNDANCY, BLOCK_W
             )
@@ -102,49 +92,32 @@ def keep_kernel(
         else:
             scores = tl.load(partials + offs_w, mask=inside, other=0.0)
         keys = order_keys(scores)
-        if CHUNKS:
-            kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
-        else:
-            kept = take_best(keys, inside.to(tl.int32), keep)
+        kept = chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W)
         store_positions(indices_ptr + row * keep, kept, offs_w)
     else:
         tl.store(indices_ptr + row * keep + offs_w, tl.full([BLOCK_W], -1, tl.int32), mask=offs_w < keep)
-        if SUM:
+        if COMPUTED:
             tl.store(out + offs_w, tl.zeros([BLOCK_W], tl.float32), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
 
 
-def launch_expand(indices: Tensor, scores: Tensor, chunk_budget: int, max_chunk: int) -> None:
-    """``scores [rows, W]`` into ``indices [rows, keep]``. Checks nothing."""
-    rows, window = scores.shape
-    launch(
-        expand_kernel, (rows, 1, 1), scores.device, indices_ptr=indices, scores_ptr=scores, keep=indices.shape[1],
-        chunk_budget=chunk_budget, max_chunk=max_chunk, stride_row=scores.stride(0),
-        W=window, ALIGN=row_alignment(scores), BLOCK_W=triton.next_power_of_2(window),
-        num_warps=row_warps(window), enable_fp_fusion=True,
-    )  # fmt: skip
-
-
 def launch_keep(
-    indices: Tensor, scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor,
-    protected: Tensor | None, partial_rows: PartialRows, chunk_budget: int, max_chunk: int, computed: bool,
+    indices: Tensor, scores: Tensor, partials: Tensor, w: Windows | None, rows: PartialRows | None, chunk_budget: int,
+    max_chunk: int,
 ) -> None:  # fmt: skip
-    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and, if ``computed``, ``scores [l, S, h,
-    W]``."""
-    layers, sequences, lists, tiles, window = partials.shape
+    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and ``scores [l, S, h, W]``.
+
+    ``rows`` says what the partials are; None: one tile, the scores, which are not written then. Without ``w`` all of
+    them are selected from. Checks nothing.
+    """
+    layers, sequences, lists, _, window = partials.shape
     launch(
         keep_kernel, (lists, sequences, layers), scores.device,
-        indices_ptr=indices, scores_ptr=scores, partials_ptr=partials, starts_ptr=starts, seq_lens_ptr=seq_lens,
-        protected_ptr=protected, num_tiles=tiles, inverse=float(partial_rows.inverse),
-        redundancy=float(partial_rows.redundancy), keep=indices.shape[-1], chunk_budget=chunk_budget,
-        max_chunk=max_chunk, stride_p_l=partials.stride(0), stride_p_s=partials.stride(1),
-        stride_p_h=partials.stride(2),
-        SUM=computed, SQUARES=partial_rows.squares, VALUE_NORM=int(partial_rows.value_norm),
-        REDUNDANCY=int(partial_rows.redundancy > 0), CHUNKS=chunk_budget > 0, W=window,
-        ALIGN=min(row_alignment(partials), row_alignment(scores)), BLOCK_W=triton.next_power_of_2(window),
-        num_warps=row_warps(window), enable_fp_fusion=True,
+        indices_ptr=indices, keep=indices.shape[-1], chunk_budget=chunk_budget, max_chunk=max_chunk,
+        **partial_arguments(partials, scores, w, rows),
+        BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -182,5 +155,6 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, 
         return expanded_positions(scores, keep, chunk_budget, max_chunk)
     indices = torch.empty(*scores.shape[:-1], keep, dtype=torch.int32, device=scores.device)
     if indices.numel():
-        launch_expand(indices.view(-1, keep), require_rows("scores", scores), chunk_budget, max_chunk)
+        rows = require_rows("scores", scores)[None, None]
+        launch_keep(indices.view(1, 1, -1, keep), rows, rows[:, :, :, None], None, None, chunk_budget, max_chunk)
     return indices

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import check_compact_blocks
+from ..arguments import Windows, check_compact_blocks
 from ..checks import check_unit_stride
-from ..paged import WORDS, PagedCache
 from ..reference.compact import compact_windows
-from ._rows import PagedRows, RowFormat, row_pointer
+from ._rows import PagedRows, pool_arguments, row_pointer
 from ._triton import kernel, launch, layer_pointer, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -106,31 +105,25 @@ def row_block(dim: int, itemsize: int) -> tuple[int, int]:
     return min(block_d, max(1, 256 // itemsize)), 128
 
 
-def launch_compact(
-    new_lens: Tensor, cache: PagedCache, block_tables: Tensor, starts: Tensor | None, seq_lens: Tensor,
-    keep_indices: Tensor, window: int, frontiers: Tensor | None = None, protected: Tensor | None = None,
-) -> None:  # fmt: skip
+def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_indices: Tensor) -> None:
     """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``.
 
     ``frontiers`` (int32 ``[S]``) takes where the kept rows of each sequence end: ``start + K``, or for one that is left
-    alone its ``protected`` length, at least 0. Checks nothing.
+    alone its protected length, at least 0. Checks nothing.
     """
     layers, sequences, heads, keep = keep_indices.shape
-    keys, values = cache.k, cache.v or cache.k
-    k, v = (pool[0].view(WORDS[pool[0].element_size()]) for pool in (keys, values))
-    block_d, block_r = row_block(k.shape[3], k.element_size())
-    block_dv, block_rv = row_block(v.shape[3], v.element_size())
+    keys, values = w.cache.k, w.cache.v or w.cache.k
+    block_d, block_r = row_block(keys[0].shape[3], keys[0].element_size())
+    block_dv, block_rv = row_block(values[0].shape[3], values[0].element_size())
+    stride_layer, stride_sequence, stride_head, _ = keep_indices.stride()
     launch(
-        compact_kernel, (sequences * heads, 1 if cache.v is None else 2, layers), k.device,
-        new_lens_ptr=new_lens, frontiers_ptr=frontiers, k_ptr=k, k_table=keys.table, v_ptr=v, v_table=values.table,
-        block_tables_ptr=block_tables, starts_ptr=starts, seq_lens_ptr=seq_lens, protected_ptr=protected,
-        keep_ptr=keep_indices, keep=keep,
-        stride_k_l=keys.stride_layer, stride_k_b=k.stride(0), stride_k_p=k.stride(1), stride_k_h=k.stride(2),
-        stride_v_l=values.stride_layer, stride_v_b=v.stride(0), stride_v_p=v.stride(1), stride_v_h=v.stride(2),
-        stride_t_s=block_tables.stride(0), stride_i_l=keep_indices.stride(0), stride_i_s=keep_indices.stride(1),
-        stride_i_h=keep_indices.stride(2),
-        H=heads, W=window, K=RowFormat.of(keys, decoded=False), V=RowFormat.of(values, decoded=False),
-        BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4, enable_fp_fusion=True,
+        compact_kernel, (sequences * heads, 1 if w.cache.v is None else 2, layers), new_lens.device,
+        new_lens_ptr=new_lens, frontiers_ptr=frontiers, block_tables_ptr=w.block_tables, starts_ptr=w.window_starts,
+        seq_lens_ptr=w.seq_lens, protected_ptr=w.protected_lens, keep_ptr=keep_indices, keep=keep,
+        stride_t_s=w.block_tables.stride(0), stride_i_l=stride_layer, stride_i_s=stride_sequence,
+        stride_i_h=stride_head, **pool_arguments("k", keys, decoded=False),
+        **pool_arguments("v", values, decoded=False), H=heads, W=w.window, BLOCK_D=block_d, BLOCK_R=block_r,
+        BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -175,8 +168,8 @@ def compact_blocks(
     if resolve_backend(backend, given.seq_lens.device) == "torch":
         return compact_windows(given)
     given.cache.require_kernel_layout()
-    check_unit_stride("keep_indices", given.keep)
+    check_unit_stride("keep_indices", given.keep_indices)
     new_lens = torch.empty_like(given.seq_lens)
-    if len(new_lens):
-        launch_compact(new_lens, given.cache, given.block_tables, given.starts, given.seq_lens, given.keep, window)
+    if new_lens.numel():
+        launch_compact(new_lens, None, given, given.keep_indices)
     return new_lens

@@ -1,9 +1,11 @@
 """Scores of a KV head from its partial rows, and means of them where heads or layers share a keep list."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from ..arguments import Windows
 from ..paged import row_alignment
 from ._triton import kernel, launch, tl, triton, window_of
 
@@ -86,21 +88,34 @@ class PartialRows:
     redundancy: float = 0.0
 
 
-def launch_pool(
-    scores: Tensor, partials: Tensor, starts: Tensor | None, seq_lens: Tensor | None, protected: Tensor | None,
-    rows: PartialRows, computed: bool,
-) -> None:  # fmt: skip
-    """``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged where the extent is 1."""
-    layers, sequences, heads, tiles, window = partials.shape
+def launch_pool(scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows | None) -> None:
+    """``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged where the extent is 1.
+
+    ``rows`` says what the partials are; None: one tile, the scores.
+    """
+    layers, sequences, heads, _, window = partials.shape
     pooled_layers, _, lists, _ = scores.shape
     block = min(256, triton.next_power_of_2(window))
     launch(
         pool_kernel, (lists * triton.cdiv(window, block), sequences, pooled_layers), scores.device,
-        scores_ptr=scores, partials_ptr=partials, starts_ptr=starts, seq_lens_ptr=seq_lens, protected_ptr=protected,
-        num_tiles=tiles, inverse=float(rows.inverse), redundancy=float(rows.redundancy),
-        stride_p_l=partials.stride(0), stride_p_s=partials.stride(1), stride_p_h=partials.stride(2),
-        LAYERS=layers // pooled_layers, HEADS=heads // lists, COMPUTED=computed, W=window,
-        ALIGN=min(row_alignment(partials), row_alignment(scores)), SQUARES=rows.squares,
-        VALUE_NORM=int(rows.value_norm), REDUNDANCY=int(rows.redundancy > 0), BLOCK_W=block, num_warps=2,
-        enable_fp_fusion=True,
+        **partial_arguments(partials, scores, w, rows),
+        LAYERS=layers // pooled_layers, HEADS=heads // lists, BLOCK_W=block, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def partial_arguments(
+    partials: Tensor, scores: Tensor, w: Windows | None, rows: PartialRows | None
+) -> dict[str, Any]:  # fmt: skip
+    """What kernels take that make ``scores`` of ``partials``."""
+    _, _, _, tiles, window = partials.shape
+    stride_layer, stride_sequence, stride_head, _, _ = partials.stride()
+    of = rows or PartialRows()
+    starts, seq_lens, protected = (w.window_starts, w.seq_lens, w.protected_lens) if w else (None, None, None)
+    return {
+        "scores_ptr": scores, "partials_ptr": partials, "starts_ptr": starts, "seq_lens_ptr": seq_lens,
+        "protected_ptr": protected, "num_tiles": tiles, "inverse": of.inverse, "redundancy": of.redundancy,
+        "stride_p_l": stride_layer, "stride_p_s": stride_sequence, "stride_p_h": stride_head,
+        "COMPUTED": rows is not None, "SQUARES": of.squares, "VALUE_NORM": int(of.value_norm),
+        "REDUNDANCY": int(of.redundancy > 0), "W": window,
+        "ALIGN": min(row_alignment(partials), row_alignment(scores)),
+    }  # fmt: skip

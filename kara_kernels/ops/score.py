@@ -7,8 +7,9 @@
 One program owns some of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand a softmax
 row is local to a tile. So the program keeps the keys on chip, walks its query tiles and adds up columns; the ``N x W``
 logits never leave registers. Each program leaves one partial row, and whoever needs the scores adds the partial rows in
-fixed order, without atomics and with the same bits every time. Wider windows stream key tiles twice, once for each
-row's log-sum-exp and once for the columns.
+fixed order, without atomics and with the same bits every time. Where heads are too wide for that, keys pass once per
+query tile in slices of the head dimension. Wider windows stream key tiles twice, once for each row's log-sum-exp and
+once for the columns.
 
 Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133); weights by
 the length of values as in Compactor (arXiv 2507.08143); root mean squares are this library's choice.
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES
-from ..paged import Layers, PagedCache, row_alignment
+from ..paged import row_alignment
 from ..reference.score import score_windows
 from ._norms import mean_cosines, value_norms
-from ._rows import PagedRows, QueryRows, RowFormat, load_rows
+from ._rows import PagedRows, QueryRows, load_rows, pool_arguments
 from ._tiles import ScoreConfig, score_config
 from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
@@ -55,11 +56,16 @@ class ScoreForm:
     redundancy: int  # ... the softmax of mean cosines
     dtype: Any  # Triton's, of the products
     precision: str
+    scale_first: bool  # queries are scaled before the product, else the product
 
 
 @triton.jit
-def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
-    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it."""
+def _load_queries(queries, scale, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
+    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it.
+
+    With ``scale`` if products are float32: so they stay within its range where the logits do. Keys that are scaled
+    instead spilled on sm_120.
+    """
     ALIGN: tl.constexpr = FORM.align
     query = offs_m // FORM.group
     if queries.places is not None:
@@ -67,7 +73,8 @@ def _load_queries(queries, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl
     offset = query.to(tl.int64) * queries.stride_query + (offs_m % FORM.group).to(tl.int64) * queries.stride_head
     row = tl.multiple_of(queries.base + offset, ALIGN)
     mask = (offs_m < row_last)[:, None] & (offs_d < DIM)[None, :]
-    return tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
+    rows = tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
+    return rows * scale if FORM.scale_first else rows
 
 
 @triton.jit
@@ -76,7 +83,7 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
     seen = (offs_w < FORM.window)[None, :]
     if FORM.causal:  # query i is window token W - N + i
         seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
-    return tl.where(seen, logits * scale, float("-inf"))
+    return tl.where(seen, logits if FORM.scale_first else logits * scale, float("-inf"))
 
 
 @triton.jit
@@ -101,16 +108,35 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(queries, offs_m, d0, row_last, D, FORM)
+        q0 = _load_queries(queries, scale, offs_m, d0, row_last, D, FORM)
         logits = tl.dot(q0, k0, input_precision=PRECISION)
         if D1 > 0:
-            q1 = _load_queries(queries, offs_m, d1, row_last, D, FORM)
+            q1 = _load_queries(queries, scale, offs_m, d1, row_last, D, FORM)
             logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
-        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
-        columns += tl.sum(p * p if FORM.squares else p, 0)
+        columns += _column_sums(logits, offs_m, row_last, FORM)
     tl.store(out + offs_w, columns, mask=offs_w < W)
+
+
+@triton.jit
+def _column_sums(logits, offs_m, row_last, FORM: tl.constexpr):
+    """Of the softmax of whole rows."""
+    p = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
+    return tl.sum(p * p if FORM.squares else p, 0)
+
+
+@triton.jit
+def _columns_sliced(out, queries, keys, scale, row_first, row_last,
+                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
+    """The logits of all keys stay on chip, the keys pass in slices of the head dimension: one pass too."""
+    offs_w = tl.arange(0, CONFIG.block_w)
+    columns = tl.zeros([CONFIG.block_w], tl.float32)
+    for first in range(row_first, row_last, CONFIG.block_m):
+        offs_m = first + tl.arange(0, CONFIG.block_m)
+        logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
+        columns += _column_sums(logits, offs_m, row_last, FORM)
+    tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -125,7 +151,7 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
     logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(queries, offs_m, offs_d, row_last, D, FORM)
+        q = _load_queries(queries, scale, offs_m, offs_d, row_last, D, FORM)
         k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
         logits = tl.dot(q, k, logits, input_precision=PRECISION)
     return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
@@ -140,8 +166,8 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
     BLOCK_W: tl.constexpr = CONFIG.block_w
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        # A causal row may see nothing of a tile: a finite start keeps -inf - -inf out of the recurrence.
-        peak = tl.full([BLOCK_M], -3.0e38, tl.float32)
+        # A causal row may see nothing of a tile: a finite start, the lowest, keeps -inf - -inf out of the recurrence.
+        peak = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for tile in range(0, W, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
@@ -213,7 +239,9 @@ def score_kernel(
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
             row_first = tile * CONFIG.rows
             row_last = tl.minimum(row_first + CONFIG.rows, num_queries * FORM.group)
-            if CONFIG.whole:
+            if CONFIG.whole and CONFIG.sliced:
+                _columns_sliced(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
+            elif CONFIG.whole:
                 _columns_whole(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
             else:
                 _columns_streamed(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
@@ -222,17 +250,20 @@ def score_kernel(
 # --------------------------------------------------------------------------------------------- how it is launched
 
 
-def plan_score(
-    query: Layers, k_cache: Layers, window: int, reduction: str, value_norm: bool, redundancy: float,
-    query_rows: Tensor | None = None,
-) -> tuple[ScoreConfig, PartialRows]:  # fmt: skip
-    """The launch configuration and the partial rows that it leaves per KV head; arguments as of ``launch_score``."""
-    q, k = query[0], k_cache[0]
-    config = score_config(window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
-    queries = q.shape[1] if query_rows is None else query_rows.shape[1]
-    rows = queries * (q.shape[2] // k.shape[2])
-    tiles = -(-rows // config.rows) + value_norm + (redundancy > 0)  # triton.cdiv takes 10 us here
-    return config, PartialRows(tiles, 1 / rows, reduction == "rms", value_norm, redundancy)
+def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
+    """The launch configuration and the partial rows that it leaves per KV head."""
+    assert a.query is not None
+    q, k, how = a.query[0], a.cache.k[0], a.scoring
+    config = score_config(a.window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
+    rows = _count(a) * (q.shape[2] // k.shape[2])
+    tiles = -(-rows // config.rows) + a.value_norm + (how.redundancy > 0)  # triton.cdiv takes 10 us here
+    return config, PartialRows(tiles, 1 / rows, how.reduction == "rms", a.value_norm, how.redundancy)
+
+
+def _count(a: ScoreArguments) -> int:
+    """``N``, queries of a sequence."""
+    assert a.query is not None
+    return a.query[0].shape[1] if a.query_rows is None else a.query_rows.shape[1]
 
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
@@ -242,51 +273,43 @@ def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
 
 
 def launch_score(
-    partials: Tensor, query: Layers, cache: PagedCache, block_tables: Tensor, starts: Tensor | None,
-    seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
-    rows: PartialRows, config: ScoreConfig, query_rows: Tensor | None = None, first_layer: int = 0,
-) -> None:  # fmt: skip
+    partials: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows, first_layer: int = 0
+) -> None:
     """Partial rows of all sequences in layers ``first_layer`` ... of the pools into ``partials [L, S, H, tiles, W]``.
 
-    ``query``: ``[S, N, H*G, D]`` of each layer. With ``query_rows`` (int32 ``[S, N]``, the last stride 1) it is
-    ``[1, R, H*G, D]`` instead, and query ``i`` of sequence ``s`` is row ``query_rows[s, i]``. Checks nothing.
+    Checks nothing.
     """
+    assert a.query is not None
     layers, sequences, heads, tiles, window = partials.shape
-    values = cache.v if rows.value_norm and cache.v is not None else cache.k  # keys stand in where none are read
-    q, k, v = query[0], cache.k[0], values[0]
+    values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys stand in: none are read
+    q, device = a.query[0], partials.device
+    dtype = _matrix_dtype(q, a.cache.k[0])
+    stride_layer, stride_sequence, stride_query, stride_head = a.query.strides
     form = ScoreForm(
-        heads, q.shape[2] // heads, window, query.alignment, row_alignment(partials), attention == "causal",
-        rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
+        heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
+        a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
         # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
-        tl.float32 if INTERPRETED else TRITON_DTYPES[_matrix_dtype(q, k)], architecture(k.device).float32_products,
+        tl.float32 if INTERPRETED else TRITON_DTYPES[dtype], architecture(device).float32_products,
+        dtype == torch.float32,
     )  # fmt: skip
-    by_head = k_scale if isinstance(k_scale, Tensor) else None
+    by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
     # No fused multiply-add but those that are written as such. Where a lane holds one term of a sum across lanes, the
     # compiler makes `shfl y, x*x; fma x, x, y` of it: the lane rounds its partner's product and not its own, the
     # partner does the opposite, and the two store different last bits of one sum to one address. It happened to the
     # sums of narrow or misaligned rows everywhere, and to all columns on sm_100, whose lanes hold one query row each.
     launch(
-        score_kernel, (sequences * heads, tiles, layers), k.device,
-        partials_ptr=partials, query_ptr=q, query_table=query.table, query_rows_ptr=query_rows,
-        k_ptr=_bytes_of_fp8(k), k_table=cache.k.table, v_ptr=_bytes_of_fp8(v), v_table=values.table,
-        block_tables_ptr=block_tables, starts_ptr=starts, seq_lens_ptr=seq_lens, protected_ptr=protected,
-        scale=float(scale if isinstance(k_scale, Tensor) else scale * k_scale), k_scale_ptr=by_head,
-        num_queries=q.shape[1] if query_rows is None else query_rows.shape[1], num_tiles=tiles, first_layer=first_layer,
-        stride_q_l=query.stride_layer, stride_q_s=q.stride(0) if query_rows is None else 0,
-        stride_q_n=q.stride(1), stride_q_h=q.stride(2),
-        stride_qr_s=0 if query_rows is None else query_rows.stride(0),
-        stride_k_l=cache.k.stride_layer, stride_k_b=k.stride(0), stride_k_p=k.stride(1), stride_k_h=k.stride(2),
-        stride_v_l=values.stride_layer, stride_v_b=v.stride(0), stride_v_p=v.stride(1), stride_v_h=v.stride(2),
-        stride_t_s=block_tables.stride(0),
-        stride_ks_l=0 if by_head is None else by_head.stride(0),
+        score_kernel, (sequences * heads, tiles, layers), device,
+        partials_ptr=partials, query_ptr=q, query_table=a.query.table, query_rows_ptr=a.query_rows,
+        block_tables_ptr=a.block_tables, starts_ptr=a.window_starts, seq_lens_ptr=a.seq_lens,
+        protected_ptr=a.protected_lens, scale=a.scale if isinstance(a.k_scale, Tensor) else a.scale * a.k_scale,
+        k_scale_ptr=by_head, num_queries=_count(a), num_tiles=tiles, first_layer=first_layer,
+        stride_q_l=stride_layer, stride_q_s=stride_sequence if a.query_rows is None else 0, stride_q_n=stride_query,
+        stride_q_h=stride_head, stride_qr_s=0 if a.query_rows is None else a.query_rows.stride(0),
+        stride_t_s=a.block_tables.stride(0), stride_ks_l=0 if by_head is None else by_head.stride(0),
         stride_ks_h=0 if by_head is None else by_head.stride(1),
-        FORM=form, K=RowFormat.of(cache.k), V=RowFormat.of(values), CONFIG=config,
-        num_warps=config.num_warps, enable_fp_fusion=False,
+        **pool_arguments("k", a.cache.k), **pool_arguments("v", values),
+        FORM=form, CONFIG=config, num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _bytes_of_fp8(rows: Tensor) -> Tensor:
-    return rows.view(torch.uint8) if rows.dtype in FP8_DTYPES else rows
 
 
 def layers_at_once(sequences: int, heads: int, window: int, rows: PartialRows) -> int:
@@ -294,11 +317,7 @@ def layers_at_once(sequences: int, heads: int, window: int, rows: PartialRows) -
     return max(1, PARTIAL_BYTES // (4 * sequences * heads * rows.tiles * window))
 
 
-def launch_scores(
-    scores: Tensor, query: Layers, cache: PagedCache, block_tables: Tensor, starts: Tensor | None,
-    seq_lens: Tensor | None, protected: Tensor | None, scale: float, k_scale: float | Tensor, attention: str,
-    rows: PartialRows, config: ScoreConfig, query_rows: Tensor | None = None,
-) -> None:  # fmt: skip
+def launch_scores(scores: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows) -> None:
     """Scores of every head into ``scores [L, S, H, W]``, some layers at a time so that partial rows stay bounded.
 
     Zero for a sequence whose window does not fit. Checks nothing.
@@ -308,11 +327,8 @@ def launch_scores(
     partials = scores.new_empty(at_once, sequences, heads, rows.tiles, window)
     for first in range(0, layers, at_once):
         some = partials[: layers - first]
-        launch_score(
-            some, query, cache, block_tables, starts, seq_lens, protected, scale, k_scale, attention, rows, config,
-            query_rows, first,
-        )  # fmt: skip
-        launch_pool(scores[first : first + at_once], some, starts, seq_lens, protected, rows, True)
+        launch_score(some, a, config, rows, first)
+        launch_pool(scores[first : first + at_once], some, a, rows)
 
 
 # ------------------------------------------------------------------------------------------------------ public
@@ -363,7 +379,8 @@ def score_window(
     Returns:
         float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Rows of plain means sum to 1. A row is the same to
         the bit whatever else is in the batch. Products are taken in the query's dtype and summed in float32;
-        float32 on NVIDIA GPUs as three TF32 products.
+        float32 on NVIDIA GPUs as three TF32 products. Float32 queries are scaled before the product. Kernels scale
+        bfloat16 products: one beyond float32's range, the largest of its row, makes every score of its head NaN.
 
     Raises:
         TypeError, ValueError: before anything is launched. Contents (block ids, starts, ``query_rows`` in ``0..R-1``)
@@ -374,25 +391,15 @@ def score_window(
         query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
         attention=attention, reduction=reduction, redundancy=redundancy,
     )  # fmt: skip
-    if resolve_backend(backend, given.starts.device) == "torch":
-        scores = score_windows(given)
-    else:
-        scores = _score_by_kernels(given)
+    by_torch = resolve_backend(backend, given.block_tables.device) == "torch"
+    scores = score_windows(given) if by_torch else _score_by_kernels(given)
     return scores if given.many else scores[0]
 
 
 def _score_by_kernels(a: ScoreArguments) -> Tensor:
-    a.query.require_kernel_layout("query")
-    a.cache.require_kernel_layout()
-    how = a.scoring
-    config, rows = plan_score(
-        a.query, a.cache.k, a.window, how.reduction, a.cache.v is not None, how.redundancy, a.query_rows
-    )
-    shape = len(a.cache.k), len(a.starts), a.cache.shape[2], a.window
-    scores = torch.empty(shape, dtype=torch.float32, device=a.starts.device)
-    if len(a.starts):
-        launch_scores(
-            scores, a.query, a.cache, a.block_tables, a.starts, None, None, a.scale, a.k_scale, how.attention, rows,
-            config, a.query_rows,
-        )  # fmt: skip
+    a.require_kernel_layout()
+    shape = len(a.cache.k), a.block_tables.shape[0], a.cache.shape[2], a.window
+    scores = torch.empty(shape, dtype=torch.float32, device=a.block_tables.device)
+    if scores.numel():
+        launch_scores(scores, a, *plan_score(a))
     return scores

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import CompactArguments, check_compact_blocks
-from ..paged import WORDS, PagedCache
+from ..arguments import CompactArguments, Windows, check_compact_blocks
+from ..paged import WORDS
 
 TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tail's length, and stays in cache
 
@@ -36,20 +36,17 @@ def compact_blocks(
 @torch.no_grad()
 def compact_windows(a: CompactArguments) -> Tensor:
     """New lengths int32 ``[S]``, with checked arguments."""
-    active = a.keep[0, :, 0, 0] >= 0
-    for s, (start, length, alive) in enumerate(
-        zip(a.starts.tolist(), a.seq_lens.tolist(), active.tolist(), strict=True)
-    ):
-        if alive:
-            compact_sequence(a.cache, a.block_tables[s], start, length, a.keep[:, s], a.window)
-    return torch.where(active, a.seq_lens - (a.window - a.keep.shape[-1]), a.seq_lens)
+    active = a.keep_indices[0, :, 0, 0] >= 0
+    for s in active.nonzero().flatten().tolist():
+        compact_sequence(a, s, int(a.window_starts[s]), int(a.seq_lens[s]), a.keep_indices[:, s])
+    return torch.where(active, a.seq_lens - (a.window - a.keep_indices.shape[-1]), a.seq_lens)
 
 
-def compact_sequence(cache: PagedCache, blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:
-    """All layers of one sequence, unchecked: ``blocks [max_blocks]``, ``keep [L, H, K]``."""
-    for layer, keys in enumerate(cache.k):
-        pools = (keys,) if cache.v is None else (keys, cache.v[layer])
-        _move_rows(pools, blocks, start, length, keep[layer], window)
+def compact_sequence(w: Windows, s: int, start: int, length: int, keep: Tensor) -> None:
+    """All layers of sequence ``s``, unchecked: ``keep [L, H, K]``."""
+    for layer, keys in enumerate(w.cache.k):
+        pools = (keys,) if w.cache.v is None else (keys, w.cache.v[layer])
+        _move_rows(pools, w.block_tables[s], start, length, keep[layer], w.window)
 
 
 def _move_rows(pools: Sequence[Tensor], blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:

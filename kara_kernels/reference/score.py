@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES, slices
-from ..paged import Layers
 
 # Slices bound the memory for any window. 1 MB of logits stays in a core's cache: a 256-token window of 9 heads took
 # 37 ms instead of 42 over 30 layers. Keys become float32 some heads at a time.
@@ -39,56 +38,38 @@ def score_window(
 
 @torch.no_grad()
 def score_windows(a: ScoreArguments) -> Tensor:
-    """float32 ``[L, S, H, W]`` of checked arguments."""
-    scores = a.starts.new_empty(len(a.cache.k), len(a.starts), a.cache.shape[2], a.window, dtype=torch.float32)
-    for s, start in enumerate(a.starts.tolist()):
-        scores[:, s] = score_sequence(
-            a.query, a.cache.k, a.cache.v, a.block_tables, s, start, a.window, scale=a.scale, k_scale=a.k_scale,
-            attention=a.scoring.attention, reduction=a.scoring.reduction, redundancy=a.scoring.redundancy,
-            query_rows=a.query_rows,
-        )  # fmt: skip
+    """float32 ``[L, S, H, W]`` of checked arguments with ``window_starts``."""
+    assert a.window_starts is not None
+    shape = len(a.cache.k), len(a.window_starts), a.cache.shape[2], a.window
+    scores = a.window_starts.new_empty(shape, dtype=torch.float32)
+    for s, start in enumerate(a.window_starts.tolist()):
+        scores[:, s] = score_sequence(a, s, start)
     return scores
 
 
-def score_sequence(
-    queries: Layers, k_caches: Layers, v_caches: Layers | None, block_tables: Tensor, s: int, start: int, window: int,
-    *, scale: float | None, k_scale: float | Tensor, attention: str, reduction: str, redundancy: float,
-    query_rows: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """All layers of sequence ``s``, unchecked: ``k_scale`` a float or ``[L, H]`` -> float32 ``[L, H, W]``.
-
-    ``v_caches`` only where scores are to be weighed by the length of values. ``queries`` ``[S, N, H*G, D]`` per layer,
-    or ``[1, R, H*G, D]`` with ``query_rows`` int32 ``[S, N]``.
-    """
-    return torch.stack([
-        _score_layer(
-            queries[layer][s] if query_rows is None else queries[layer][0].index_select(0, query_rows[s]), keys,
-            None if v_caches is None else v_caches[layer], block_tables[s], start, window,
-            scale=scale, k_scale=k_scale if isinstance(k_scale, float) else k_scale[layer],
-            attention=attention, reduction=reduction, redundancy=redundancy,
-        )
-        for layer, keys in enumerate(k_caches)
-    ])  # fmt: skip
+def score_sequence(a: ScoreArguments, s: int, start: int) -> Tensor:
+    """All layers of sequence ``s``, whose window begins at ``start``, unchecked -> float32 ``[L, H, W]``."""
+    return torch.stack([_score_layer(a, layer, s, start) for layer in range(len(a.cache.k))])
 
 
-def _score_layer(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor | None, blocks: Tensor, start: int, window: int,
-    *, scale: float | None, k_scale: float | Tensor, attention: str, reduction: str, redundancy: float,
-) -> Tensor:  # fmt: skip
-    """``query [N, H*G, D]``, ``blocks [max_blocks]``, ``k_scale`` a float or ``[H]`` -> float32 ``[H, W]``."""
+def _score_layer(a: ScoreArguments, layer: int, s: int, start: int) -> Tensor:
+    assert a.query is not None
+    k_cache, how = a.cache.k[layer], a.scoring
     heads, dim = k_cache.shape[2:]
-    scale = dim**-0.5 if scale is None else scale
-    rows = start + torch.arange(window, device=k_cache.device)
-    where = blocks[rows // k_cache.shape[1]].long(), rows % k_cache.shape[1]
-    scores = torch.empty(heads, window, device=k_cache.device)
-    for some in slices(heads, max(1, KEY_BYTES // (4 * window * dim))):
+    query = a.query[layer][s] if a.query_rows is None else a.query[layer][0].index_select(0, a.query_rows[s])
+    rows = start + torch.arange(a.window, device=k_cache.device)
+    where = a.block_tables[s, rows // k_cache.shape[1]].long(), rows % k_cache.shape[1]
+    scores = torch.empty(heads, a.window, device=k_cache.device)
+    for some in slices(heads, max(1, KEY_BYTES // (4 * a.window * dim))):
         keys = _gather(k_cache[:, :, some], *where)  # [h, W, D]
-        factor = scale * (k_scale[some, None, None].float() if isinstance(k_scale, Tensor) else k_scale)
-        scores[some] = _column_means(query.unflatten(1, (heads, -1))[:, some], keys, factor, attention, reduction)
-        if v_cache is not None:
-            scores[some] *= _norms(_gather(v_cache[:, :, some], *where))
-        if redundancy:
-            scores[some] -= redundancy * _mean_cosines(keys).softmax(-1)
+        k_scale = a.k_scale[layer, some, None, None].float() if isinstance(a.k_scale, Tensor) else a.k_scale
+        judges = query.unflatten(1, (heads, -1))[:, some]
+        scores[some] = _column_means(judges, keys, a.scale * k_scale, how.attention, how.reduction)
+        if a.value_norm:
+            assert a.cache.v is not None
+            scores[some] *= _norms(_gather(a.cache.v[layer][:, :, some], *where))
+        if how.redundancy:
+            scores[some] -= how.redundancy * _mean_cosines(keys).softmax(-1)
     return scores
 
 

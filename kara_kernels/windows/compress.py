@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -114,15 +114,11 @@ def compress_window(
     Method: Kara, sliding-window KV cache compression (arXiv 2607.01237). ``docs/method.md`` has the formulas and marks
     what the paper leaves open.
     """
+    given: dict[str, Any] = {
+        "window": window, "keep": keep, "scores": scores, "window_starts": window_starts,
+        "protected_lens": protected_lens, "query_rows": query_rows, "scale": scale, "k_scale": k_scale,
+        "reduce_scores": reduce_scores, "options": options,
+    }  # fmt: skip
     if torch.compiler.is_compiling():
-        return CompressedWindow(*in_graph(
-            query, k_cache, v_cache, block_tables, seq_lens, window=window, keep=keep, scores=scores,
-            window_starts=window_starts, protected_lens=protected_lens, query_rows=query_rows, scale=scale,
-            k_scale=k_scale, reduce_scores=reduce_scores, options=options, backend=backend,
-        ))  # fmt: skip
-    request = check_request(
-        query, k_cache, v_cache, block_tables, seq_lens, window=window, keep=keep, scores=scores,
-        window_starts=window_starts, protected_lens=protected_lens, query_rows=query_rows, scale=scale,
-        k_scale=k_scale, reduce_scores=reduce_scores, options=options,
-    )  # fmt: skip
-    return CompressedWindow(*run(request, backend))
+        return CompressedWindow(*in_graph(query, k_cache, v_cache, block_tables, seq_lens, backend=backend, **given))
+    return CompressedWindow(*run(check_request(query, k_cache, v_cache, block_tables, seq_lens, **given), backend))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_alike, check_unit_stride
 from ..paged import PagedCache
 from .compress import compress_window
 from .plan import Plan
@@ -40,25 +41,17 @@ class PackedCache:
 
     def __init__(self, pools: Sequence[Tensor], k_offsets: Tensor, v_offsets: Tensor) -> None:
         self.pools = list(pools)
-        if not self.pools:
-            raise ValueError("pools: expected at least one layer, got none")
+        check_alike("pools", self.pools)
         first = self.pools[0]
+        if first.dim() != 2:
+            raise ValueError(f"pools[0]: expected shape [B, E], got {list(first.shape)}")
         for layer, pool in enumerate(self.pools):
-            if pool.dim() != 2:
-                raise ValueError(f"pools[{layer}]: expected shape [B, E], got {list(pool.shape)}")
-            if pool.stride(1) != 1:
-                raise ValueError(f"pools[{layer}]: expected stride 1 in the last dimension, got {pool.stride(1)}")
-            for what in ("shape", "dtype", "device"):
-                if getattr(pool, what) != getattr(first, what):
-                    raise ValueError(
-                        f"pools[{layer}]: expected {what} {getattr(first, what)} as in pools[0], "
-                        f"got {getattr(pool, what)}"
-                    )
+            check_unit_stride(f"pools[{layer}]", pool)
         for name, offsets in (("k_offsets", k_offsets), ("v_offsets", v_offsets)):
             if offsets.dtype != torch.int64:
                 raise TypeError(f"{name}: expected dtype torch.int64, got {offsets.dtype}")
             if offsets.dim() != 3 or 0 in offsets.shape or offsets.shape[:2] != k_offsets.shape[:2]:
-                raise ValueError(f"{name}: expected shape [P, H, D], P and H of both, got {list(offsets.shape)}")
+                raise ValueError(f"{name}: expected [P, H, D], one P and H for both, got {list(offsets.shape)}")
         flat = torch.cat([k_offsets.flatten(), v_offsets.flatten()])
         low, high = int(flat.min()), int(flat.max())
         if low < 0 or high >= first.shape[1]:

@@ -34,15 +34,11 @@ library.define(SCHEMA)
 @torch.library.impl(library, "compress_window", "CompositeExplicitAutograd")
 def _run(
     query: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, block_tables: Tensor, seq_lens: Tensor, *,
-    window: int, keep: int, scores: Tensor | None, window_starts: Tensor | None, protected_lens: Tensor | None,
-    query_rows: Tensor | None, scale: float | None, k_scale: float | None, k_scales: Tensor | None, backend: str,
-    **options: Any,
+    scores: Tensor | None, k_scale: float | None, k_scales: Tensor | None, backend: str, **given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    request = check_request(
-        query, k_cache, v_cache, block_tables, seq_lens, window=window, keep=keep, scores=scores,
-        window_starts=window_starts, protected_lens=protected_lens, query_rows=query_rows, scale=scale,
-        k_scale=k_scale if k_scales is None else k_scales, reduce_scores=None, options=options,
-    )  # fmt: skip
+    given |= {"k_scale": k_scale if k_scales is None else k_scales, "reduce_scores": None}
+    options = {name: given.pop(name) for name in OPTIONS}
+    request = check_request(query, k_cache, v_cache, block_tables, seq_lens, scores=scores, options=options, **given)
     lengths, keep_indices, pooled, frontiers = run(request, backend)
     # An operator's results are tensors of their own: no expanded views, nothing of the caller's.
     pooled = pooled if scores is None else pooled.clone()
@@ -68,7 +64,10 @@ def in_graph(
     """The node of a graph. Tensors alone can be seen through by a compiler: lists and pools raise TypeError."""
     for name, value in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor under torch.compile, for many layers one stacked [L, ...]")
+            raise TypeError(
+                f"{name}: expected a tensor under torch.compile, for many layers one stacked [L, ...], got "
+                f"{type(value).__name__}"
+            )
     if reduce_scores is not None:
         raise TypeError("reduce_scores: expected None under torch.compile, got a callable")
     scales = (None, k_scale) if isinstance(k_scale, Tensor) else (k_scale, None)

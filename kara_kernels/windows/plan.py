@@ -174,7 +174,7 @@ class Ledger:
         forgotten or began anew since.
         """
         if self._planned.get(plan.request_id) != plan:
-            raise ValueError(f"plan: expected one of the latest round, not committed yet, got {plan}")
+            raise ValueError(f"plan: expected an uncommitted one of the latest round, got {plan}")
         del self._planned[plan.request_id]
         state = self._states[plan.request_id]
         state.dropped += self.policy.dropped
@@ -193,7 +193,7 @@ class Ledger:
         filled = -(-physical // page)
         if len(held.blocks) < filled:
             raise ValueError(
-                f"blocks: expected at least {filled} of {held.request_id} for its {physical} rows, "
+                f"blocks: expected at least {filled} for the {physical} rows of {held.request_id}, "
                 f"got {len(held.blocks)}"
             )
         after = physical - policy.dropped

@@ -77,7 +77,8 @@ class Policy(Scoring, Selection):
             raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(map(str, set(settings) - set(known))):
-            raise ValueError(f"{', '.join(unknown)}: expected one of {', '.join([*known, *beside])}")
+            names = ", ".join(unknown)
+            raise ValueError(f"{names}: expected one of {', '.join([*known, *beside])}, got {names}")
         return cls(**settings)
 
     def check_page_size(self, page_size: int) -> None:

@@ -67,10 +67,10 @@ class QueryRing:
         """Bytes of all rings together."""
         if self.nbytes > policy.max_query_gib * 2**30:
             raise ValueError(
-                f"max_query_gib: the query ring of {max_sequences} sequences ({self.rows} queries of {heads} heads of "
-                f"{head_dim} in {layers} layers each) expected at most {policy.max_query_gib} GiB, got "
-                f"{self.nbytes / 2**30:.2f}: raise query_stride or max_query_gib, set query_heads to 'mean', or let "
-                f"fewer sequences run at once"
+                f"max_query_gib: expected a query ring of at most {policy.max_query_gib} GiB, got "
+                f"{self.nbytes / 2**30:.2f} for {max_sequences} sequences ({self.rows} queries of {heads} heads of "
+                f"{head_dim} in {layers} layers each): raise query_stride or max_query_gib, set query_heads to "
+                f"'mean', or let fewer sequences run at once"
             )
         self.queries = torch.empty(shape, dtype=dtype, device=device)
         """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
@@ -155,7 +155,9 @@ class QueryRing:
         slot = self._slots.get(request_id)
         if slot is None:
             if not self._free:
-                raise RuntimeError(f"the query ring has no room for {request_id}: {len(self._slots)} sequences hold it")
+                raise RuntimeError(
+                    f"query ring: expected at most {len(self._slots)} sequences at once, got {request_id} as one more"
+                )
             slot = self._slots[request_id] = self._free.pop()
         return slot
 

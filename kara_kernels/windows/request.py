@@ -1,4 +1,4 @@
-"""The arguments of one compression, checked and in one form, whether they came for one layer or for many."""
+"""The arguments of one compression: those of scoring, and what selects and moves."""
 
 from __future__ import annotations
 
@@ -9,58 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_contents, check_query, check_values, key_scales
-from ..checks import (
-    check_block_tables,
-    check_count,
-    check_lengths,
-    check_number,
-    check_tensor,
-    check_unit_stride,
-    check_window,
-    contents_are_checked,
-)  # fmt: skip
-from ..options import Scoring, Selection, split_options
-from ..paged import Layers, PagedCache, per_layer
+from ..arguments import ScoreArguments, check_contents, check_scoring, check_windows
+from ..checks import check_count, check_tensor, check_unit_stride, contents_are_checked
+from ..options import Selection, split_options
 
 ReduceScores = Callable[[Tensor], Tensor | None]
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(ScoreArguments):
     """Checked arguments of :func:`kara_kernels.compress_window`; shapes as there, layers always leading."""
 
-    query: Layers | None
-    query_rows: Tensor | None
-    cache: PagedCache
-    block_tables: Tensor
     seq_lens: Tensor
-    window: int
     keep: int
     scores: Tensor | None  # [L, S, H, W]
-    window_starts: Tensor | None
-    protected_lens: Tensor | None
-    scoring: Scoring
     selection: Selection
-    scale: float
-    k_scale: float | Tensor
     reduce_scores: ReduceScores | None
-    many: bool
 
     @property
     def lists(self) -> tuple[int, int, int]:
         """How many keep lists there are, as ``[L, S, H]`` with extent 1 where scores are pooled."""
         layers, heads, pool = len(self.cache.k), self.cache.shape[2], self.selection.pool
-        return 1 if pool == "model" else layers, len(self.seq_lens), heads if pool == "head" else 1
+        return 1 if pool == "model" else layers, self.seq_lens.shape[0], heads if pool == "head" else 1
 
     @property
     def chunk_budget(self) -> int:
         return self.selection.chunk_budget(self.keep)
-
-    @property
-    def value_norm(self) -> bool:
-        """Whether scores are weighed by the length of values."""
-        return self.cache.v is not None if self.scoring.value_norm is None else self.scoring.value_norm
 
     def windows(self) -> tuple[Tensor, Tensor]:
         """``(starts int32 [S], fits bool [S])``."""
@@ -82,9 +56,7 @@ class Request:
 
     def require_kernel_layout(self) -> None:
         """Refuses strides that kernels cannot read."""
-        self.cache.require_kernel_layout()
-        if self.query is not None:
-            self.query.require_kernel_layout("query")
+        super().require_kernel_layout()
         if self.scores is not None:
             check_unit_stride("scores", self.scores)
 
@@ -98,37 +70,22 @@ def check_request(
 ) -> Request:  # fmt: skip
     """Every argument of :func:`kara_kernels.compress_window` but the backend, before anything is written."""
     scoring, selection = split_options(options)
-    queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
-    device, (_, _, heads, dim) = cache.k[0].device, cache.shape
-    check_count("keep", keep, 1, check_window(window))
-    table = check_block_tables(block_tables, device)
-    check_lengths("seq_lens", seq_lens, table.shape[0], device)
-    for name, lengths in (("window_starts", window_starts), ("protected_lens", protected_lens)):
-        if lengths is not None:
-            check_lengths(name, lengths, table.shape[0], device)
-    scale = dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38)
+    lengths = {"seq_lens": seq_lens, "window_starts": window_starts, "protected_lens": protected_lens}
+    given = {name: value for name, value in lengths.items() if value is not None or name == "seq_lens"}
+    queries, where = check_windows(query, k_cache, v_cache, block_tables, window, query_rows, **given)
+    check_count("keep", keep, 1, window)
     if reduce_scores is not None and not callable(reduce_scores):
         raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
-    if scores is None:
-        queries = check_query(queries, cache, table.shape[0], query_rows, window, scoring.attention)
-    else:
-        queries = query_rows = None
-        shape = (len(cache.k), table.shape[0], heads, window) if many else (table.shape[0], heads, window)
-        check_tensor("scores", scores, shape, (torch.float32,), device)
-        scores = scores if many else scores[None]
-    request = Request(
-        query=queries, query_rows=query_rows, cache=cache, block_tables=table, seq_lens=seq_lens, window=window,
-        keep=keep, scores=scores, window_starts=window_starts, protected_lens=protected_lens, scoring=scoring,
-        selection=selection, scale=scale, k_scale=key_scales(k_scale, len(cache.k), heads, device),
-        reduce_scores=reduce_scores, many=many,
-    )  # fmt: skip
-    if queries is not None and request.value_norm:
-        if cache.v is None:
-            raise ValueError("value_norm: expected False without a v_cache, got True")
-        check_values(cache)
-    if contents_are_checked(device):
+    if scores is not None:
+        cache = where["cache"]
+        shape = (len(cache.k), seq_lens.shape[0], cache.shape[2], window)[0 if where["many"] else 1 :]
+        check_tensor("scores", scores, shape, (torch.float32,), seq_lens.device)
+        scores = scores if where["many"] else scores[None]
+    by = check_scoring(queries, where, query_rows, scale, k_scale, scoring, scores)
+    request = Request(**where, **by, keep=keep, scores=scores, selection=selection, reduce_scores=reduce_scores)
+    if contents_are_checked(seq_lens.device):
         starts, fits = request.windows()
         # A default start below zero is a sequence shorter than its window: skipped. A given one is a mistake.
         named = fits if window_starts is None else fits | (window_starts < 0)
-        check_contents(cache, table, starts, torch.where(fits, seq_lens, starts), named, seq_lens)
+        check_contents(request, starts, torch.where(fits, seq_lens, starts), named)
     return request

@@ -56,7 +56,7 @@ def by_torch(r: Request) -> Lists:
     keep_indices = torch.where(fits[:, None, None], keep_indices, -1)
     rows = keep_indices.expand(layers, sequences, heads, r.keep)
     for s, start in alive:
-        compact_sequence(r.cache, r.block_tables[s], start, int(r.seq_lens[s]), rows[:, s], r.window)
+        compact_sequence(r, s, start, int(r.seq_lens[s]), rows[:, s])
     protected = torch.zeros_like(starts) if r.protected_lens is None else r.protected_lens.clamp(min=0)
     return Lists(
         torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores,
@@ -74,12 +74,7 @@ def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:
             scores[:, s] = _pooled(r, r.scores[:, s])
     elif r.query is not None:
         for s, start in alive:
-            of_sequence = score_sequence(
-                r.query, r.cache.k, r.cache.v if r.value_norm else None, r.block_tables, s, start, r.window,
-                scale=r.scale, k_scale=r.k_scale, attention=r.scoring.attention, reduction=r.scoring.reduction,
-                redundancy=r.scoring.redundancy, query_rows=r.query_rows,
-            )  # fmt: skip
-            scores[:, s] = _pooled(r, of_sequence)
+            scores[:, s] = _pooled(r, score_sequence(r, s, start))
     return scores
 
 
@@ -98,45 +93,32 @@ def by_triton(r: Request) -> Lists:
     Scoring leaves partial rows that selection adds up. Where all layers' would be too many, layers are scored some at
     a time, each time with a launch that adds them up.
     """
+    if r.scores is not None:
+        return _select_and_move(r, r.scores[:, :, :, None], None)
     layers, sequences, heads = len(r.cache.k), r.seq_lens.shape[0], r.cache.shape[2]
-    fit = r.window_starts, r.seq_lens, r.protected_lens
-    scores, partials, rows = r.scores, None, PartialRows()
-    if r.query is not None:
-        scoring = r.scoring
-        config, rows = plan_score(
-            r.query, r.cache.k, r.window, scoring.reduction, r.value_norm, scoring.redundancy, r.query_rows
-        )
-        how = r.query, r.cache, r.block_tables, *fit, r.scale, r.k_scale, scoring.attention, rows, config, r.query_rows
-        scores = r.seq_lens.new_empty(layers, sequences, heads, r.window, dtype=torch.float32)
-        if layers_at_once(sequences, heads, r.window, rows) >= layers:
-            partials = scores.new_empty(layers, sequences, heads, rows.tiles, r.window)
-            launch_score(partials, *how)
-        else:
-            launch_scores(scores, *how)
-    return _select_and_move(r, scores, partials, rows)
+    config, rows = plan_score(r)
+    if layers_at_once(sequences, heads, r.window, rows) >= layers:
+        partials = r.seq_lens.new_empty(layers, sequences, heads, rows.tiles, r.window, dtype=torch.float32)
+        launch_score(partials, r, config, rows)
+        return _select_and_move(r, partials, rows)
+    scores = r.seq_lens.new_empty(layers, sequences, heads, r.window, dtype=torch.float32)
+    launch_scores(scores, r, config, rows)
+    return _select_and_move(r, scores[:, :, :, None], None)
 
 
-def _select_and_move(r: Request, scores: Tensor | None, partials: Tensor | None, rows: PartialRows) -> Lists:
-    """From ``scores [L, S, H, W]``, or from the partial rows that add up to them where there are some."""
-    fit = r.window_starts, r.seq_lens, r.protected_lens
-    assert scores is not None
-    if r.selection.pool != "head" or (partials is not None and r.reduce_scores is not None):
-        pooled = scores.new_empty(*r.lists, r.window)
-        if partials is None:
-            launch_pool(pooled, scores[:, :, :, None], *fit, PartialRows(), False)
-        else:
-            launch_pool(pooled, partials, *fit, rows, True)
-        scores, partials = pooled, None
-    scores = r.reduced(scores)
-    keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
-    options = r.chunk_budget, r.selection.max_chunk
-    if partials is None:
-        launch_keep(keep_indices, scores, scores[:, :, :, None], *fit, PartialRows(), *options, False)
+def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> Lists:
+    """From ``partials [L, S, H, tiles, W]``; without ``rows``, which say what they are, they are the scores."""
+    if r.selection.pool != "head" or (rows is not None and r.reduce_scores is not None):
+        pooled = partials.new_empty(*r.lists, r.window)
+        launch_pool(pooled, partials, r, rows)
+        partials, rows = pooled[:, :, :, None], None
+    if rows is None:
+        scores = r.reduced(partials[:, :, :, 0])
+        partials = scores[:, :, :, None]
     else:
-        launch_keep(keep_indices, scores, partials, *fit, rows, *options, True)
+        scores = partials.new_empty(*r.lists, r.window)
+    keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
+    launch_keep(keep_indices, scores, partials, r, rows, r.chunk_budget, r.selection.max_chunk)
     new_lens, frontiers = torch.empty_like(r.seq_lens), torch.empty_like(r.seq_lens)
-    lists = keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1)
-    launch_compact(
-        new_lens, r.cache, r.block_tables, r.window_starts, r.seq_lens, lists, r.window, frontiers, r.protected_lens
-    )
+    launch_compact(new_lens, frontiers, r, keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1))
     return Lists(new_lens, keep_indices, scores, frontiers)

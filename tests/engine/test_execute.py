@@ -308,7 +308,7 @@ def flat(low: int, *shape: int) -> torch.Tensor:
 
 ROWS = torch.zeros(3, 20)
 BAD_PACKED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no layer": ({"pools": []}, ValueError, "pools: expected at least one layer, got none"),
+    "no layer": ({"pools": []}, ValueError, "pools: expected at least one layer, got an empty sequence"),
     "a vector": ({"pools": [ROWS[0]]}, ValueError, r"pools\[0\]: expected shape \[B, E\], got \[20\]"),
     "stride": ({"pools": [ROWS.t()]}, ValueError, r"pools\[0\]: expected stride 1 .*, got 20"),
     "shape": ({"pools": [ROWS, ROWS[1:]]}, ValueError, r"pools\[1\]: expected shape .*\[3, 20.* got .*\[2, 20"),
@@ -319,8 +319,8 @@ BAD_PACKED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "k_offsets: expected dtype torch.int64, got torch.int32",
     ),
-    "flat": ({"v_offsets": flat(12, 8)}, ValueError, r"v_offsets: expected shape \[P, H, D\].*, got \[8\]"),
-    "pages": ({"v_offsets": flat(12, 4, 1, 2)}, ValueError, r"v_offsets: expected shape .* got \[4, 1, 2\]"),
+    "flat": ({"v_offsets": flat(12, 8)}, ValueError, r"v_offsets: expected \[P, H, D\].*, got \[8\]"),
+    "pages": ({"v_offsets": flat(12, 4, 1, 2)}, ValueError, r"v_offsets: expected \[P, H, D\], .* got \[4, 1, 2\]"),
     "empty": ({"k_offsets": flat(0, 2, 2, 0)}, ValueError, r"k_offsets: .* got \[2, 2, 0\]"),
     "outside": ({"v_offsets": flat(13, 2, 2, 2)}, ValueError, r"offsets: expected 0\.\.19, got 0\.\.20"),
     "negative": ({"k_offsets": flat(-1, 2, 2, 3)}, ValueError, r"offsets: expected 0\.\.19, got -1\.\.19"),

@@ -231,10 +231,10 @@ def test_a_plan_is_committed_once_and_in_its_round() -> None:
     [old] = ledger.plan([sequence.held()])
     sequence.logical += 1
     [plan] = ledger.plan([sequence.held()])
-    with pytest.raises(ValueError, match="plan: expected one of the latest round"):
+    with pytest.raises(ValueError, match="plan: expected an uncommitted one of the latest round"):
         ledger.commit(old)
     ledger.commit(plan)
-    with pytest.raises(ValueError, match="not committed yet"):
+    with pytest.raises(ValueError, match="expected an uncommitted one"):
         ledger.commit(plan)
     assert ledger.dropped("a") == 4
     assert ledger.windows("a") == 1
@@ -246,7 +246,7 @@ def test_a_plan_of_an_earlier_step_is_refused_between_rounds() -> None:
     [plan] = ledger.plan([sequence.held()])
     sequence.logical += 1
     assert ledger.plan([sequence.held()]) == []
-    with pytest.raises(ValueError, match="plan: expected one of the latest round"):
+    with pytest.raises(ValueError, match="plan: expected an uncommitted one of the latest round"):
         ledger.commit(plan)
 
 
@@ -331,7 +331,7 @@ def test_blocks_that_cannot_hold_the_rows_are_refused() -> None:
     """For example, an engine that shortened a table by logical lengths."""
     ledger = Ledger(small(), 4)
     ledger.start("a", 5, 0)
-    with pytest.raises(ValueError, match="blocks: expected at least 5 of a for its 20 rows, got 4"):
+    with pytest.raises(ValueError, match="blocks: expected at least 5 for the 20 rows of a, got 4"):
         ledger.plan([Held("a", 20, [1, 2, 3, 4], 0)])
 
 

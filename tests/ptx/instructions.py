@@ -79,6 +79,11 @@ def _f32_to_bf16(value: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
+def _f32_to_bf16x2(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The first operand into the upper half."""
+    return _f32_to_bf16(high).astype(np.uint32) << np.uint32(16) | _f32_to_bf16(low)
+
+
 def _f32_to_tf32(value: np.ndarray) -> np.ndarray:
     """To 10 bits of mantissa, ties away from zero."""
     bits = value.view(np.uint32)
@@ -132,7 +137,7 @@ BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "n
 # opcode -> (types of the sources, type of the result, function); m is the match.
 PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = [
     (rf"(add|sub|mul\.lo)\.{INTEGER}", lambda m: ([m[2]] * 2, m[2], ARITHMETIC[m[1]])),
-    (r"(add|sub|mul)(?:\.rn)?\.(f32|f64)", lambda m: ([m[2]] * 2, m[2], ARITHMETIC[m[1]])),
+    (r"(add|sub|mul)(?:\.rn)?\.(f16|f32|f64)", lambda m: ([m[2]] * 2, m[2], ARITHMETIC[m[1]])),
     (rf"(min|max)\.{INTEGER}", lambda m: ([m[2]] * 2, m[2], np.minimum if m[1] == "min" else np.maximum)),
     (r"(min|max)\.f32", lambda m: (["f32"] * 2, "f32", np.fmin if m[1] == "min" else np.fmax)),
     (r"(min|max)\.NaN\.f32", lambda m: (["f32"] * 2, "f32", np.minimum if m[1] == "min" else np.maximum)),
@@ -165,6 +170,7 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"cvt\.rn\.(f16|f32)\.(f32|f64)", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.f32\.bf16", lambda m: (["bf16"], "f32", _bf16_to_f32)),
     (r"cvt\.rn\.bf16\.f32", lambda m: (["f32"], "bf16", _f32_to_bf16)),
+    (r"cvt\.rn\.bf16x2\.f32", lambda m: (["f32"] * 2, "b32", _f32_to_bf16x2)),
     (r"cvt\.rna\.tf32\.f32", lambda m: (["f32"], "tf32", _f32_to_tf32)),
     (r"bfe\.([su](?:32|64))", lambda m: ([m[1], "u32", "u32"], m[1], _bit_field)),
     (r"prmt\.b32", lambda m: (["b32"] * 3, "b32", _permute_bytes)),
