@@ -90,32 +90,24 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
 def _columns_whole(out, queries, keys, scale, row_first, row_last,
                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """All keys stay on chip, so a softmax row is whole in one tile: one pass."""
-    W: tl.constexpr = FORM.window
-    D: tl.constexpr = FORMAT.dim
-    DTYPE: tl.constexpr = FORM.dtype
-    PRECISION: tl.constexpr = FORM.precision
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    D0: tl.constexpr = CONFIG.d0
-    D1: tl.constexpr = CONFIG.d1
-    offs_w = tl.arange(0, BLOCK_W)
-    d0 = tl.arange(0, D0)
-    k0 = load_rows(keys, offs_w, d0, W, FORMAT, DTYPE)
-    k1 = k0  # unused where one power of two is all of D
-    if D1 > 0:
-        d1 = D0 + tl.arange(0, D1)
-        k1 = load_rows(keys, offs_w, d1, W, FORMAT, DTYPE)
-    columns = tl.zeros([BLOCK_W], tl.float32)
-    for first in range(row_first, row_last, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(queries, scale, offs_m, d0, row_last, D, FORM)
-        logits = tl.dot(q0, k0, input_precision=PRECISION)
-        if D1 > 0:
-            q1 = _load_queries(queries, scale, offs_m, d1, row_last, D, FORM)
-            logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
+    offs_w = tl.arange(0, CONFIG.block_w)
+    d0 = tl.arange(0, CONFIG.d0)
+    k0 = load_rows(keys, offs_w, d0, FORM.window, FORMAT, FORM.dtype)
+    k1 = k0  # unused where one power of two is all of FORMAT.dim
+    if CONFIG.d1 > 0:
+        d1 = CONFIG.d0 + tl.arange(0, CONFIG.d1)
+        k1 = load_rows(keys, offs_w, d1, FORM.window, FORMAT, FORM.dtype)
+    columns = tl.zeros([CONFIG.block_w], tl.float32)
+    for first in range(row_first, row_last, CONFIG.block_m):
+        offs_m = first + tl.arange(0, CONFIG.block_m)
+        q0 = _load_queries(queries, scale, offs_m, d0, row_last, FORMAT.dim, FORM)
+        logits = tl.dot(q0, k0, input_precision=FORM.precision)
+        if CONFIG.d1 > 0:
+            q1 = _load_queries(queries, scale, offs_m, d1, row_last, FORMAT.dim, FORM)
+            logits = tl.dot(q1, k1, logits, input_precision=FORM.precision)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
         columns += _column_sums(logits, offs_m, row_last, FORM)
-    tl.store(out + offs_w, columns, mask=offs_w < W)
+    tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -143,17 +135,12 @@ def _columns_sliced(out, queries, keys, scale, row_first, row_last,
 def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
                  FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """One tile of masked logits, as a matrix product over slices of the head dimension."""
-    D: tl.constexpr = FORMAT.dim
-    PRECISION: tl.constexpr = FORM.precision
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    BLOCK_D: tl.constexpr = CONFIG.d0
-    logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(queries, scale, offs_m, offs_d, row_last, D, FORM)
+    logits = tl.zeros([CONFIG.block_m, CONFIG.block_w], tl.float32)
+    for d in range(0, FORMAT.dim, CONFIG.d0):
+        offs_d = d + tl.arange(0, CONFIG.d0)
+        q = _load_queries(queries, scale, offs_m, offs_d, row_last, FORMAT.dim, FORM)
         k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
-        logits = tl.dot(q, k, logits, input_precision=PRECISION)
+        logits = tl.dot(q, k, logits, input_precision=FORM.precision)
     return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
 
 
@@ -161,32 +148,29 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
 def _columns_streamed(out, queries, keys, scale, row_first, row_last,
                       FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """Key tiles pass twice per query tile: for each row's log-sum-exp, then for the columns."""
-    W: tl.constexpr = FORM.window
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    for first in range(row_first, row_last, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
+    for first in range(row_first, row_last, CONFIG.block_m):
+        offs_m = first + tl.arange(0, CONFIG.block_m)
         # A causal row may see nothing of a tile: a finite start, the lowest, keeps -inf - -inf out of the recurrence.
-        peak = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        for tile in range(0, W, BLOCK_W):
-            offs_w = tile + tl.arange(0, BLOCK_W)
+        peak = tl.full([CONFIG.block_m], -3.4028234663852886e38, tl.float32)
+        total = tl.zeros([CONFIG.block_m], tl.float32)
+        for tile in range(0, FORM.window, CONFIG.block_w):
+            offs_w = tile + tl.arange(0, CONFIG.block_w)
             logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
             higher = tl.maximum(peak, tl.max(logits, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
             peak = higher
         weight = tl.where(offs_m < row_last, 1.0 / total, 0.0)
-        for tile in range(0, W, BLOCK_W):
-            offs_w = tile + tl.arange(0, BLOCK_W)
+        for tile in range(0, FORM.window, CONFIG.block_w):
+            offs_w = tile + tl.arange(0, CONFIG.block_w)
             logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
             p = tl.exp2(logits - peak[:, None]) * weight[:, None]
             columns = tl.sum(p * p if FORM.squares else p, 0)
             if first > row_first:
                 # The program's own partial row is its accumulator. Another thread of it stored what this one loads.
                 tl.debug_barrier()
-                columns += tl.load(out + offs_w, mask=offs_w < W, other=0.0)
+                columns += tl.load(out + offs_w, mask=offs_w < FORM.window, other=0.0)
                 tl.debug_barrier()
-            tl.store(out + offs_w, columns, mask=offs_w < W)
+            tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @kernel
@@ -205,28 +189,25 @@ def score_kernel(
 
     A sequence whose window does not fit is left out; nobody reads its partial rows.
     """
-    W: tl.constexpr = FORM.window
     ALIGN: tl.constexpr = FORM.align_partials
-    NORM: tl.constexpr = FORM.value_norm
-    REDUNDANCY: tl.constexpr = FORM.redundancy
     BLOCK_R: tl.constexpr = 16  # tokens that norms and cosines are taken of at a time
     seq = (tl.program_id(0) // FORM.heads).to(tl.int64)
     head = (tl.program_id(0) % FORM.heads).to(tl.int64)
     tile = tl.program_id(1)
     layer = first_layer + tl.program_id(2).to(tl.int64)
-    start, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W)
+    start, fits = window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, FORM.window)
     if fits:
         table = block_tables_ptr + seq * stride_t_s
         k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer) + head * stride_k_h
         keys = PagedRows(k_base, table, start, stride_k_b, stride_k_p)
         row = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile
-        out = tl.multiple_of(partials_ptr + row * W, ALIGN)
-        if REDUNDANCY and tile == num_tiles - 1:
-            mean_cosines(out, keys, W, K, K.block, BLOCK_R)
-        elif NORM and tile == num_tiles - 1 - REDUNDANCY:
+        out = tl.multiple_of(partials_ptr + row * FORM.window, ALIGN)
+        if FORM.redundancy and tile == num_tiles - 1:
+            mean_cosines(out, keys, FORM.window, K, K.block, BLOCK_R)
+        elif FORM.value_norm and tile == num_tiles - 1 - FORM.redundancy:
             v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer) + head * stride_v_h
             values = PagedRows(v_base, table, start, stride_v_b, stride_v_p)
-            value_norms(out, values, W, V, V.block, BLOCK_R)
+            value_norms(out, values, FORM.window, V, V.block, BLOCK_R)
         else:
             q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer)
             q_base += seq * stride_q_s + head * FORM.group * stride_q_h
