@@ -1,11 +1,11 @@
-# Everything a newcomer needs: `make demo` and `make test`. Each makes what it needs in .venv first, vLLM too.
+# Start with `make demo` or `make test`. Each target first installs what it needs into .venv, vLLM too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-# The vLLM targets make an environment for CPUs; name a Python that has vllm and kara-kernels to use that.
+# The vLLM targets create an environment for CPUs. Set this to use another Python that has vllm and kara-kernels.
 VLLM_PYTHON ?= $(VENV)/vllm/bin/python
-# One thread each: test workers share the cores, and spinning threads on a loaded machine are many times slower.
+# One thread per process: test workers share the cores, and spinning threads make a busy machine many times slower.
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
@@ -14,43 +14,43 @@ SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
-demo: $(VENV)/.demo ## watch a language model decode while its KV cache shrinks (ARGS="--help" for options)
+demo: $(VENV)/.demo ## decode with a small model while its KV cache shrinks (ARGS="--help" lists options)
 	$(BIN)/python -m demos.generate $(ARGS)
 
-demo-vllm: $(VLLM_PYTHON) ## serve with vLLM, without and with Kara, and compare (ARGS="--help" for options)
+demo-vllm: $(VLLM_PYTHON) ## serve with vLLM, with and without Kara, and compare (ARGS="--help" lists options)
 	$(VLLM_PYTHON) -m demos.serve $(ARGS)
 
-quality: $(VENV)/.demo ## compare what methods keep of the meaning, an hour on 2 cores (ARGS="--quick": 5 minutes)
+quality: $(VENV)/.demo ## compare Kara with other methods, an hour on 2 cores (ARGS="--quick": 5 minutes)
 	$(BIN)/python -m bench.quality $(ARGS)
 
-codegen: $(VENV)/.dev ## compile every kernel for six GPUs and write bench/results/codegen.md (ten minutes)
+codegen: $(VENV)/.dev ## compile every kernel for six GPUs; writes bench/results/codegen.md (ten minutes)
 	$(BIN)/python -m bench.codegen $(ARGS)
 
-bench: $(VENV)/.dev ## time an event on this CPU beside other ways to do it: bench/results/speed.md (ten minutes)
+bench: $(VENV)/.dev ## time one compression on this CPU; writes bench/results/speed.md (ten minutes)
 	$(BIN)/python -m bench.speed $(ARGS)
 
-traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator, and what a model makes of them
+traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator, and model GPU times
 	$(BIN)/python -m bench.traffic $(ARGS)
 	$(BIN)/python -m bench.traffic.predict
 
-docs: $(VENV)/.dev ## build the documentation as a site, into build/site
+docs: $(VENV)/.dev ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "To read it with its search: $(BIN)/python -m http.server -d build/site"
+	@echo "To read it with search: $(BIN)/python -m http.server -d build/site"
 
-test: $(VENV)/.dev ## run all tests: interpreted, compiled, timed
+test: $(VENV)/.dev ## run all tests except those of vLLM: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_compiled.py tests/test_launch.py tests/test_emulated.py tests/test_codegen.py tests/test_traffic.py tests/test_gpu.py
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cost.py tests/test_overhead.py
 
-test-vllm: $(VLLM_PYTHON) ## test the vLLM plugin inside of vLLM
+test-vllm: $(VLLM_PYTHON) ## test the plugin inside vLLM
 	$(VLLM_PYTHON) -m pytest tests/with_vllm
 
-lint: $(VENV)/.dev ## ruff and mypy
+lint: $(VENV)/.dev ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove the virtual environment and caches of the tools
+clean: ## remove the virtual environment and the caches of tools
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build *.egg-info
 
 $(VENV)/.venv:
@@ -67,7 +67,7 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-# 3.5 GB once per user, in ~/.cache/kara_kernels; this checkout adds only itself.
+# 3.5 GB once per user, in ~/.cache/kara_kernels. This checkout adds only itself.
 $(VENV)/vllm/bin/python: $(VENV)/.venv pyproject.toml demos/environment.py
 	$(BIN)/python -m demos.environment $(VENV)/vllm
 	@touch -h $@

@@ -1,14 +1,15 @@
-"""What users have today for one compression event over a paged cache, in plain PyTorch: to be timed against.
+"""Baselines to time against: one compression of a paged cache as users write it today, in plain PyTorch.
 
-Written from published descriptions, independent of the library, the way a careful user would: layer by layer, all
-sequences of a batch at once, one host read of the lengths per event and none per layer. Runs on any device.
+Written from published descriptions, independently of the library, as a careful user would: layer by layer, all
+sequences of a batch at once, with one host read of the lengths per compression and none per layer. Runs on any device.
 
-Every event takes the same arguments: ``queries`` one ``[S, N, H*G, D]`` per layer, ``k_pools`` and ``v_pools`` one
+Every baseline takes the same arguments: ``queries`` one ``[S, N, H*G, D]`` per layer, ``k_pools`` and ``v_pools`` one
 ``[B, P, H, D]`` (contiguous) per layer, ``block_tables`` int32 ``[S, max_blocks]``, ``window_starts`` and ``seq_lens``
 int32 ``[S]`` in tokens (every window fits), ``window`` and ``keep`` in tokens. It changes the pools in place and
 returns the new lengths, int32 ``[S]``.
 
-A scorer takes one layer's ``query [S, N, H*G, D]`` and ``keys [S, H, W, D]`` and returns ``[S, H, W]``, higher is kept.
+A scorer takes one layer's ``query [S, N, H*G, D]`` and ``keys [S, H, W, D]`` and returns ``[S, H, W]``. The highest
+scores are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 
 
 def gather_keys(k_pool: Tensor, block_tables: Tensor, window_starts: Tensor, window: int) -> Tensor:
-    """``[S, H, W, D]``: the windows' keys of one layer, read through the block tables."""
+    """The windows' keys of one layer, ``[S, H, W, D]``, read through the block tables."""
     page = k_pool.shape[1]
     token = window_starts[:, None] + torch.arange(window, device=k_pool.device)
     block = block_tables.gather(1, token // page)
@@ -37,23 +38,23 @@ def gather_keys(k_pool: Tensor, block_tables: Tensor, window_starts: Tensor, win
 
 
 def attention_logits(query: Tensor, keys: Tensor) -> Tensor:
-    """``[S, H, G, N, W]``, scaled, no mask: every query sees every key of the window."""
+    """Scaled logits ``[S, H, G, N, W]`` without a mask: every query sees every key of the window."""
     query = query.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)  # [S, H, G, N, D]
     flat = query.flatten(2, 3) * keys.shape[-1] ** -0.5
     return (flat @ keys.transpose(-1, -2)).unflatten(2, query.shape[2:4])
 
 
 def mean_attention(query: Tensor, keys: Tensor) -> Tensor:
-    """The predecessor's way with Kara's score: softmax over the window, mean over group and all queries."""
+    """The predecessor's code with Kara's score: softmax over the window, mean over group and all queries."""
     return attention_logits(query, keys).softmax(-1).mean((2, 3))
 
 
 def rkv(query: Tensor, keys: Tensor) -> Tensor:
     """R-KV (arXiv 2505.24133): 0.1 x attention - 0.9 x softmax of the mean cosine to the other keys.
 
-    Attention of the last 8 queries: logits at their greatest over the group, softmax, mean, max-pooled over 7 tokens.
-    The cosine matrix ``[S, H, W, W]`` is made whole, as published. Left out, in its favour: the zeroing of the newest
-    similar key in each column.
+    Attention of the last 8 queries: maximum logits over the group, softmax, mean, max-pooled over 7 tokens. The full
+    cosine matrix ``[S, H, W, W]`` is computed, as published. Zeroing the newest similar key in each column is left out,
+    which favours the baseline.
     """
     attention = attention_logits(query[:, -RKV_QUERIES:], keys).amax(2).softmax(-1).mean(2)
     unit = F.normalize(keys, dim=-1)
@@ -75,14 +76,14 @@ def _max_pool(scores: Tensor) -> Tensor:
 
 
 def select(scores: Tensor, keep: int) -> Tensor:
-    """int64 ``[S, H, K]``: window-relative positions of the best, ascending."""
+    """Window-relative positions of the best scores, int64 ``[S, H, K]``, ascending."""
     return scores.topk(keep, dim=-1, sorted=False).indices.sort(-1).values
 
 
 def tail_rows(
     block_tables: Tensor, window_starts: Tensor, seq_lens: Tensor, page: int, window: int, keep: int
 ) -> tuple[Tensor, Tensor]:
-    """Where the tail of every sequence lies and where it goes, rows of a flat pool, int64 ``[T]``; for all layers."""
+    """Source and target rows of all tails in a flat pool, int64 ``[T]`` each. The same for all layers."""
     sequence, source = [], []
     for s, (start, length) in enumerate(zip(window_starts.tolist(), seq_lens.tolist(), strict=True)):
         token = torch.arange(start + window, length, device=block_tables.device)
@@ -95,7 +96,7 @@ def tail_rows(
 def compact(
     pool: Tensor, block_tables: Tensor, window_starts: Tensor, keep_indices: Tensor, tail: tuple[Tensor, Tensor]
 ) -> None:
-    """Moves survivors ``keep_indices [S, H, K]`` and ``tail`` of one pool up, in place: gather a copy, index_copy_."""
+    """Moves survivors ``keep_indices [S, H, K]`` and ``tail`` of one pool up in place, by gather and index_copy_."""
     sequences, heads, keep = keep_indices.shape
     owner = torch.arange(sequences, device=pool.device)
     source = _rows(
@@ -106,7 +107,7 @@ def compact(
     )  # [S, K]
     flat = pool.view(-1, *pool.shape[2:])
     survivors = flat[source.transpose(1, 2), torch.arange(heads, device=pool.device)]  # [S, K, H, D]
-    rest = flat[tail[0]]  # read before anything is written: a copy is what makes the move safe
+    rest = flat[tail[0]]  # read before anything is written; the copy makes the move safe
     flat.index_copy_(0, target.flatten(), survivors.flatten(0, 1))
     flat.index_copy_(0, tail[1], rest)
 
@@ -130,7 +131,7 @@ def compress(
     window: int,
     keep: int,
 ) -> Tensor:
-    """Scores, selects and compacts every layer in turn; arguments as at the top of this file."""
+    """Scores, selects and compacts every layer in turn. The module docstring describes the arguments."""
     tail = tail_rows(block_tables, window_starts, seq_lens, k_pools[0].shape[1], window, keep)
     for query, k_pool, v_pool in zip(queries, k_pools, v_pools, strict=True):
         keys = gather_keys(k_pool, block_tables, window_starts, window)
@@ -149,7 +150,7 @@ def score(
     window_starts: Tensor,
     window: int,
 ) -> Tensor:
-    """``[L, S, H, W]``: the scoring of :func:`compress` alone."""
+    """Only the scoring of :func:`compress`: ``[L, S, H, W]``."""
     return torch.stack([
         scorer(query, gather_keys(k_pool, block_tables, window_starts, window))
         for query, k_pool in zip(queries, k_pools, strict=True)

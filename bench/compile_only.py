@@ -1,7 +1,7 @@
-"""Compile the library's own launches for a GPU that is not there.
+"""Compiles the library's launches for a GPU that is not present.
 
-A driver that names a target and launches nothing: every launcher runs unchanged on CPU tensors, and what Triton
-compiled for it is collected. For tests and benches that look at compiled code.
+A driver reports a target and launches nothing. Every launcher runs unchanged on CPU tensors, and the compiled kernels
+are collected. Used by tests and benches that inspect compiled code.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Build:
         return self.kernel.asm["ptx" if "ptx" in self.kernel.asm else "amdgcn"]
 
     def resources(self) -> dict[str, int]:
-        """registers and spilled bytes, as the assembler or the code object reports them."""
+        """Registers and spilled bytes, as reported by the assembler or the code object."""
         if not self._resources:
             if "ptx" in self.kernel.asm:
                 self._resources = _cuda_resources(self.kernel)
@@ -85,15 +85,15 @@ def _cuda_resources(kernel: CompiledKernel) -> dict[str, int]:
     return {"registers": int(usage["REG"]), "spills": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
-_numbers = itertools.count(1000)  # beyond any index that torch.device takes
+_numbers = itertools.count(1000)  # larger than any index of a torch.device
 
 
 class CompileOnly(DriverBase):
-    """Names a target and launches nothing."""
+    """A driver that reports a target and launches nothing."""
 
     def __init__(self, name: str):
         self.target = TARGETS[name]
-        self.number = next(_numbers)  # kernels are cached per device: a fresh one compiles afresh
+        self.number = next(_numbers)  # kernels are cached per device, so a new device compiles again
         self.utils = types.SimpleNamespace(
             get_device_properties=lambda device: {
                 "max_shared_mem": SHARED[name],
@@ -140,7 +140,7 @@ class CompileOnly(DriverBase):
 
 @contextmanager
 def compiling_for(name: str) -> Iterator[list[Build]]:
-    """Every kernel launched inside is compiled for target ``name`` and appended to the list; nothing runs."""
+    """Compiles every kernel launched inside for target ``name`` and appends it to the list. Nothing runs."""
     builds: list[Build] = []
     original = CompiledKernel.__init__
 
@@ -158,7 +158,7 @@ def compiling_for(name: str) -> Iterator[list[Build]]:
 
 @contextmanager
 def driving(instead: CompileOnly) -> Iterator[None]:
-    """Triton's driver is another one inside. The library asks a device for its target once, so it has to forget."""
+    """Replaces Triton's driver inside. Clears the library's cached targets of devices."""
     before = driver._active
     _triton.architecture.cache_clear()
     driver.set_active(instead)

@@ -1,6 +1,6 @@
-"""What was measured, by key, in the user's cache and never in the repository: a run that was stopped goes on.
+"""Stores measurements by key in the user's cache, not in the repository, so that an interrupted run can resume.
 
-A key is a hash of all that a value depends on. Code counts without comments, docstrings and layout.
+A key is a hash of everything a value depends on. Code is hashed without comments, docstrings and layout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Store:
-    """JSON values that outlive the process. Each is kept for good once :meth:`put` returns; checkouts and processes
-    may share a store, for a key says all that its value depends on."""
+    """JSON values that outlive the process. A value is permanent once :meth:`put` returns. Checkouts and processes may
+    share a store, because a key covers everything its value depends on."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_root() / "bench" / "measured.sqlite"
@@ -43,20 +43,20 @@ class Store:
             self._base.execute("insert or replace into measured values (?, ?)", (key, json.dumps(value)))
 
     def kept(self, key: str, make: Callable[[], Any]) -> Any:
-        """The value of ``key``, made where missing."""
+        """The value of ``key``. Computes it if it is missing."""
         if self.get(key) is None:
             self.put(key, make())
         return self.get(key)
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Of a run that came to its end: the next one measures anew."""
+        """Removes the values of a finished run, so that the next run measures again."""
         with self._base:
             self._base.executemany("delete from measured where key = ?", [(key,) for key in keys])
 
 
 def measure_all(what: str, cases: Mapping[str, Callable[[], Any]], *depends: Any) -> list[Any]:
-    """What every case gives, by its label and in order, with progress. A run that was stopped goes on where it was, if
-    ``depends`` is the same; one that came to its end measures anew the next time."""
+    """Measures every case in order, with progress. An interrupted run resumes if ``depends`` is the same. After a
+    finished run, the next one measures again."""
     store, values = Store(), []
     keys = {label: digest(what, label, *depends) for label in cases}
     with Screen().phase({}, what, len(cases), "cases") as advance:
@@ -76,14 +76,14 @@ def digest_of_files(files: Iterable[Path], root: Path = ROOT) -> str:
 
 
 def digest_of_folders(*names: str) -> str:
-    """Of all code in folders, or in single files, of the repository."""
+    """A hash of all code in folders or single files of the repository."""
     paths = [ROOT / name for name in names]
     return digest_of_files(file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path]))
 
 
 @functools.cache
 def code_of(source: str) -> str:
-    """Without what does not run."""
+    """The source without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

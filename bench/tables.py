@@ -1,9 +1,9 @@
 """Tables of benches, in Markdown and as CSV files.
 
-In a file stands what holds for all rows first, as ``# name: value``, then one line a row.
-Values are strings, whole and broken numbers, ``True`` and ``False``; an empty cell is a value that the row lacks. Rows
-may nest: ``times.event.median`` is the column of ``row["times"]["event"]["median"]``, and a column whose name ends in
-``[]`` holds lists, separated by ``;``. What :func:`write` writes, :func:`read` returns, to the last digit.
+A file starts with the values common to all rows, as ``# name: value``. Then comes one line per row. Values are strings,
+integers, floats, ``True`` and ``False``. An empty cell is a missing value. Rows may nest: ``times.event.median`` is the
+column of ``row["times"]["event"]["median"]``. A column whose name ends in ``[]`` holds lists, separated by ``;``.
+:func:`read` returns exactly what :func:`write` wrote, to the last digit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]], **head: Any) -> None:
-    """Replaces ``path`` at once, so that no reader sees half a table. ValueError for what would be read differently."""
+    """Replaces ``path`` atomically. Raises ValueError for values that would be read back differently."""
     flat = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(column for row in flat for column in row))
     beside = path.with_name(path.name + ".part")
@@ -37,7 +37,7 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], **head: Any) -> None:
 
 
 def read(path: Path) -> tuple[Row, list[Row]]:
-    """(what holds for all rows, rows). Raises ValueError, naming the file, for what is no such table."""
+    """Returns (common values, rows). Raises ValueError, with the file name, if the file is not such a table."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         first = next(index for index, line in enumerate(lines) if not line.startswith("# "))

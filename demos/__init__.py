@@ -1,12 +1,12 @@
-"""Demonstrations and what they share. They live beside the package, not in it: run them from a checkout.
+"""The demos and their shared code. They are not part of the package: run them from a checkout.
 
 generate/       python -m demos.generate: one prompt, decoded with the full cache and with KaraCache
-serve/          python -m demos.serve: the same load for vLLM without Kara and with it
-environment.py  python -m demos.environment FOLDER: a Python that runs vLLM on a CPU
+serve/          python -m demos.serve: the same load for vLLM, with and without Kara
+environment.py  python -m demos.environment FOLDER: creates a Python that runs vLLM on a CPU
 
-model.py        which model: a directory, a name, or the small one that a package ships
-screen.py       progress and the time left, on a terminal or in a log
-command.py      command lines: options of every demo, exit codes, one line for every error
+model.py        loads the model: a directory, a name, or the small packaged one
+screen.py       progress and time left, on a terminal or in a log
+command.py      command lines: shared options, exit codes, one line per error
 style.py        colours of the pictures
 """
 

@@ -1,4 +1,4 @@
-"""Command lines of the demos: options they share, exit codes, one line on standard error for whatever goes wrong."""
+"""Command lines of the demos: shared options, exit codes, and one line on standard error for every error."""
 
 from __future__ import annotations
 
@@ -10,21 +10,39 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from . import DemoError
 
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 ON_OFF = {"on": True, "off": False}
-# What an option of kara_kernels.options is for, in a line. Names, defaults and checks come from there.
-MEANINGS = {
-    "attention": "causal hides later keys from every query, as an ablation",
-    "reduction": "take the root mean square over the queries, or the mean",
-    "value_norm": "on weighs every key by the length of its value",
-    "redundancy": "over 0 marks down keys that resemble the others",
-    "pool": "every KV head keeps its own tokens, or the heads of a layer share a list, or the whole model does",
-    "chunk_fraction": "share of the kept tokens that may fill gaps between others, 0 to 1",
-    "max_chunk": "longest stretch without gaps that is kept in one piece, in tokens",
+
+
+class Option(NamedTuple):
+    """An option of scoring or selection as the command line shows it."""
+
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] | None = None
+
+
+# kara_kernels.options imports torch, which takes seconds. --help must not wait for that, so its defaults are repeated
+# here. A test holds them equal to the library's, and the library still checks every value.
+USUAL = {"window": 256, "keep": 128, "tail": 128}
+OPTIONS = {
+    "attention": Option(
+        "bidirectional", "causal, an ablation, hides later keys from every query", ("bidirectional", "causal")
+    ),
+    "reduction": Option("rms", "root mean square or mean over the queries", ("mean", "rms")),
+    "value_norm": Option(None, "on multiplies every score by the norm of the value"),
+    "redundancy": Option(0.0, "above 0, keys that resemble other keys score lower"),
+    "pool": Option(
+        "head",
+        "who shares a list of kept tokens: nobody (each KV head has its own), the heads of a layer, or the whole model",
+        ("head", "layer", "model"),
+    ),
+    "chunk_fraction": Option(0.1, "share of the kept tokens that may fill gaps between other kept tokens, 0 to 1"),
+    "max_chunk": Option(8, "longest span that counts as a chunk, in tokens"),
 }
 
 
@@ -33,72 +51,62 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, usage=usage, allow_abbrev=False, description=description, epilog=epilog)
 
     def error(self, message: str) -> NoReturn:
-        """One line like every other error, without argparse's usage block in front of it."""
+        """One line, without argparse's usage block."""
         raise DemoError(f"{message} (--help lists the options)", 2)
 
 
 def flag(name: str) -> str:
-    """``block_size`` as it is typed."""
+    """``block_size`` as an option: ``--block-size``."""
     return f"--{name.replace('_', '-')}"
 
 
 def add_policy(parser: argparse.ArgumentParser) -> Any:
-    """Window, keep and tail. What is not given stays None, and the library's own defaults hold."""
-    from kara_kernels.engine import Policy
-
-    usual = Policy()
+    """Window, keep and tail. An option that is not given stays None, and the library's default holds."""
     group = parser.add_argument_group("how the cache is compressed")
     group.add_argument(
-        "--window", metavar="W", type=int, help=f"tokens looked at in one compression (default: {usual.window})"
+        "--window", metavar="W", type=int, help=f"tokens scored in one compression (default: {USUAL['window']})"
     )
     group.add_argument(
-        "--keep", metavar="K", type=int, help="tokens of each window that stay, 1 to W-1 (default: half of the window)"
+        "--keep", metavar="K", type=int, help="tokens kept of each window, 1 to W-1 (default: half of the window)"
     )
     group.add_argument(
         "--tail",
         metavar="N",
         type=int,
-        help=f"newest tokens, left alone; their queries help to score the window (default: {usual.tail})",
+        help=f"newest tokens, left uncompressed; their queries help to score the window (default: {USUAL['tail']})",
     )
     return group
 
 
 def add_options(group: Any) -> None:
-    """Every option of scoring and selection, as :mod:`kara_kernels.options` lists them."""
-    from kara_kernels import options
-
-    choices = {"attention": options.ATTENTIONS, "reduction": options.REDUCTIONS, "pool": options.POOLS}
-    for name, field in options.OPTIONS.items():
-        meaning = MEANINGS.get(name, "see kara_kernels.options")
-        if field.default is None or isinstance(field.default, bool):
+    """Every option of scoring and selection."""
+    for name, (default, meaning, choices) in OPTIONS.items():
+        if default is None:
             group.add_argument(flag(name), choices=ON_OFF, help=f"{meaning} (default: on)")
-        elif name in choices:
-            group.add_argument(flag(name), choices=choices[name], help=f"{meaning} (default: {field.default})")
+        elif choices:
+            group.add_argument(flag(name), choices=choices, help=f"{meaning} (default: {default})")
         else:
-            kind = type(field.default)
+            kind = type(default)
             metavar = "N" if kind is int else "X"
-            group.add_argument(flag(name), metavar=metavar, type=kind, help=f"{meaning} (default: {field.default})")
+            group.add_argument(flag(name), metavar=metavar, type=kind, help=f"{meaning} (default: {default})")
 
 
 def told(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the options `names` that were given."""
+    """The options among `names` that were given."""
     given = {name: getattr(options, name) for name in names}
     return {name: ON_OFF.get(value, value) for name, value in given.items() if value is not None}
 
 
 def fill_policy(options: argparse.Namespace) -> None:
-    """Give window, keep and tail the values that hold where they were not given."""
-    from kara_kernels.engine import Policy
-
-    usual = Policy()
-    options.window = usual.window if options.window is None else options.window
+    """Set window, keep and tail to their defaults where they were not given."""
+    options.window = USUAL["window"] if options.window is None else options.window
     options.keep = max(1, options.window // 2) if options.keep is None else options.keep
-    options.tail = usual.tail if options.tail is None else options.tail
+    options.tail = USUAL["tail"] if options.tail is None else options.tail
 
 
 @contextlib.contextmanager
 def library_checks() -> Iterator[None]:
-    """The library's refusals, which begin with the name of an argument, as refusals of an option."""
+    """Turn an error of the library, which begins with an argument's name, into an error about the option."""
     try:
         yield
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -107,7 +115,7 @@ def library_checks() -> Iterator[None]:
 
 
 def check_least(options: argparse.Namespace, **least: float) -> None:
-    """Refuse the first number below its least value, and infinities and NaN."""
+    """Reject a number below its minimum, infinity and NaN."""
     for name, low in least.items():
         value = getattr(options, name)
         if value is not None and not low <= value < float("inf"):
@@ -115,14 +123,14 @@ def check_least(options: argparse.Namespace, **least: float) -> None:
 
 
 def add_outputs(parser: argparse.ArgumentParser, picture: Path) -> Any:
-    """The options of picture and figures, the same for every demo; returns their group."""
-    group = parser.add_argument_group("what comes out")
+    """The options for picture and figures, the same in every demo. Returns their group."""
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--picture",
         metavar="FILE",
         type=Path,
         default=picture,
-        help="where the picture goes, PNG, SVG or PDF (default: %(default)s)",
+        help="path of the picture, PNG, SVG or PDF (default: %(default)s)",
     )
     group.add_argument("--no-picture", action="store_true", help="draw no picture")
     group.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file as JSON")
@@ -130,7 +138,7 @@ def add_outputs(parser: argparse.ArgumentParser, picture: Path) -> Any:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raise DemoError (code 2) where :func:`add_outputs`' options cannot be followed. Resolves --no-picture."""
+    """Raise DemoError (code 2) if an output cannot be written. Resolves --no-picture."""
     if options.no_picture:
         options.picture = None
     elif options.picture.suffix.lower() not in PICTURE_TYPES:
@@ -140,13 +148,13 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def check_output(option: str, path: Path | None) -> None:
-    """Fail now rather than after minutes of decoding. Makes the parent directories."""
+    """Fail now rather than after minutes of decoding. Creates the parent directories."""
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         was_there = path.exists()
-        with open(path, "ab"):  # the only test that also holds for root and for read-only mounts
+        with open(path, "ab"):  # the only check that works for root and on read-only mounts
             pass
         if not was_there:
             path.unlink()
@@ -155,27 +163,27 @@ def check_output(option: str, path: Path | None) -> None:
 
 
 def check_model(name: str | None) -> None:
-    """Refuse what can be neither a model directory nor a name on the Hub."""
+    """Reject a string that is neither a model directory nor a possible name on the Hub."""
     if name is None:
         return
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DemoError(f"--model {name} holds no config.json, so it is not a model directory", 2)
-    # What looks like a path is one; only "name" and "owner/name" can be names.
+    # Anything that looks like a path is a path. Only "name" and "owner/name" can be Hub names.
     elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
         raise DemoError(f"--model {name or repr(name)}: there is no such directory", 2)
 
 
 def require(packages: Sequence[str], advice: str) -> None:
-    """Name those of `packages` that this Python lacks, with `advice` on how to get them."""
+    """Raise DemoError with the missing `packages` and `advice` on how to get them."""
     if lacking := ", ".join(name for name in packages if importlib.util.find_spec(name) is None):
         raise DemoError(f"the demo needs {lacking} in this Python: {advice}")
 
 
 @contextlib.contextmanager
 def imports(prog: str) -> Iterator[None]:
-    """For the seconds in which torch is imported: there, Ctrl-C would come out as some ImportError."""
+    """Exit cleanly on Ctrl-C while torch is being imported, which would turn it into an ImportError."""
 
     def leave(*_: object) -> NoReturn:
         os.write(2, f"{prog}: interrupted\n".encode())
@@ -189,18 +197,18 @@ def imports(prog: str) -> Iterator[None]:
 
 
 def concluded(prog: str, body: Callable[[], object]) -> int:
-    """Run `body`. Exit code 0, that of a DemoError (2 for a bad option, 1 for what failed later), 130 for Ctrl-C."""
+    """Run `body` and return the exit code: 0, that of a DemoError (2: bad option, 1: later failure), 130 for Ctrl-C."""
     try:
         body()
     except DemoError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        # A terminal has echoed ^C, which deserves a line of its own.
+        # The terminal has echoed ^C, so start a new line.
         print("\n" * sys.stderr.isatty() + f"{prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Python would complain when it flushes stdout at exit.
+        # The reader (head, less) closed the pipe. Python would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

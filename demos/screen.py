@@ -1,4 +1,4 @@
-"""Standard output of demos and benches: progress with an estimate of the time left, on a terminal or in a log."""
+"""Standard output of demos and benches: progress and an estimate of the time left, on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 READABLE = 96  # columns; longer lines of prose are hard to follow
-EVERY_SECONDS = 15.0  # off a terminal, one line of progress each
+EVERY_SECONDS = 15.0  # outside a terminal, one line of progress per interval
 
-Advance = Callable[..., None]  # advance(count, note=""): `count` more are done; the note is shown beside them
+Advance = Callable[..., None]  # advance(count, note=""): `count` more are done; the note is shown with the progress
 
 
 class Screen:
-    """Live progress bars on a terminal. Elsewhere (logs, pipes) a line every `every` seconds and one at the end."""
+    """Live progress bars on a terminal. In logs and pipes, a line every `every` seconds and one at the end."""
 
     def __init__(self, every: float = EVERY_SECONDS) -> None:
         self.console = Console(highlight=False)
@@ -29,14 +29,14 @@ class Screen:
 
     @contextmanager
     def timed(self, phases: dict[str, float], name: str) -> Iterator[None]:
-        """Note in `phases` how many seconds the block took."""
+        """Record in `phases` how many seconds the block took."""
         started = time.perf_counter()
         yield
         phases[name] = time.perf_counter() - started
 
     @contextmanager
     def phase(self, phases: dict[str, float], name: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
-        """A timed block that makes `total` steps; yields `advance(count, note="")`."""
+        """A timed block of `total` steps. Yields `advance(count, note="")`."""
         with self.timed(phases, name):
             if self.console.is_terminal:
                 with self._bar(name, total) as advance:
@@ -47,7 +47,7 @@ class Screen:
 
     @contextmanager
     def waiting(self, phases: dict[str, float], name: str) -> Iterator[None]:
-        """A timed block that cannot say how far it is."""
+        """A timed block whose progress is unknown."""
         with self.timed(phases, name):
             if self.console.is_terminal:
                 with self.console.status(name):
@@ -89,7 +89,7 @@ class Screen:
 
     @contextmanager
     def _repeating(self, line: Callable[[], str]) -> Iterator[None]:
-        """Print `line()` every `self.every` seconds, even while the block hangs in one long step."""
+        """Print `line()` every `self.every` seconds, even during one long step."""
         over = threading.Event()
 
         def repeat() -> None:
@@ -111,14 +111,14 @@ class _TimeColumn(ProgressColumn):
 
 
 def time_told(done: float, total: float, seconds: float) -> str:
-    """The time that went by and, before the end, an estimate of what is left at the pace so far."""
+    """Elapsed time and, before the end, an estimate of the time left at the current pace."""
     if not 0 < done < total:
         return duration(seconds)
     return f"{duration(seconds)}, about {rough(seconds / done * (total - done))} left"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Seconds in readable form: 45 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
 
 
 def rough(seconds: float) -> str:
-    """An estimate, no more exact than it can be."""
+    """An estimate, rounded to a realistic precision."""
     if seconds < 120:
         return f"{max(5, 5 * round(seconds / 5))} s"
     minutes = round(seconds / 60)

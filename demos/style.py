@@ -1,8 +1,8 @@
-"""Colours and matplotlib settings that the pictures of demos and benches share."""
+"""Colours and matplotlib settings for the pictures of demos and benches."""
 
 from __future__ import annotations
 
-# Okabe and Ito's palette: told apart with every common colour blindness, and in grey too.
+# The palette of Okabe and Ito, distinguishable with common colour blindness and in greyscale.
 INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
 BLUE, ORANGE, SKY = "#0072B2", "#D55E00", "#56B4E9"
 GREEN, PURPLE = "#009E73", "#CC79A7"

@@ -1,4 +1,4 @@
-"""Extension of Griffe: what docstrings abbreviate is written out for the API pages."""
+"""Extension of Griffe that expands abbreviations in docstrings for the API pages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ GROUP = re.compile(r"^( +)((?:\w+, )+\w+): (.*(?:\n\1 +.*)*)", re.M)
 
 
 class Written(griffe.Extension):
-    """Roles such as ``:func:`kara_kernels.ops.select_topk``` become links, where a page has what they name. Parameters
-    that share a line, ``scale, k_scale: ...``, get one each."""
+    """Roles such as ``:func:`kara_kernels.ops.select_topk``` become links if a page documents the name. Parameters
+    that share a line, ``scale, k_scale: ...``, get one line each."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         write_out(pkg)

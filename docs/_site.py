@@ -1,7 +1,7 @@
-"""Hook of MkDocs: README, CONTRIBUTING, CHANGELOG, LICENSE and the pages of the benches are pages of the site as well.
+"""Hook of MkDocs that adds README, CONTRIBUTING, CHANGELOG, LICENSE and the result pages of the benches to the site.
 
-Links in Markdown are relative to the file they stand in, so that they work in a clone. On the site some files lie
-elsewhere; their links, and links to them, are turned here.
+Links in Markdown are relative to their own file, so that they work in a clone. Some files have another place on the
+site. This hook rewrites their links, and links to them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds what lies outside of ``docs``."""
+    """Adds pages from outside ``docs``."""
     for source, page in MOVED.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turns the links of a page. One that leads nowhere stays as it is, and the strict build reports it."""
+    """Rewrites the links of a page. Broken links stay unchanged, and the strict build reports them."""
     site = page.file.src_uri
     here = posixpath.dirname(_in_repository(site))
 
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _in_repository(page: str) -> str:
-    """Where the source of a page of the site lies."""
+    """The source file of a page of the site."""
     moved = {page: source for source, page in MOVED.items()}
     if page.startswith("results/"):
         return f"{RESULTS}/{posixpath.basename(page)}"
@@ -52,7 +52,7 @@ def _in_repository(page: str) -> str:
 
 
 def _on_site(source: str) -> str:
-    """Where a file of the repository is on the site."""
+    """The place of a repository file on the site."""
     if source.startswith(f"{RESULTS}/"):
         return f"results/{posixpath.basename(source)}"
     return {**MOVED, "LICENSE": "licence.md"}.get(source, source.removeprefix("docs/"))

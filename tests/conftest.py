@@ -1,6 +1,6 @@
-"""One process runs the kernels one way: interpreted on CPU tensors unless TRITON_INTERPRET=0 asks for compiled code.
+"""A process runs kernels either interpreted on CPU tensors or, with TRITON_INTERPRET=0, as compiled code.
 
-Triton decides when a kernel is decorated, so the choice is made here, before anything imports the package.
+Triton decides at decoration time, so the choice is made here, before anything imports the package.
 """
 
 import os
@@ -26,13 +26,13 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
     params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
 )
 def backend(request: pytest.FixtureRequest) -> str:
-    """Both ways to run an operation on the tensors of this machine."""
+    """Both backends that run on this machine's tensors."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Models this small only lose by more, and lose much on a busy machine."""
+    """Limits PyTorch to one thread. More only slow down models this small, a lot on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

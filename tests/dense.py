@@ -1,6 +1,5 @@
-"""What a compressed cache must compute, said without a cache: one forward over the whole text, where a
-dropped token is a hole in the attention mask of its layer and head. Nothing is stored, moved or paged, and
-positions are logical."""
+"""What a compressed cache must compute, without a cache: one forward pass over the whole text. A dropped token is
+masked in the attention of its layer and head. Nothing is stored, moved or paged, and positions are logical."""
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class Ledger:
         self.visible = torch.zeros(layers, sequences, heads, tokens, tokens, dtype=torch.bool)
 
     def read(self, until: int) -> None:
-        """Tokens up to ``until`` come in: each sees what is held and the tokens before it."""
+        """Adds tokens up to ``until``. Each sees the held tokens and the new tokens before it."""
         for token in range(self.now, until):
             for layer, sequences in enumerate(self.held):
                 for s, heads in enumerate(sequences):
@@ -43,7 +42,7 @@ class Ledger:
         self.now = until
 
     def drop(self, s: int, start: int, window: int, keep: Tensor) -> None:
-        """Of ``window`` rows from ``start`` on, sequence ``s`` holds on to those in ``keep [L, H, K]``."""
+        """Sequence ``s`` keeps only ``keep [L, H, K]`` of the ``window`` rows from ``start`` on."""
         for layer, per_head in enumerate(keep.tolist()):
             for h, rows in enumerate(per_head):
                 tokens = self.held[layer][s][h]
@@ -52,8 +51,8 @@ class Ledger:
 
 
 def replay(model, real: Tensor, events) -> Ledger:
-    """The ledger of a text ``real [S, T]`` after ``events``, records as :class:`kara_kernels.engine.Compression`; in
-    a batch their ``request_id`` is the sequence's index."""
+    """The ledger of a text ``real [S, T]`` after ``events``, records of :class:`kara_kernels.engine.Compression`. In a
+    batch their ``request_id`` is the sequence's index."""
     config = model.config
     ledger = Ledger(config.num_hidden_layers, config.num_key_value_heads, real)
     happened = [(int(event.request_id) if len(real) > 1 else 0, event) for event in events]
@@ -66,13 +65,13 @@ def replay(model, real: Tensor, events) -> Ledger:
 
 
 def column_of(real: Tensor, tokens: int) -> int:
-    """Columns of ``real [T]``, padding among them, until there are so many tokens."""
+    """The number of columns of ``real [T]``, including padding, that hold ``tokens`` tokens."""
     return int((real.long().cumsum(0) < tokens).sum()) + 1
 
 
 @torch.no_grad()
 def dense_logits(model, ids: Tensor, real: Tensor, visible: Tensor) -> Tensor:
-    """Logits ``[S, T, V]`` of the text ``ids [S, T]`` in one forward without a cache."""
+    """Logits ``[S, T, V]`` of the text ``ids [S, T]`` in one forward pass without a cache."""
     before = model.config._attn_implementation
     model.set_attn_implementation("dense")
     positions = (real.cumsum(1) - 1).clamp(min=0)
@@ -82,16 +81,16 @@ def dense_logits(model, ids: Tensor, real: Tensor, visible: Tensor) -> Tensor:
 
 
 def best_of_window(layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float) -> Tensor:
-    """The ``keep`` of ``tokens`` that ``judges`` look at most in the last dense forward: ``[H, K]``."""
+    """The ``keep`` tokens with most attention from the queries ``judges`` in the last dense pass: ``[H, K]``."""
     query, key, _ = (x[s].double() for x in _seen[layer])
     heads, dim = key.shape[0], key.shape[2]
-    query = query[:, judges].reshape(heads, -1, dim)  # the G query heads of a KV head stand together
+    query = query[:, judges].reshape(heads, -1, dim)  # the G query heads of a KV head are adjacent
     score = (query @ key[:, tokens].mT * scale).softmax(-1).mean(1)
     return score.topk(keep).indices.sort(-1).values
 
 
 def best_of_causal(layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float) -> Tensor:
-    """The same where only ``tokens`` judge, and none looks ahead."""
+    """The same, but only the queries of ``tokens`` score, with a causal mask."""
     query, key, _ = (x[s].double() for x in _seen[layer])
     query = query[:, tokens].unflatten(0, (key.shape[0], -1))  # [H, G, W, D]
     ahead = torch.ones(len(tokens), len(tokens)).triu(1).bool()
@@ -102,8 +101,8 @@ def best_of_causal(layer: int, s: int, tokens: list[int], judges: list[int], kee
 def best_for_later(
     layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float, ahead: int, theta: float
 ) -> Tensor:
-    """The same by the root mean square over judges and group, times the values' lengths, with the judges ``ahead``
-    positions further on: as complex numbers of the halves of a query, turned."""
+    """The same with the root mean square over judges and group, times value norms, and with the judges rotated
+    ``ahead`` positions. The rotation treats the halves of a query as complex numbers."""
     query, key, value = (x[s].double() for x in _seen[layer])
     heads, dim = key.shape[0], key.shape[2]
     turns = torch.polar(torch.ones(dim // 2).double(), ahead * theta ** (-torch.arange(0, dim, 2) / dim).double())

@@ -1,7 +1,7 @@
 """What Kara computes, in plain Python: lists, loops, `math`. The tests' executable specification.
 
-Nothing here is fast and nothing here knows about tensors. Scores are computed in float64 for one sequence and
-one KV head at a time; every ranking is exact. The rest of the suite judges the library by these functions.
+Nothing here is fast, and nothing here uses tensors. Scores are computed in float64 for one sequence and one KV head
+at a time. Every ranking is exact. The rest of the suite tests the library against these functions.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def score_window(
     """Scores of the window's keys for one KV head: `query[N][G][D]`, `keys[W][D]`, `values[W][Dv]` -> `[W]`.
 
     The mean, over all queries and all query heads of the group, of the attention each key receives; or, "rms", its
-    root mean square. With values: times their lengths. Causal: query `i` is window token `W - N + i` and sees the
-    keys up to itself.
+    root mean square. With values, scores are multiplied by their norms. Causal: query `i` is window token `W - N + i`
+    and sees the keys up to itself.
     """
     window, count = len(keys), len(query)
     scale = 1 / math.sqrt(len(keys[0])) if scale is None else scale
@@ -99,7 +99,7 @@ def pool_scores(scores: Sequence[Sequence[Vector]], pool: str) -> list[list[list
 
 
 def rank(score: float) -> float:
-    """What is compared: NaN counts as -inf. (Python compares -0.0 and +0.0 as equal already.)"""
+    """The sort key: NaN counts as -inf. (Python already compares -0.0 and +0.0 as equal.)"""
     return -math.inf if math.isnan(score) else score
 
 

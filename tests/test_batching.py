@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, LAYERS, HEADS, PAGE = 61, 3, 2, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": HEADS}
-# Every decoded token's query judges, and the best of the window stay: what an oracle can say without the library.
+# Every decoded token's query scores, and the best of the window are kept, so an oracle needs no library code.
 PLAIN = {"query_stride": 1, "query_heads": "all", "chunk_fraction": 0.0, "reduction": "mean", "value_norm": False}
 POLICY = {"window": 32, "keep": 10, "tail": 8, **PLAIN}
 WINDOWS = (120 - 1 - 8) // 32  # compressions of a request of 120 tokens, of which the last is never computed on
@@ -70,7 +70,7 @@ def prompt(length, seed=0):
 
 
 def settings(tokens=120, generation=None, page_size=PAGE, **options):
-    """What ``generate_batch`` takes. ``max_batch_tokens`` makes longer prompts come in chunks."""
+    """Arguments of ``generate_batch``. ``max_batch_tokens`` splits longer prompts into chunks."""
     batching = {"page_size": page_size, "num_blocks": 1024 // page_size, "max_batch_tokens": 48, "seed": 5}
     batching |= {"return_logprobs": True}
     generation = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": -1} | (generation or {})
@@ -90,7 +90,7 @@ def serve(model, prompts, policy=None, **options):
 
 
 def finish(manager, *request_ids):
-    """Waits for these requests: their outputs, in this order."""
+    """Waits for these requests and returns their outputs in this order."""
     done = {}
     while not set(request_ids) <= set(done):
         output = manager.get_result(timeout=30)
@@ -121,9 +121,8 @@ def causal(ids):
 
 
 def assert_best_kept(model, output, events, policy, recorded_from=0):
-    """Windows follow the prompt and each other without gap, and what stays of each is what the queries of the
-    newest ``window + tail`` decoded tokens (of those recorded) look at most, in every layer and head, by the dense
-    model."""
+    """Windows follow the prompt and each other without gaps. In every layer and head, the kept tokens have the most
+    attention in the dense model, from the recorded queries of the newest ``window + tail`` decoded tokens."""
     ids = torch.tensor([output.prompt_ids + output.generated_tokens])[:, :-1]
     real = torch.ones_like(ids).bool()
     window, tail, stride = (policy[name] for name in ("window", "tail", "query_stride"))
@@ -148,7 +147,7 @@ def of(kara, output):
 
 
 class Told(list):
-    """A list whose ``append`` tells: how a test hears of the manager's thread."""
+    """A list whose ``append`` notifies the test about the manager's thread."""
 
     def __init__(self, listener):
         super().__init__()
@@ -161,7 +160,7 @@ class Told(list):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """Looks at the blocks of every step that is about to run. ``faults`` must stay empty."""
+    """Checks the blocks before every step. ``faults`` must stay empty."""
     seen = SimpleNamespace(peak=0, shared=0, free=0, total=0, faults=[], resets=[], served=[])
     prepare, update = ContinuousBatchProcessor.prepare_next_batch, ContinuousBatchProcessor.update_batch
     reset, match = RequestState.create_equivalent_initial_request, PagedAttentionCache.search_prefix_match
@@ -216,10 +215,10 @@ def watch(monkeypatch):
     monkeypatch.setattr(PagedAttentionCache, "search_prefix_match", search_prefix_match)
     yield seen
     assert seen.faults == []
-    assert seen.free == seen.total > 0  # whoever finished left nothing behind
+    assert seen.free == seen.total > 0  # finished requests left nothing behind
 
 
-PROMPTS = [prompt(n) for n in (5, 20, 37, 90)]  # 90 come in two chunks, beside decoding ones
+PROMPTS = [prompt(n) for n in (5, 20, 37, 90)]  # 90 are computed in two chunks, next to decoding requests
 
 
 # ------------------------------------------------------------------------------------------ the dense model
@@ -295,7 +294,7 @@ def test_blocks_are_fewer_and_accounted_for_in_every_step(llama, watch):
 
 
 def test_a_pool_that_only_compression_makes_large_enough(llama, watch):
-    """The text is longer than the whole pool: what schedules it must count rows, not tokens."""
+    """The text is longer than the whole pool, so the scheduler must count rows, not tokens."""
     (failed,) = serve(llama, [PROMPTS[1]], tokens=220, num_blocks=10, safety_margin=0.0)
     assert "No requests can be scheduled" in failed.error
     (output,), kara = serve(llama, [PROMPTS[1]], POLICY, tokens=220, num_blocks=10, safety_margin=0.0)
@@ -316,7 +315,7 @@ def test_preempted_requests_are_recomputed_and_compressed_anew(llama, watch):
             assert_dense(llama, output, run, since=begin - length, until=end - length)
             assert [event.window_start for event in run] == [length + 10 * n for n in range(len(run))]
             ways.add((begin > length, len(run) > 1))
-    assert (True, True) in ways  # one was compressed several times after it came back
+    assert (True, True) in ways  # one was compressed several times after it resumed
 
 
 def test_requests_that_share_a_prefix(llama, watch):
@@ -333,7 +332,7 @@ def test_requests_that_share_a_prefix(llama, watch):
 
 
 def test_shared_blocks_are_not_written(llama, watch):
-    """The same greedy text twice: transformers stores its full blocks once, and they wait until one owner is left."""
+    """Two requests with the same greedy text share full blocks. Their windows wait until one owner is left."""
     with KaraBatching(llama, **POLICY) as kara:
         manager = llama.init_continuous_batching(**settings())
         manager.add_request(PROMPTS[1], request_id="long", max_new_tokens=200)
@@ -350,7 +349,7 @@ def test_shared_blocks_are_not_written(llama, watch):
 
 
 def test_no_prompt_meets_a_block_that_was_rewritten(llama, watch):
-    """What a request wrote is asked for again, while it runs and after: only its untouched prompt is served."""
+    """A request's text is requested again while it runs and afterwards. Only its untouched prompt is served."""
     ids = prompt(35)
     with (
         KaraBatching(llama, **POLICY) as kara,
@@ -481,7 +480,7 @@ def test_a_persistent_manager_lives_as_long_as_the_context(llama):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_managers_that_still_run_are_stopped(llama, fails):
-    """Left as it should be, the context waits for what was asked; left by an exception, it does not."""
+    """On a normal exit the context waits for open requests, on an exception it does not."""
     compressed, kara = threading.Event(), KaraBatching(llama, **POLICY)
     kara.events = Told(lambda event: compressed.set())
     with pytest.raises(KeyError) if fails else nullcontext(), kara:

@@ -1,4 +1,4 @@
-"""What the benches time themselves against, their pages, and their arguments; everything that needs no GPU."""
+"""The benches' baselines, pages and arguments, as far as they need no GPU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pooled(row: list[float]) -> list[float]:
 
 
 def of_method(name: str, query: torch.Tensor, keys: torch.Tensor) -> list[float]:
-    """Scores of one KV head, as the methods' papers have them."""
+    """Scores of one KV head, as defined in the papers of the methods."""
     last = {"mean_attention": len(query), "rkv": 8, "snapkv": 32}[name]
     logits = attention(query[-last:], keys)
     if name == "rkv":
@@ -119,7 +119,7 @@ def test_events_move_rows_as_the_library_does(scorer: baselines.Scorer) -> None:
 
 
 def test_the_predecessors_work_is_ours() -> None:
-    """Same queries, same scores: what is timed differs in how, not in what."""
+    """Equal queries give equal scores, so the timed jobs differ only in how they compute them."""
     torch.manual_seed(0)
     keys, values = torch.randn(1, 20, 4, 2, 8), torch.randn(1, 20, 4, 2, 8)
     query, tables = torch.randn(1, 1, 24, 4, 8), torch.randperm(20).int().view(1, 20)
@@ -134,7 +134,7 @@ def test_the_predecessors_work_is_ours() -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the user's."""
+    """A cache other than the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -272,7 +272,7 @@ def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str], tmp_
     assert stopped.value.code == 2
     assert "needs a GPU" in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
-    # Skipped tests are no green suite.
+    # Skipped tests do not count as success.
     assert "passed" not in (measure.suite_is_green() or "passed")
 
 
@@ -307,7 +307,7 @@ def test_floor_of_a_case() -> None:
 
 
 def test_what_is_timed_first_is_what_the_shim_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options, rows and numbers of the queries of every call; and nothing of every token where that is too much."""
+    """Options, rows and numbers of queries in every call. Jobs with every token's query are skipped if too large."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def seen(name: str, call: Any) -> Any:
@@ -354,7 +354,7 @@ def test_jobs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_reference_check_sees_a_wrong_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run with the PyTorch path on both sides; then with rows that moved wrong, and with other keep lists."""
+    """Runs the PyTorch path on both sides, then with wrongly moved rows, and with different keep lists."""
     real = measure.compress_window
     monkeypatch.setattr(measure, "compress_window", lambda *a, **k: real(*a, **k | {"backend": "torch"}))
     world = measure.World(measure.REHEARSAL[0], "cpu", torch.float32)

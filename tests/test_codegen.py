@@ -1,4 +1,4 @@
-"""`make codegen`: what it reads from machine code, what it computes, the page; and a real build of each target."""
+"""`make codegen`: parsing of machine code, computed values, the page, and a real build for each target."""
 
 from __future__ import annotations
 

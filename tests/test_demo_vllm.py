@@ -1,4 +1,4 @@
-"""The serving demo without vLLM: its servers' life, its figures against each other, its options, its environment."""
+"""The serving demo without vLLM: start and end of servers, consistency of figures, options, environment."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_one_line_says_why_a_server_ended(tmp_path: Path, log: str, expected: st
     assert server.reason(path) == f"{expected} (log: {path})"
 
 
-# A server that answers, has a child of its own and, like a hung engine, ignores requests to end.
+# A server that answers, has a child process and, like a hung engine, ignores requests to stop.
 FAKE = """
     import http.server, signal, subprocess, sys
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -159,7 +159,7 @@ def test_a_server_that_dies_is_blamed_for_failed_requests(tmp_path: Path, monkey
 
 
 def watched(rate: float, kara: bool = False) -> Watched:
-    """Two streams of 100 tokens, `rate` a second; the second rests for ten seconds in the middle."""
+    """Two streams of 100 tokens at `rate` per second. The second pauses for ten seconds in the middle."""
     steps = [index / rate for index in range(1, 101)]
     late = [moment + 10 * (index >= 50) for index, moment in enumerate(steps)]
     streams = [Stream(seconds=list(times), tokens=[1] * 100, parts=["ab", "c"]) for times in (steps, late)]
@@ -225,7 +225,7 @@ def test_doubtful_times_are_called_so(tmp_path: Path) -> None:
     found = result(tmp_path)
     assert not any("doubtful" in line for line in report.findings(found))
     found["plentiful"]["vllm"]["cpu_share_of_others"] = 0.4
-    assert any("40% of the processors' time" in line for line in report.findings(found))
+    assert any("40% of the CPU time" in line for line in report.findings(found))
     found["plentiful"]["vllm"]["cpu_share_of_others"] = found["limited"]["kara"]["cpu_share_of_others"] = None
     assert not any("doubtful" in line for line in report.findings(found))  # nobody knows
 
@@ -242,7 +242,7 @@ def test_only_what_is_told_reaches_the_plugin(tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model directory with a configuration, 2 x 2 x 2 x 8 float32 numbers a token; every prompt has 10 tokens."""
+    """A model directory with a configuration of 2 x 2 x 2 x 8 float32 numbers per token. Every prompt has 10 tokens."""
     transformers = pytest.importorskip("transformers")
     from demos.serve import demand
 
@@ -329,7 +329,7 @@ def test_help_needs_no_vllm() -> None:
 
 
 class Installer:
-    """Stands in for pip and venv: notes the commands, fails on request."""
+    """Replaces pip and venv: records the commands and fails on request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.commands: list[str] = []

@@ -1,4 +1,4 @@
-"""The documentation: its code runs, and its commands, links, figures, tables and defaults are right."""
+"""The documentation: its code runs, and its commands, links, paths, figures, tables and defaults are correct."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ generation = GenerationConfig(do_sample=False, max_new_tokens=390, eos_token_id=
 prompts = [list(range(1, 21)), list(range(5, 40))]
 """,
 }
-"""What ``<!-- run after: NAME -->`` stands for."""
+"""The set-ups that ``<!-- run after: NAME -->`` names."""
 
 
 class Block(NamedTuple):
@@ -81,7 +81,7 @@ def blocks(*languages: str) -> list[Block]:
 
 
 def test_every_block_says_what_it_is() -> None:
-    """No fence without a language that is checked here, no mark that stands alone."""
+    """Every fence has a language that is checked here, and every mark belongs to a block."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         fences = re.findall(r"^ *```(.*)$", text, re.M)
@@ -110,7 +110,7 @@ def test_python_blocks_run_and_print_what_they_promise(block: Block) -> None:
 
 
 def promised(code: str) -> list[str]:
-    """Comments behind prints, then the comment that ends the block."""
+    """Comments after prints, then the comment that ends the block."""
     beside = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.M)
     below = re.search(r"((?:^# .*\n)*)\Z", code, re.M)
     assert below is not None
@@ -197,7 +197,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         file = (page.parent / target).resolve() if target else page
         assert file.is_file(), f"{page.name} links to {target}"
         assert file.is_relative_to(ROOT)
-        if anchor and not anchor.startswith("kara_kernels."):  # those of the API pages: the strict build knows them
+        if anchor and not anchor.startswith("kara_kernels."):  # the strict build checks those of the API pages
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -269,7 +269,7 @@ def test_figures_are_those_of_the_committed_pages() -> None:
 
 
 def table(page: str, heading: str) -> dict[str, list[str]]:
-    """The first table behind a heading: first cell, without backticks, to the others."""
+    """The first table after a heading, as first cell (without backticks) -> other cells."""
     text = (ROOT / page).read_text(encoding="utf-8")
     rows = re.search(rf"^#+ {re.escape(heading)}$.*?^\|[-|]+\n(.*?)(?:\n\n|\Z)", text, re.M | re.S)
     assert rows is not None, f"{page} has no table under {heading}"
@@ -297,13 +297,21 @@ def test_the_readme_says_what_matters_first() -> None:
 
 
 OPERATIONS = {
-    "score": r"score_window|score_kernel",
+    "score": r"score_window|score_kernel|launch_score",
     "pool": r"[\"']pool[\"']|pool=|pool_kernel",
     "select": r"select_topk|topk_kernel",
     "chunks": r"expand_chunks|keep_kernel",
-    "compact": r"compact_blocks|compact_kernel",
-    "compress_window": r"compress_window|\bexecute\b|KaraCache|vllm",
+    "compact": r"compact_blocks|compact_kernel|launch_compact",
+    "compress_window": r"compress_window",
 }
+ENGINES = r"compress_window|\bexecute\b|Kara(Cache|Batching)|harness"
+"""Engines and GPUs reach the operations through ``compress_window``."""
+
+
+def file_of(name: str) -> Path:
+    """``engine/plan`` is ``tests/engine/test_plan.py``."""
+    folder, _, stem = name.rpartition("/")
+    return ROOT / "tests" / folder / f"test_{stem}.py"
 
 
 def test_contributing_names_the_test_of_every_operation_and_proof() -> None:
@@ -312,21 +320,34 @@ def test_contributing_names_the_test_of_every_operation_and_proof() -> None:
     for operation, cells in rows.items():
         assert len(cells) == 6
         for column, cell in enumerate(cells):
-            # Engines and GPUs reach the operations through compress_window.
-            mention = OPERATIONS[operation] if column < 4 else OPERATIONS["compress_window"]
             names = re.findall(r"`([\w/.]+)`", cell)
             assert names
             for name in names:
-                folder, _, stem = name.rpartition("/")
-                file = ROOT / "tests" / folder / f"test_{stem}.py"
-                assert re.search(mention, file.read_text(encoding="utf-8")), f"{file} does not mention {operation}"
+                text = file_of(name).read_text(encoding="utf-8")
+                mention = OPERATIONS[operation] if column < 4 else ENGINES
+                assert re.search(mention, text), f"{name} does not mention {operation}"
+
+
+def test_contributing_names_tests_that_exist_and_leaves_none_out() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Which test proves what\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+    named = {name for cells in rows for cell in cells[2:] for name in re.findall(r"`([\w/.]+)`", cell)}
+    assert {file_of(name) for name in named} == set((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_in_the_text_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w./-])(?:kara_kernels|tests|demos|bench|docs)/[\w./-]*\w", text):
+        assert (ROOT / path).exists() or (page.parent / path).exists(), f"{page.name} names {path}"
 
 
 @pytest.mark.parametrize(
     ("demo", "heading"), [("generate", "Keys of `make demo`"), ("serve", "Keys of `make demo-vllm`")]
 )
 def test_the_keys_of_the_demos_are_documented(demo: str, heading: str) -> None:
-    """Both ways: what a report writes is in the table, and what the table names is written."""
+    """Every key a report writes is in the table, and every key in the table is written."""
     rows = table("docs/json.md", heading)
     documented = set(re.findall(r"[a-z_0-9]+", " ".join(f"{name} {' '.join(cells)}" for name, cells in rows.items())))
     report = (ROOT / f"demos/{demo}/report.py").read_text(encoding="utf-8")

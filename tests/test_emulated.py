@@ -1,7 +1,7 @@
-"""Every kernel as compiled for sm_80, run instruction by instruction: it agrees with the reference and commits nothing.
+"""Every kernel as compiled for sm_80, run instruction by instruction. It agrees with the reference without problems.
 
-Out of bounds, misaligned, unwritten, racing, divergent: the emulator of `tests/ptx` reports each, in several orders of
-warps. Then bugs are planted in the compiled code, to see that it would.
+The emulator of `tests/ptx` reports divergence and accesses that are out of bounds, misaligned, uninitialised or racing,
+in several warp orders. Then bugs are planted in the compiled code to check that they are reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BOTH = {"value_norm": True, "redundancy": 0.5}
 ONE = (Sequenced(start=5, tail=37),)
 MIXED = (Sequenced(start=3, tail=70), Sequenced(start=9, lacking=2), Sequenced(start=0, tail=0))
 
-# name: (plan, options of compress_window, keep). Each makes other machine code or takes another way through it.
+# name: (plan, options of compress_window, keep). Each gives different machine code or another path through it.
 WORLDS: dict[str, tuple[Plan, dict[str, object], int]] = {
     "llama": (Plan(MIXED, 2, 2, 4, 128, 128, 128, 128, 16, dtype=BF16, query_dtype=BF16), {}, 64),
     "small heads, all options": (
@@ -95,14 +95,14 @@ def compress(world: World, keep: int, **options: object):
     )  # fmt: skip
 
 
-# Lockstep for every world; where warps share memory or move rows in place, every order.
+# Lockstep for every world. Every order for worlds whose warps share memory or move rows in place.
 CASES = [(name, "together") for name in WORLDS]
 CASES += [
     (name, order)
     for name in ("llama", "pooled over the model", "fp8 cache", "equal scores", "latent cache")
     for order in ORDERS[1:]
 ]
-# Where rows are so narrow that a lane holds one element of a sum, and several lanes store that sum.
+# Rows so narrow that a lane holds one element of a sum, and several lanes store that sum.
 NARROW = ("float32 streamed, odd head dimension", "misaligned, padded rows", "misaligned by one element",
           "odd head dimensions", "heads of four", "fp8 of AMD, float32 queries")  # fmt: skip
 CASES += [(name, order) for name in NARROW for order in ORDERS[1:]]
@@ -110,7 +110,7 @@ CASES += [(name, order) for name in NARROW for order in ORDERS[1:]]
 
 @pytest.mark.parametrize(("name", "order"), CASES)
 def test_compression_agrees_with_the_reference(name: str, order: str) -> None:
-    """Moved bytes and keep lists exactly, given the kernel's scores; scores within the bound of float64."""
+    """Moved bytes and keep lists match exactly, given the kernel's scores. Scores stay within the bound of float64."""
     plan, options, keep = WORLDS[name]
     world, twin = World(plan).give_values(), World(plan).give_values()
     before = world.snapshot()
@@ -192,7 +192,7 @@ def test_selection_of_wide_rows(width: int) -> None:
 
 
 def test_the_same_bits_in_every_order_and_batch() -> None:
-    """Scores of a sequence do not depend on the order of warps or on the sequences beside it."""
+    """Scores of a sequence do not depend on the warp order or on other sequences."""
     plan, options, keep = WORLDS["llama"]
     seen = []
     for order in ORDERS:
@@ -276,7 +276,7 @@ def test_lost_barriers_of_scoring_are_reported() -> None:
         "read races with a write of shared memory", "write races in shared memory",
         "asynchronous copy races in shared memory",
     }  # fmt: skip
-    # Partial rows that a program adds to are global memory: the barriers around them are what orders its warps.
+    # Partial rows that a program adds to are in global memory, and the barriers around them order its warps.
     found = problems("wide window, streamed", without(r"bar\.sync", "score_kernel"))
     assert "read races with a write of global memory" in found
 

@@ -1,12 +1,13 @@
-"""The shim inside a serving engine small enough to be checked after every step; Hypothesis drives it.
+"""The shim inside a small serving engine that is checked after every step. Hypothesis drives it.
 
-Scheduler, block pool and prefix cache behave as vLLM's: full blocks are hashed by the tokens up to their end when they
-are allocated, freed blocks stay findable until they are reused, other requests take them with one reference more;
-prompts come in chunks; a request that finds no block preempts the newest, which is recomputed from its tokens.
+Scheduler, block pool and prefix cache behave like vLLM's. Full blocks are hashed by the tokens up to their end when
+they are allocated. Freed blocks can be found until they are reused, and other requests take them with one more
+reference. Prompts are computed in chunks. A request that finds no block preempts the newest one, which is recomputed
+later.
 
-The cache's contents are modelled: for every block and row, and for every (layer, head), *which token of which text*
-lies there. With `tensors` the shim's own `execute` moves rows of real pools that encode the same. Beside the ledger
-under test every request has a second one: the logical positions that its rows must hold.
+The cache contents are modelled: for every block, row, layer and head, the model knows *which token of which text* is
+there. With `tensors` the shim's own `execute` moves rows of real pools that encode the same. In addition to the ledger
+under test, every request has a second one: the logical positions that its rows must hold.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kara_kernels import PagedCache
 from kara_kernels.engine import Held, Ledger, PackedCache, Plan, Policy, QueryRing, Span, execute
 
 LAYERS, HEADS, GROUP, DIM, V_DIM = 2, 2, 2, 4, 3
-GARBAGE = 0  # what lies in a row that nobody wrote yet
+GARBAGE = 0  # the contents of a row that was never written
 MAX_TEXT = 4096
 
 Text = tuple[int, ...]
@@ -35,7 +36,7 @@ Text = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One engine: what is compressed, and how tight memory and steps are."""
+    """The settings of one engine: the policy, and the sizes of memory and steps."""
 
     policy: Policy
     page: int
@@ -66,7 +67,7 @@ class Request:
 
     @property
     def decodes(self) -> bool:
-        """Prompt, or all that is computed again, is through."""
+        """Whether the prompt, or everything to be recomputed, has been computed."""
         return self.computed >= self.prompt_len and len(self.text) - self.computed == 1
 
     @property
@@ -162,7 +163,7 @@ class Pools:
 
 
 class Engine:
-    """See the module's docstring. `events` counts what happened, so that a test knows what it has seen."""
+    """See the module docstring. `events` counts what happened, so that a test knows what it covered."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.policy, self.page = setup, setup.policy, setup.page
@@ -191,7 +192,7 @@ class Engine:
 
     @property
     def longest(self) -> int:
-        """Tokens that fit into the pool if a request is alone."""
+        """The number of tokens that fit into the pool for a single request."""
         return (self.setup.blocks - 1) * self.page
 
     def add(self, prompt: Sequence[int], decode: int) -> None:
@@ -216,7 +217,7 @@ class Engine:
             self._commit(plan)
         self.steps += 1
         scheduled, preempted = self._schedule()
-        # A request that was preempted in this very step has lost its blocks; its plan does no harm either way.
+        # A request that was preempted in this step has lost its blocks. Its plan does no harm either way.
         lost = {request.name for request in preempted}
         executed = [plan for plan in plans if plan.request_id not in lost or rng.random() < 0.5]
         self.events["preempted in the step of its plan"] += len(lost & {plan.request_id for plan in plans})
@@ -254,7 +255,7 @@ class Engine:
         return request
 
     def _commit(self, plan: Plan) -> None:
-        """The scheduler's side of a compression, nothing of the cache is touched yet."""
+        """The scheduler's side of a compression. The cache is not touched yet."""
         request = self._named(plan.request_id)
         self._check_plan(plan, request)
         for block in plan.touched:
@@ -268,7 +269,7 @@ class Engine:
         self.events["compression"] += 1
         self.events["blocks freed"] += len(plan.freed)
         self.events["window behind shared blocks"] += plan.window_start > request.frontier
-        # Here the second ledger: positions go as soon as the keep lists are known, in _execute.
+        # The second ledger drops positions in _execute, once the keep lists are known.
         request.frontier = plan.window_start + self.policy.keep
         request.windows += 1
         window = request.rows[0][plan.window_start : plan.window_start + self.policy.window]
@@ -313,7 +314,7 @@ class Engine:
         return scheduled, preempted
 
     def _hits(self, request: Request) -> list[int]:
-        """Blocks that already hold the first tokens; at least one token is left to compute."""
+        """Blocks that already hold the first tokens. At least one token is left to compute."""
         hits: list[int] = []
         for end in range(self.page, len(request.text), self.page):
             if (blocks := self.pool.found.get(tuple(request.text[:end]))) is None:
@@ -355,7 +356,7 @@ class Engine:
     # ---- the worker ---------------------------------------------------------------------------------------
 
     def _execute(self, plans: list[Plan], rng: random.Random) -> None:
-        """Rows move, in the model and in the pools; who waits for them learns which."""
+        """Moves rows in the model and in the pools, and updates the second ledger."""
         policy, window = self.policy, range(self.policy.window)
         if self.pools is None:
             keeps = [[sorted(rng.sample(window, policy.keep)) for _ in range(self.lists)] for _ in plans]
@@ -413,7 +414,7 @@ class Engine:
         )
         if self.pools is None:
             return
-        # Padding as CUDA graphs have it, with queries that nobody may ever see.
+        # Padding as in CUDA graphs, with queries that must never be read.
         codes += [-(10**6)] * (self.setup.budget + 3 - len(codes))
         for layer in range(LAYERS):
             self.ring.record(layer, self._queries(torch.tensor(codes), layer))
@@ -433,10 +434,10 @@ class Engine:
     def _id(self, text: Sequence[int]) -> int:
         return self.ids.setdefault(tuple(text), len(self.ids) + 1)
 
-    # ---- judging ------------------------------------------------------------------------------------------
+    # ---- checking ------------------------------------------------------------------------------------------
 
     def _check_round(self, held: list[Held], plans: list[Plan]) -> None:
-        """Who is compressed: nobody out of turn, nobody left behind."""
+        """Checks which sequences are compressed: none out of turn, and none left out."""
         policy = self.policy
         names = [plan.request_id for plan in plans]
         assert len(set(names)) == len(names) <= policy.max_sequences
@@ -454,7 +455,7 @@ class Engine:
                 self.events["waits for others"] += 1
 
     def _uncompressed(self, name: str) -> int:
-        """Rows that may be compressed: behind prompt, protected and judged ones, in blocks of its own."""
+        """Rows that may be compressed: after the prompt, protected and already scored rows, in blocks of its own."""
         request = self._named(name)
         below = max(request.frontier, self.policy.protected, self._first_owned(request) * self.page)
         return max(0, request.length - below)
@@ -473,7 +474,7 @@ class Engine:
             window = set(rows[start:end])
             assert not window & request.looked_at, "a token is looked at twice"
             assert min(window) >= max(request.prompt_len, policy.protected), "the window swallows the prompt"
-            # The oldest window there is: the row before it is out of bounds, or its query is not in the ring.
+            # The oldest possible window: the row before it is not available, or its query is not in the ring.
             before = start - 1
             assert (
                 before < max(request.prompt_len, policy.protected)
@@ -499,7 +500,7 @@ class Engine:
         self.events["few queries"] += len(recorded) < policy.query_rows
 
     def _check_queries(self, plans: list[Plan]) -> None:
-        """What the ring serves are the queries of the positions that the plan names, layer by layer."""
+        """Checks that the ring returns the queries at the plan's positions, layer by layer."""
         stride = self.policy.query_stride
         mean = self.policy.query_heads == "mean"
         for count in {plan.num_queries for plan in plans}:
@@ -516,7 +517,7 @@ class Engine:
                     assert torch.equal(queries[layer, of_plan], expected)
 
     def check(self) -> None:
-        """What must hold between any two steps."""
+        """Checks what must hold between any two steps."""
         held = Counter(block for request in self.running for block in request.blocks)
         assert [held[block] for block in range(self.setup.blocks)] == self.pool.refs, "references that nobody holds"
         assert set(self.pool.free) == {b for b in range(self.setup.blocks) if not held[b]}, "blocks leaked"
@@ -543,7 +544,7 @@ class Engine:
             self._check_pools(self.pools)
 
     def _check_pools(self, pools: Pools) -> None:
-        """Every row of every block, those of nobody too, bit for bit."""
+        """Checks every row of every block bit for bit, including free blocks."""
         shape = self.setup.blocks, self.page, LAYERS, HEADS
         contents = torch.tensor(list(self.cells.values())).view(shape)
         for layer in range(LAYERS):
@@ -581,7 +582,7 @@ def draw_setup(rng: random.Random, tensors: str) -> Setup:
 
 
 def new_prompt(engine: Engine, rng: random.Random) -> list[int]:
-    """Often what another request has said so far, cut somewhere, so that texts share prefixes and part again."""
+    """Often a prefix of another request's text, so that texts share prefixes and then diverge."""
     texts = [request.text for request in engine.requests]
     prompt = list(rng.choice(texts)) if texts and rng.random() < 0.7 else []
     prompt = prompt[: rng.randint(0, len(prompt))] if rng.random() < 0.5 else prompt
@@ -638,7 +639,7 @@ TestPackedCache = ServingPacked.TestCase
 TestPackedCache.settings = TestStridedCache.settings
 
 
-# What an engine goes through that the shim has to survive. A model in which one of them never happens proves nothing.
+# Events that the shim has to survive. If one of them never happens in the model, the test proves nothing.
 EXPECTED = (
     "compression", "blocks freed", "preemption", "preemption of a compressed sequence", "prefix hit",
     "decoded text from the prefix cache", "window behind shared blocks", "goes ahead without gain", "few queries",

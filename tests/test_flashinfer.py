@@ -1,4 +1,4 @@
-"""Block tables in CSR form against loops over lists, in use, and without reading anything back."""
+"""`block_tables_from_csr` against loops over lists, in use, and without reading anything back."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_window_is_compressed_through_them(plan: Plan) -> None:
 @pytest.mark.parametrize("pages", [0, 7])
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_nothing_is_read_back(device: str, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without contents, of which the host can ask nothing but their shape."""
+    """Uses tensors without contents, so the host can read only their shape."""
     monkeypatch.setattr("kara_kernels.integrations.flashinfer.contents_are_checked", lambda device: False)
     with FakeTensorMode():
         indptr, indices, last = (torch.empty(n, dtype=torch.int32, device=device) for n in (4, pages, 3))

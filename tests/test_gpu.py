@@ -1,4 +1,4 @@
-"""What only a GPU can tell: the kernels run there as on paper. Skipped where there is none; TRITON_INTERPRET=0."""
+"""Tests that need a GPU: the kernels run there as designed. Skipped without one. Run with TRITON_INTERPRET=0."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS, SEQUENCES, HEADS, GROUP, WINDOW, PAGE = 4, 3, 2, 4, 256, 16
 
 
 class Engine:
-    """Pools, tables and queries of a small engine on the GPU, small integers so that products are exact."""
+    """Pools, tables and queries of a small engine on the GPU. Small integers make products exact."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, dim: int = 128) -> None:
         blocks = 32 * SEQUENCES
@@ -108,7 +108,7 @@ def test_a_cuda_graph_replays_it(pool: str) -> None:
 
 
 def test_nothing_compiles_after_a_warm_up_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first call is with lengths of zero: every sequence is skipped, every kernel compiled."""
+    """The first call has lengths of zero, so it skips every sequence and compiles every kernel."""
     from triton.compiler.compiler import CompiledKernel
 
     engine = Engine()

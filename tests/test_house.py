@@ -1,4 +1,4 @@
-"""The house stays small: a file, a class and a function that a reader can hold in the head."""
+"""The code stays small: limits on the length of files, classes, functions and the core."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kara_kernels"
 FILES = sorted(path for room in ("kara_kernels", "demos", "bench") for path in (ROOT / room).rglob("*.py"))
 MOST_LINES, MOST_OF_CLASS, MOST_OF_FUNCTION = 400, 250, 60
-MOST_OF_CORE = 2600  # the aim is 2,200; lower this with every line that goes, never raise it
+MOST_OF_CORE = 2600  # the goal is 2,200; lower this whenever the core shrinks, never raise it
 
 
 def code_lines(source: str) -> set[int]:
-    """Numbers of lines that hold code: neither blank, nor comment, nor docstring."""
+    """Numbers of the lines with code: not blank, comment or docstring."""
     held = set()
     passed = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     statement_begins = True

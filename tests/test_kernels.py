@@ -1,6 +1,6 @@
-"""Each operation's kernel, interpreted, against its reference twin: indices and bytes exactly, scores within rounding.
+"""Each interpreted kernel against the reference: indices and bytes match exactly, scores within rounding.
 
-What the interpreter cannot see (races, missing barriers, widths) is `test_compiled.py`'s.
+`test_compiled.py` and `test_emulated.py` check what the interpreter cannot see: races, missing barriers, widths.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def score(world: World, module: object, layer: int | None = None, **options: obj
 
 
 def assert_scores_agree(world: World, value_norm: bool = False, **options: object) -> None:
-    """Kernel and reference each within the bound of float64, every layer; nothing written."""
+    """Kernel and reference are within the bound of float64 in every layer, and nothing is written."""
     given = {**options, "v_cache": world.give_values().v_caches} if value_norm else options
     before = world.snapshot()
     kernel = score(world, ops, backend="triton", **given)
@@ -71,7 +71,7 @@ def test_fp8_scores_agree(plan: Plan, k_scale: float, value_norm: bool) -> None:
     assert_scores_agree(World(plan), k_scale=k_scale, value_norm=value_norm)
 
 
-# Each row takes another way through the kernel: (window, queries, group, dim, dtype, one pass).
+# Each row takes a different path through the kernel: (window, queries, group, dim, dtype, one pass).
 WAYS = {
     "whole, two programs": (256, 256, 3, 64, torch.bfloat16, True),
     "whole, head dimension of two parts": (60, 64, 2, 80, torch.float16, True),
@@ -138,13 +138,13 @@ def test_logits_at_the_edges_of_float32(magnitude: float) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "rms"])
 def test_more_queries_than_a_program_takes(reduction: str) -> None:
-    """Several partial rows of sums before those of lengths and redundancy."""
+    """Several partial rows of sums come before those of norms and redundancy."""
     plan = Plan(sequences=(Sequenced(start=1, tail=0),), heads=2, group=2, window=20, queries=1100, dim=16, v_dim=16)
     assert_scores_agree(World(plan), reduction=reduction, value_norm=True, redundancy=0.5)
 
 
 def test_what_few_queries_need_much_counts_more_in_squares() -> None:
-    """Head 0 looks at key 0 always, head 1 at key 1 in one query of four and at key 2 in the others."""
+    """Head 0 always attends to key 0. Head 1 attends to key 1 in one of four queries, and to key 2 in the others."""
     keys = torch.zeros(1, 4, 1, 4)
     keys[0, :, 0] = torch.eye(4) * 100
     query = torch.zeros(1, 4, 2, 4)
@@ -174,7 +174,7 @@ def test_lengths_at_the_edges_of_float32(magnitude: float) -> None:
 
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e25])
 def test_redundancy_at_the_edges_of_float32(magnitude: float) -> None:
-    """Squares of such keys are zero or infinite in float32; cosines are not. A zero key has cosine 0."""
+    """Squares of such keys are zero or infinite in float32, but cosines are not. A zero key has cosine 0."""
     keys = torch.randn(1, 16, 1, 8) * magnitude
     keys[0, 3] = 0
     table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -189,7 +189,7 @@ def test_redundancy_at_the_edges_of_float32(magnitude: float) -> None:
 
 @pytest.mark.parametrize("dtype", [*FP8, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str)
 def test_every_fp8_pattern_is_decoded_exactly(dtype: torch.dtype) -> None:
-    """One window per pattern, of a zero key and that pattern: the balance between the two tells its value."""
+    """One window per pattern, with a zero key and that pattern. The ratio of their scores gives its value."""
     patterns = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     keys = torch.zeros(256, 2, 1, 1, dtype=torch.uint8)
     keys[:, 1, 0, 0] = torch.arange(256)
@@ -265,7 +265,7 @@ def test_rows_the_kernel_cannot_reach_are_refused_not_copied(operation: str) -> 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("pool", ["head", "model"])
 def test_given_scores_the_kernel_cannot_reach_are_refused_not_copied(pool: str, layers: int) -> None:
-    """Every second of wider rows: PyTorch takes them as they are; a kernel would read what lies between."""
+    """Every second element of wider rows. PyTorch accepts them, but a kernel would read the elements in between."""
     plan = Plan(sequences=(Sequenced(2, tail=1), Sequenced(5)), layers=layers, heads=2, window=6)
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(layers, 2, 2, 12, generator=generator)[..., ::2]
@@ -292,7 +292,7 @@ def test_given_scores_the_kernel_cannot_reach_are_refused_not_copied(pool: str, 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_pools_beyond_32_bit_offsets(backend: str) -> None:
-    """Two blocks at the far end of a pool of over 2^31 elements; the machine only backs what is touched."""
+    """Two blocks at the end of a pool of over 2^31 elements. Only touched pages take memory."""
     width = 64
     blocks = 2**31 // (width * 16) + 8
     pools = [torch.empty(blocks, 16, 1, width, dtype=torch.float8_e5m2) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Launchers called directly: queries read in place by row, layers walked in slices, frontiers.
+"""Launchers called directly: queries read in place by row, layers scored in slices, frontiers.
 
 Interpreted, or with TRITON_INTERPRET=0 as compiled code in the emulator.
 """
@@ -28,7 +28,7 @@ MIXED = (Sequenced(start=3, tail=10), Sequenced(start=9, lacking=2), Sequenced(s
 
 @contextmanager
 def device(memory: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Launches inside run, and without a problem."""
+    """Runs the launches inside and checks that the emulator reports no problem."""
     if INTERPRETED:
         yield
         return
@@ -39,7 +39,7 @@ def device(memory: Iterable[torch.Tensor]) -> Iterator[None]:
 
 def partials_of(world: World, queries: Layers, layers: slice = slice(None), rows: torch.Tensor | None = None,
                 attention: str = "bidirectional", norms: bool = False) -> torch.Tensor:  # fmt: skip
-    """Partial rows of some layers, by launches as `compress_window` makes them; nan where nothing was written."""
+    """Partial rows of some layers, launched as in `compress_window`. NaN if nothing was written."""
     plan, cache = world.plan, PagedCache(world.k_caches, world.v_caches)
     first, last, _ = layers.indices(plan.layers)
     k_scale = torch.linspace(0.5, 1.5, plan.layers * plan.heads).view(plan.layers, plan.heads)
@@ -59,7 +59,7 @@ def partials_of(world: World, queries: Layers, layers: slice = slice(None), rows
 @pytest.mark.parametrize(("dim", "dtype"), [(16, torch.bfloat16), (24, torch.float32)])  # whole, streamed
 @pytest.mark.parametrize("stacked", [True, False])
 def test_queries_are_read_in_place(attention: str, dim: int, dtype: torch.dtype, stacked: bool) -> None:
-    """Rows named by a table give the bits that gathered queries give, whatever lies around them."""
+    """Queries read by row give the same bits as gathered queries, whatever lies around them."""
     world = World(Plan(MIXED, 2, 2, 3, 40, 30, dim, dim, 8, dtype=dtype, query_dtype=dtype)).give_values()
     room = torch.full((2, 101, 6, dim), torch.nan, dtype=dtype)
     rows = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:90].view(3, 30).int()
@@ -88,7 +88,7 @@ def test_layers_may_be_walked_in_slices(stacked: bool) -> None:
 @pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("protected", [True, False])
 def test_frontiers(starts: bool, protected: bool) -> None:
-    """Where kept rows end; a sequence left alone names its protected length, which is never below zero."""
+    """The end of the kept rows. For a skipped sequence it is the protected length, at least zero."""
     window, keep = 8, 3
     lengths, given = torch.tensor([20, 12, 9, 30]).int(), torch.tensor([5, 6, -7, 21]).int()
     begin = torch.tensor([5, 4, 0, 22]).int()
@@ -118,7 +118,7 @@ WINDOWS = [(3, 27), (1, 25)]
 
 @pytest.mark.parametrize(("k_dtype", "v_dtype"), TYPES)
 def test_keys_and_values_of_different_types(k_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
-    """Each cache moves its own bytes; scores come from keys of the one and lengths of the other."""
+    """Each cache moves its own bytes. Scores use the keys of one and the norms of the other."""
     generator = torch.Generator().manual_seed(0)
 
     def pool(dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The cost model by hand on round numbers, and what must rise with what."""
+"""The cost model against results by hand, and its monotonicity."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_step_waits_for_memory_or_for_operations() -> None:
 
 
 def test_an_event_by_hand() -> None:
-    """6 heads of all layers; 10 query rows, one partial row of sums and one of lengths."""
+    """6 heads over all layers, 10 query rows, one partial row of sums and one of norms."""
     counted = Measured(per_logit=2.0, compulsory=1.0)
     slow_memory = replace(GPU, matrix=1e30, clock=1e30)
     cost = m.event(MODEL, slow_memory, POLICY, counted, 10)

@@ -1,4 +1,4 @@
-"""compress_window under `torch.compile`: one node of a whole graph, the same results, the same moves."""
+"""compress_window under `torch.compile`: one node of a full graph, with the same results and moves."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def arguments(scores: torch.Tensor | None) -> tuple[tuple, dict]:
 
 @pytest.mark.parametrize("scores", [None, torch.rand(2, 2, 2, 16)], ids=["scored", "given scores"])
 def test_the_operator_is_what_it_says(scores: torch.Tensor | None) -> None:
-    """Schema, mutation, shapes of fake tensors, and what AOT autograd makes of it."""
+    """Checks schema, mutation, shapes of fake tensors, and AOT autograd."""
     torch.library.opcheck(torch.ops.kara_kernels.compress_window.default, *arguments(scores))
 
 

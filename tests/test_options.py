@@ -1,4 +1,4 @@
-"""The one list of options: every place that takes them takes all of them, with the same defaults and checks."""
+"""The single list of options: everything that takes options takes all of them, with the same defaults and checks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_defaults_cannot_be_changed_under_others() -> None:
 
 
 def test_numbers_become_floats() -> None:
-    """An int would be another type to a kernel, hence another compilation."""
+    """An int would be a different type for a kernel and cause another compilation."""
     scoring, selection = split_options({"redundancy": 0, "chunk_fraction": 0})
     assert type(scoring.redundancy) is type(selection.chunk_fraction) is float
 

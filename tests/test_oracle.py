@@ -1,4 +1,4 @@
-"""The oracle itself, on cases small enough to work out by hand. The reasoning stands beside each."""
+"""The oracle itself, on cases small enough to compute by hand. Comments give the reasoning."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a call of compress_window costs on the host: checks, allocation and launch, for 36 layers.
+"""Host overhead of a call of compress_window: checks, allocation and launch, for 36 layers.
 
-The whole call is timed and shown. What must stay below 60 us is the library's part of it, the call without the three
-launches: Triton's own handling of a launch takes about 18 us in Python, which no caller of it can change. Its launcher
-does nothing here: what the driver takes to enqueue a kernel is left out. Run alone, with TRITON_INTERPRET=0.
+The whole call is timed and shown. The limit of 60 us applies to the library's part, the call without its three
+launches. Triton's own handling of a launch takes about 18 us in Python, which callers cannot change. The launcher does
+nothing here, so the driver's time to enqueue a kernel is not included. Run alone, with TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_host_overhead_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytes
     query = torch.zeros(LAYERS, SEQUENCES, WINDOW, HEADS * GROUP, DIM, dtype=torch.bfloat16)
     tables = torch.arange(blocks, dtype=torch.int32).view(SEQUENCES, -1)
     lengths = torch.full((SEQUENCES,), WINDOW, dtype=torch.int32)
-    # Contents are looked at on the CPU and never on a GPU, whose calls are what is timed here.
+    # Contents are checked on the CPU but not on a GPU, and this test times GPU calls.
     monkeypatch.setattr("kara_kernels.windows.request.contents_are_checked", lambda device: False)
 
     def call() -> None:
@@ -50,5 +50,5 @@ def test_host_overhead_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytes
     whole = benchmark.stats.stats
     told = f"own {1e6 * own:.1f} us; whole call {1e6 * whole.min:.1f} us at least, {1e6 * whole.median:.1f} us median"
     print("\n" + told)
-    # Other load only ever adds time: the least disturbed round is what it costs.
+    # Other load only adds time, so the fastest round is the cost.
     assert own < GOAL, told

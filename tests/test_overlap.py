@@ -1,4 +1,4 @@
-"""Memory that views share: the answer is exact, and quick for every way in which engines cut pools."""
+"""Detection of shared memory between views: exact, and fast for all pool layouts of engines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def view(cut: Cut) -> View:
 
 
 def bytes_of(cut: Cut) -> Counter[int]:
-    """Every byte that the view reaches, as often as it does."""
+    """Every byte that the view reaches, with its count."""
     base, shape, strides, itemsize = cut
     places = (
         base + itemsize * sum(i * stride for i, stride in zip(index, strides, strict=True))
@@ -35,7 +35,7 @@ def bytes_of(cut: Cut) -> Counter[int]:
 
 @st.composite
 def cuts(draw: st.DrawFn) -> list[Cut]:
-    """Views of one small buffer that draw their strides from one list, so that many repeat at the same ones."""
+    """Views of one small buffer with strides from one list, so that many views share strides."""
     strides = st.sampled_from(draw(st.lists(st.integers(0, 24), min_size=1, max_size=4)))
     one = st.lists(st.tuples(st.integers(1, 4), strides), min_size=1, max_size=4)
     return [
@@ -53,7 +53,7 @@ def cuts(draw: st.DrawFn) -> list[Cut]:
 @given(cuts())
 @example([(0, (3,), (2,), 4), (9, (3,), (2,), 4)])
 @example([(0, (2, 2), (8, 3), 1), (7, (2,), (8,), 2)])  # the second runs over the end of the stride
-@example([(19, (4, 4), (9, 8), 1), (34, (3, 2), (9, 8), 1)])  # and here far over it: strides that do not nest
+@example([(19, (4, 4), (9, 8), 1), (34, (3, 2), (9, 8), 1)])  # and here far over it, with strides that do not nest
 def test_views_that_meet_are_found_and_no_others(given_: list[Cut]) -> None:
     reached = [bytes_of(cut) for cut in given_]
     twice = [max(found.values()) > 1 for found in reached]
@@ -72,7 +72,7 @@ def test_views_that_meet_are_found_and_no_others(given_: list[Cut]) -> None:
 @settings(max_examples=200)
 @given(cuts=cuts(), data=st.data())
 def test_a_cache_is_refused_exactly_where_two_elements_share_bytes(cuts: list[Cut], data: st.DataObject) -> None:
-    """The same through tensors: layers of one shape in a buffer, with strides of their own."""
+    """The same with tensors: layers of one shape in a buffer, with different strides."""
     shape = tuple(data.draw(st.lists(st.integers(1, 3), min_size=4, max_size=4)))
     strides = st.sampled_from([stride for _, _, own, _ in cuts for stride in own])
     own = [tuple(data.draw(strides) for _ in shape) for _ in cuts]
@@ -98,7 +98,7 @@ def pool(*shape: int) -> torch.Tensor:
 
 
 def halves(layers: list[torch.Tensor]) -> Pools:
-    """Keys and values side by side in each block."""
+    """Keys and values adjacent in each block."""
     return [x[:, 0] for x in layers], [x[:, 1] for x in layers]
 
 
@@ -107,7 +107,7 @@ def by_token(layers: list[torch.Tensor]) -> Pools:
 
 
 def of_one(whole: torch.Tensor, layer: int, half: int) -> Pools:
-    """Cut from one allocation: which dimension tells the layer, and which of the rest keys from values."""
+    """Views of one allocation. Arguments: the dimension of layers, and the one of keys and values among the rest."""
     layers = whole.unbind(layer)
     return [x.select(half, 0) for x in layers], [x.select(half, 1) for x in layers]
 
@@ -129,7 +129,7 @@ POOLS: dict[str, Callable[[], Pools]] = {
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_eighty_layers_are_checked_in_five_milliseconds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pair of views has to be compared, so the time grows with the views and not with their pairs."""
+    """No pair of views is compared, so the time grows with the number of views, not of pairs."""
     compared = []
     share_bytes = overlap._share_bytes
     monkeypatch.setattr(overlap, "_share_bytes", lambda a, b: compared.append((a, b)) or share_bytes(a, b))

@@ -1,4 +1,4 @@
-"""What a stranger relies on before anything is computed: imports, types, dependencies' direction."""
+"""The package before any computation: imports, types, direction of dependencies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_everything_but_the_kernels_works_without_triton() -> None:
 
 
 def test_importing_asks_for_no_driver() -> None:
-    """Kernels that are to be compiled, not interpreted, wait with that until a launch."""
+    """Compiled kernels need a driver only at launch."""
     code = "import kara_kernels.windows.compress, triton; print(triton.runtime.driver._active)"
     assert run(code, TRITON_INTERPRET="0").split() == ["None"]
 
@@ -101,7 +101,7 @@ def imported(node: ast.AST, package: list[str]) -> list[list[str]]:
         return []
     base = package[: len(package) - node.level + 1] if node.level else []
     base = base + (node.module.split(".") if node.module else [])
-    if base == ["kara_kernels"]:  # from .. import reference: the names are rooms where such a room exists
+    if base == ["kara_kernels"]:  # from .. import reference: the names may be subpackages
         rooms = {path.stem for path in PACKAGE.iterdir()}
         return [[*base, alias.name] if alias.name in rooms else base for alias in node.names]
     return [base]

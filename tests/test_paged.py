@@ -1,4 +1,4 @@
-"""What a paged cache is: layers, pools and their memory, and the checks of everything that is read through them."""
+"""The paged cache: layers, pools and their memory, and checks of everything that is read through them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kara_kernels.paged import Layers
 
 
 def aligned(size: int) -> torch.Tensor:
-    """float16 zeros from an address that is a multiple of 64 bytes."""
+    """float16 zeros at an address that is a multiple of 64 bytes."""
     room = torch.zeros(size + 32, dtype=torch.float16)
     return room[-room.data_ptr() % 64 // 2 :][:size]
 
@@ -52,7 +52,7 @@ STARTS, LENGTHS = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([6, 8], 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Which checks ran, by function and by the argument that they name, whoever imported them."""
+    """Counts the checks that ran, by function and by argument name, in all modules that import them."""
     counts: Counter[str] = Counter()
 
     def counted(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +75,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 QUERY, SCORES = torch.randn(2, 2, 4, 4, 8), torch.randn(2, 2, 2, 4)
 KEEP = torch.tensor([0, 2], dtype=torch.int32).expand(2, 2, 2, 2)
-# Which check must have been among those of the call, so that the count is not one of nothing.
+# The check that must be among those of the call, so that the count is not empty.
 CALLS: dict[str, tuple[Callable[..., object], str]] = {
     "score_window": (lambda op, k, v, **how: op(QUERY, k, TABLES, STARTS, 4, v_cache=v, **how), "check_query()"),
     "compact_blocks": (lambda op, k, v, **how: op(k, v, TABLES, STARTS, LENGTHS, KEEP, 4, **how), "check_contents()"),
@@ -103,7 +103,7 @@ def test_a_call_checks_each_argument_once(operation: str, where: str, ran: Count
 
 
 def test_a_pool_is_checked_once_whatever_is_asked_of_it(backend: str, ran: Counter[str]) -> None:
-    """Asking for scores without values is no reason to check the keys again, nor the pair after that."""
+    """Scoring without values does not check the keys again, nor the pair afterwards."""
     cache = PagedCache(*pools())
     for _ in range(2):
         ops.score_window(QUERY, cache.k, TABLES, STARTS, 4, backend=backend)
@@ -116,7 +116,7 @@ def test_a_pool_is_checked_once_whatever_is_asked_of_it(backend: str, ran: Count
 
 
 def test_a_pool_is_recognised_by_both_its_halves(backend: str) -> None:
-    """Keys that were checked with one half of values are moved with the values that came this time."""
+    """Keys that were checked with one set of values are moved with the values of this call."""
     cache, others = PagedCache(*pools()), PagedCache(*pools())
     expected = [values.clone() for values in others.k]
     alone = [values.clone() for values in cache.v]  # type: ignore[union-attr]
@@ -143,7 +143,7 @@ def test_values_are_no_keys_of_their_own_pool() -> None:
 
 
 def none_of(*shape: int, dtype: type = np.int32) -> torch.Tensor:
-    """An empty tensor as NumPy makes them, with strides of 0."""
+    """An empty tensor as in NumPy, with strides of 0."""
     tensor = torch.from_numpy(np.zeros(shape, dtype))
     assert set(tensor.stride()) == {0}
     return tensor

@@ -1,4 +1,4 @@
-"""The emulator itself: every instruction against plain Python, every report against code with the mistake in it."""
+"""The emulator itself: every instruction against plain Python, and every report against code with that bug."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kinds(launch: Launch) -> set[str]:
 
 
 def aligned(values: np.ndarray) -> np.ndarray:
-    """A copy that begins with a sector of memory."""
+    """A copy aligned to a memory sector."""
     room = np.zeros(values.nbytes + 32, np.uint8)
     start = -room.ctypes.data % 32
     out = room[start : start + values.nbytes].view(values.dtype)
@@ -125,7 +125,7 @@ def register(kind: str, number: int) -> str:
 
 
 def to_number(kind: str, bits: int) -> int | float | bool:
-    """What a register's bits mean."""
+    """The value of a register's bits."""
     if kind == "pred":
         return bits != 0
     if kind == "f16":
@@ -140,7 +140,7 @@ def to_number(kind: str, bits: int) -> int | float | bool:
 
 
 def nearest_float(value: Fraction | float, places: int, lowest: int, ties: str = "even") -> float:
-    """A number with ``places`` bits of mantissa, the lowest exponent given, rounded once."""
+    """A number rounded once to ``places`` bits of mantissa, with the given lowest exponent."""
     if isinstance(value, float) or value == 0:
         return float(value)
     exponent = max(math.frexp(float(abs(value)))[1] - 1, lowest)
@@ -163,7 +163,7 @@ def to_float32(value: Fraction | float) -> float:
 
 
 def exactly(function: Callable) -> Callable:
-    """Of finite numbers by fractions, rounded once to float32; of others as IEEE floats do it."""
+    """Computes finite numbers as fractions, rounded once to float32, and others as IEEE floats."""
 
     def apply(*values: float) -> float:
         if all(map(math.isfinite, values)):
@@ -180,7 +180,7 @@ def compared(operation: Callable, unordered: bool) -> Callable:
 
 
 def not_nan(choose: Callable) -> Callable:
-    """PTX min and max return the operand that is a number."""
+    """PTX min and max ignore a NaN operand."""
     return lambda a, b: b if math.isnan(a) else a if math.isnan(b) else choose(a, b)
 
 
@@ -197,7 +197,7 @@ def power_of_two(a: float) -> float:
 
 
 def rounded(places: int, ties: str = "even") -> Callable:
-    """To a format with float32's exponents."""
+    """Rounds to a format with float32's exponent range."""
     return lambda a: nearest_float(Fraction(a), places, -126, ties) if math.isfinite(a) and a else a
 
 
@@ -220,7 +220,7 @@ def flushed(a: float) -> float:
 
 
 def field(value: int, position: int, length: int, signed: bool, bits: int = 32) -> int:
-    """bfe as the ISA's pseudo code has it."""
+    """bfe as in the pseudo code of the ISA."""
     position, length = position & 255, length & 255
     sign = 0
     if signed and length:
@@ -350,7 +350,7 @@ def test_every_kind_of_instruction_is_tested() -> None:
 
 
 def operands(sources: list[str]) -> list[tuple[int, ...]]:
-    """Bits of 128 choices of operands: the corners first, then any."""
+    """Bits of 128 choices of operands: corner cases first, then random ones."""
     draw = random.Random(repr(sources))
     corners = []
     for kind in sources:
@@ -446,7 +446,7 @@ def test_reduction(name: str, function: Callable) -> None:
 
 
 def test_vectors_are_packed_and_unpacked() -> None:
-    """mov.b64 and mov.b32 both ways: the low part comes first."""
+    """mov.b64 and mov.b32 in both directions, low part first."""
     values, out = np.arange(32, dtype=np.uint64) * 0x100010001 + 0x1122334455667788, np.zeros(32, np.uint64)
     execute("mad.wide.u32 %rd20, %r0, 8, %rd0;\nmad.wide.u32 %rd21, %r0, 8, %rd1;\nld.global.b64 %rd22, [%rd20];\n"
             "mov.b64 {%r10, %r11}, %rd22;\nmov.b32 {%rs1, %rs2}, %r10;\nmov.b32 %r12, {%rs2, %rs1};\n"
@@ -526,7 +526,7 @@ def test_matrices_are_loaded(count: int, transposed: bool) -> None:
 
 
 def test_addition_of_many_threads_with_a_loop_and_early_exit() -> None:
-    """Threads leave a loop after as many rounds as their number: they part and meet again."""
+    """Each thread leaves a loop after as many rounds as its number. Threads diverge and reconverge."""
     out = np.zeros(64, np.uint32)
     body = """mad.wide.u32 %rd20, %r0, 4, %rd0;
         mov.b32 %r10, 0;
@@ -599,7 +599,7 @@ def test_correct_code_is_not_accused(order: str) -> None:
 def test_a_dropped_barrier_is_a_race_in_any_order(order: str) -> None:
     launch, right = reverse(REVERSE.replace("bar.sync 0;", ""), order=order)
     assert kinds(launch) & {"read races with a write of shared memory", "write races in shared memory"}
-    # In lockstep the data are right all the same, which is why data alone prove nothing.
+    # In lockstep the data are still right, so correct data alone prove nothing.
     assert right == (order == "together")
 
 
@@ -673,7 +673,7 @@ def test_moves_in_place_race_without_a_barrier(order: str) -> None:
 
 
 def test_blocks_have_no_order() -> None:
-    """What one block writes no other may touch in the same launch, barrier or not."""
+    """No block may touch what another block writes in the same launch, with or without a barrier."""
     write = "mad.wide.u32 %rd20, %r1, 4, %rd0;\nmov.b32 %r5, %r1;\nadd.s32 %r5, %r5, 1;\n"
     one_word_each = write + "setp.eq.s32 %p1, %r0, 0;\n@%p1 st.global.b32 [%rd20], %r5;"
     assert not execute(one_word_each, np.zeros(100, np.uint32), blocks=100).problems

@@ -45,7 +45,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 def window(query: Any = None, keys: Any = None, values: Any = None, *, length: int, start: int = 0, group: int = 1,
            dim: int = 2, tail: int = 0, seed: int = 0) -> Window:  # fmt: skip
-    """One layer, one KV head; zeros where nothing is said. ``keys [T][D]``, ``query [N][G][D]``."""
+    """One layer and one KV head, zeros by default. ``keys [T][D]``, ``query [N][G][D]``."""
     total = start + length + tail
     keys = torch.zeros(total, dim) if keys is None else torch.tensor(keys)
     query = torch.zeros(length + tail, group, keys.shape[1]) if query is None else torch.tensor(query)
@@ -182,7 +182,7 @@ def text_of(length: int, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def test_a_compressed_replay_is_the_dense_model_without_the_dropped(llama: Any) -> None:
-    """Three windows of 16 cut to 6 by chance, per layer and head; then ten tokens with what is left."""
+    """Three windows of 16 are reduced to 6 random tokens per layer and head. Then ten tokens are read."""
     ids, prompt, size, keep = text_of(9 + 48 + 5 + 10), 9, 16, 6
     replay = Replay(llama, ids[:-10], prompt)
     chance = torch.Generator().manual_seed(1)
@@ -195,7 +195,7 @@ def test_a_compressed_replay_is_the_dense_model_without_the_dropped(llama: Any) 
     for index in reversed(range(3)):
         ledger.drop(0, prompt + index * size, size, scores[index].topk(keep).indices.sort(-1).values)
     ledger.read(len(ids))
-    # Replay reads the text with everything; only what comes behind it misses the dropped.
+    # Replay reads the text with the full cache. Only tokens after it miss the dropped ones.
     visible = ledger.visible.clone()
     for layer, s, h, token in torch.cartesian_prod(*map(torch.arange, (3, 1, 2, len(ids)))).tolist():
         held = range(token + 1) if token < len(ids) - 10 else [*ledger.held[layer][s][h][: 9 + 18 + 5],
@@ -333,7 +333,7 @@ def test_ratios_and_differences_are_paired() -> None:
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
-    """Of 200 samples of twelve texts, nearly 95 % of the intervals hold the true difference of 1."""
+    """For 200 samples of twelve texts, nearly 95 % of the intervals contain the true difference of 1."""
     draw, hits = random.Random(1), 0
     for _ in range(200):
         theirs = {str(i): draw.gauss(0, 1) for i in range(12)}
@@ -361,7 +361,7 @@ def test_the_picture_names_the_best_peers_of_its_data() -> None:
     for order in (names, names[::-1]):
         records = [record(task, name, rank) for task in ("fidelity", "recall") for rank, name in enumerate(order, 1)]
         records.append(record("recall", "full", 0) | {"retention": 1.0})
-        records += [record(task, "random", 0) for task in ("fidelity", "recall")]  # chance is no peer, however good
+        records += [record(task, "random", 0) for task in ("fidelity", "recall")]  # random selection is no peer
         assert list(picture.best_peers(records)) == order[:3]
 
 

@@ -1,4 +1,4 @@
-"""Runs of the quality bench: what is measured again and what is not, and what the page says of it."""
+"""Runs of the quality bench: what is measured again, what is not, and what the page says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 
 class Letters:
-    """A tokenizer of bytes, for models without words."""
+    """A byte tokenizer, for models without a vocabulary of words."""
 
     def __call__(self, text: str, **_: Any) -> Any:
         return SimpleNamespace(input_ids=[byte % 61 for byte in text.encode()])
@@ -44,7 +44,7 @@ class Letters:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """``measured(checkout, home)``: a quick run there of a tiny model, and how many cells it measured."""
+    """``measured(checkout, home)``: runs the quick bench on a tiny model and returns how many cells it measured."""
     monkeypatch.setattr(run, "WINDOWS", 1)
     monkeypatch.setattr(run, "HAYSTACK_WINDOWS", 6)
     monkeypatch.setattr(run, "QUICK_METHODS", (DEFAULT, "H2O", "random"))
@@ -83,13 +83,13 @@ def with_another_h2o(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fresh_clone_measures_and_an_unchanged_one_does_not(measured: Any) -> None:
     assert measured("clone") == CELLS + WITH_ALL
     assert measured("clone") == 0
-    assert measured("clone", home="of somebody else") == CELLS + WITH_ALL  # what is committed proves nothing
+    assert measured("clone", home="of somebody else") == CELLS + WITH_ALL  # committed results do not count
 
 
 def test_a_changed_scorer_is_measured_again_nothing_else_and_checkouts_do_not_mix(
     measured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One checkout, another whose H2O scores otherwise, the first again, then the change in the first."""
+    """One checkout, another with a different H2O scorer, the first again, then the change in the first."""
     results = tmp_path / "one/bench/results"
     measured("one")
     rows, said = tables.read(results / "quality.csv"), (results / "quality.md").read_text()
@@ -141,7 +141,7 @@ def test_a_key_says_all_that_a_record_depends_on(tmp_path: Path, monkeypatch: py
 
 
 def peers_as(tmp_path: Path, old: str, new: str) -> Any:
-    """The module of peers with another text."""
+    """The module of peers with changed source."""
     source = Path(peers.__file__).read_text()
     assert old in source
     path = tmp_path / f"peers_{len(list(tmp_path.iterdir()))}.py"

@@ -1,6 +1,6 @@
-"""The PyTorch reference against the plain-Python oracle and the properties the specification promises.
+"""The PyTorch reference against the plain-Python oracle and the specified properties.
 
-Indices and moved bytes are compared exactly, scores with float64 under the bound of `worlds.allowed_error`.
+Indices and moved bytes must match exactly, scores must match float64 within `worlds.allowed_error`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_fp8_keys_are_scored_with_their_scale(plan: Plan, k_scale: float | None,
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("dtype", worlds.FLOATS)
 def test_large_windows_match_float64(dtype: torch.dtype, attention: str) -> None:
-    """More queries, keys and dimensions than a tile holds. Dense float64 stands in for the oracle."""
+    """More queries, keys and dimensions than a tile holds. Dense float64 replaces the oracle."""
     sequence = Sequenced(5, tail=3)
     plan = Plan((sequence, sequence), 1, 2, 4, 300, 300, 96, 96, 16, dtype=dtype, query_dtype=dtype, seed=1)
     world = World(plan)
@@ -208,7 +208,7 @@ def test_scores_do_not_depend_on_the_batch(plan: Plan, causal: bool, redundancy:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("seqs", [2, 7])
 def test_large_scores_do_not_depend_on_the_batch(seqs: int, dim: int) -> None:
-    """Sizes at which matrix products change their blocking with the batch."""
+    """Sizes for which matrix products change their blocking with the batch."""
     plan = Plan(tuple(Sequenced(s, tail=s) for s in range(seqs)), 1, 2, 4, 128, 128, dim, dim, 16, seed=2)
     world = World(plan)
     scores = score(world)
@@ -228,7 +228,7 @@ def test_a_broken_sequence_does_not_leak_into_others(plan: Plan) -> None:
 @many
 @given(plan=plans(max_layers=2, more_queries=False), causal=st.booleans(), stacked=st.booleans())
 def test_queries_are_found_by_their_rows(plan: Plan, causal: bool, stacked: bool) -> None:
-    """As if each sequence's queries had been copied out of the shared buffer, to the bit."""
+    """Gives the same bits as copying each sequence's queries out of the shared buffer."""
     world = World(plan)
     buffers, rows = worlds.queries_by_row(world)
     rest = world.k_caches, world.block_tables, world.window_starts, plan.window

@@ -1,4 +1,4 @@
-"""``python -m kara_kernels``, with whatever is missing or broken: it reports that, in lines, and exits with 0."""
+"""``python -m kara_kernels`` with missing or broken parts: it reports them and exits with 0."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kara_kernels.ops import _triton
 ROOT = Path(__file__).parents[1]
 KEYS = ["kara_kernels", "python", "packages", "variables", "devices", "paths", "vllm"]
 
-# Absent, or installed and broken, to find_spec and to import alike.
+# Missing, or installed but broken, for both find_spec and import.
 WITHOUT = """
 import runpy, sys
 class Without:
@@ -54,7 +54,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 def rows(text: str) -> dict[str, str]:
-    """Label to text; continued lines belong to the label before."""
+    """Label -> text. Continuation lines belong to the previous label."""
     found: dict[str, str] = {}
     wide = text.index(kara_kernels.__version__)
     for line in text.splitlines():
@@ -93,7 +93,7 @@ def test_engines_are_not_imported() -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["text", "json"])
 def test_a_bare_python_gets_a_report(arguments: list[str]) -> None:
-    """No package at all, PyTorch neither: -S takes the installed ones away."""
+    """No packages at all, not even PyTorch. -S hides the installed ones."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + WITHOUT.format(
         names=set(), error="ImportError", arguments=arguments
     )
@@ -151,7 +151,7 @@ def test_versions_of_drivers(
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """PyTorch as on a machine with that many GPUs; Triton finds no driver."""
+    """Makes PyTorch behave as with that many GPUs. Triton finds no driver."""
     properties = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=85 * 10**9,
         shared_memory_per_block_optin=232448,

@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds strictly, asks no other server for anything, works in Chromium."""
+"""The documentation site: it builds in strict mode, loads nothing from other servers, and works in Chromium."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def served(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """An installed Chromium; every context of it has an empty profile."""
+    """An installed Chromium. Every context has an empty profile."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[dev]'")
     names = ("chromium", "chromium-browser", "google-chrome")
     chromium = next(filter(None, map(shutil.which, names)), None)
@@ -81,12 +81,12 @@ def browser() -> Iterator[Any]:
 
 
 def watched(browser: Any, address: str, width: int) -> tuple[Any, list[str]]:
-    """A tab, and what goes wrong in it: errors, failed requests, requests to other servers."""
+    """A tab, and its problems: errors, failed requests, requests to other servers."""
     tab = browser.new_context(viewport={"width": width, "height": 800}).new_page()
     wrong: list[str] = []
     tab.on("console", lambda said: said.type in ("error", "warning") and wrong.append(said.text))
     tab.on("pageerror", lambda error: wrong.append(str(error)))
-    # What is still under way when the next page is opened is aborted.
+    # Opening the next page aborts pending requests.
     tab.on("requestfailed", lambda r: r.failure == "net::ERR_ABORTED" or wrong.append(f"{r.failure} {r.url}"))
     tab.on("response", lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"))
     tab.on("request", lambda request: request.url.startswith((address, "data:")) or wrong.append(request.url))

@@ -1,4 +1,4 @@
-"""`make traffic`: the floor and the others' bytes by hand, goals that can be missed, and two cases counted for real."""
+"""`make traffic`: floor and baselines against results by hand, missed goals, and two cases actually counted."""
 
 from __future__ import annotations
 

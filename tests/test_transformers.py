@@ -69,7 +69,7 @@ def prompts(*lengths, seed=0):
 
 
 def generate(model, ids, real, cache, tokens, **options):
-    """Greedy text ``[S, T]`` and the logits ``[S, tokens, V]`` it came from."""
+    """Greedy text ``[S, T]`` and its logits ``[S, tokens, V]``."""
     out = model.generate(
         ids, attention_mask=real, past_key_values=cache, max_new_tokens=tokens, return_dict_in_generate=True,
         output_logits=True, **({"do_sample": False} | options),
@@ -87,7 +87,7 @@ def stock(model, *args, **options):
 
 @torch.no_grad()
 def feed(model, cache, ids, sizes, real=None):
-    """Teacher forcing: ``ids`` in forwards of ``sizes`` tokens; logits ``[S, T, V]``."""
+    """Teacher forcing of ``ids`` in forward passes of ``sizes`` tokens. Returns logits ``[S, T, V]``."""
     logits, at = [], 0
     for size in sizes:
         mask = None if real is None else real[:, : at + size]
@@ -114,14 +114,14 @@ def assert_dense(model, cache, ids, real, logits):
 
 
 def assert_generated(model, cache, text, real, logits):
-    """The same for what ``generate`` returned: its last token was never fed back."""
+    """The same for the output of ``generate``, whose last token was never fed back."""
     expected = assert_dense(model, cache, text[:, :-1], with_text(real, text[:, :-1]), logits)
     assert torch.equal(text[:, real.shape[1] :], expected.argmax(-1))
 
 
 def assert_best_kept(model, cache, ids, real, prompt, best=best_of_window):
-    """Windows follow each other without gap or overlap, and what stays of each is what its queries and those
-    of the tail look at most: in every layer, sequence and head, by the dense model. For plain top-k."""
+    """Windows follow each other without gap or overlap. In every layer, sequence and head, the kept tokens have the
+    most attention in the dense model from the queries of window and tail. For plain top-k."""
     dense_logits(model, ids, real, replay(model, real, cache.events).visible)
     waiting = [[t for t in range(prompt, ids.shape[1]) if real[s, t]] for s in range(len(ids))]
     for event in cache.events:
@@ -136,7 +136,7 @@ def assert_best_kept(model, cache, ids, real, prompt, best=best_of_window):
 
 
 def of(cache, s):
-    """What happened to one sequence."""
+    """The records of one sequence."""
     return [event for event in cache.events if event.request_id == str(s)]
 
 
@@ -147,7 +147,7 @@ def assert_blocks(cache):
     assert sorted(held + blocks.allocator.free) == list(range(blocks.allocator.size))
     assert [len(table) for table in blocks.tables] == [-(-n // cache.block_size) for n in cache.physical_lengths]
     assert cache.blocks_in_use == len(held) <= cache.peak_blocks
-    assert len(blocks.tables) != 1 or blocks.tables[0] == list(range(len(held)))  # what reading without a copy needs
+    assert len(blocks.tables) != 1 or blocks.tables[0] == list(range(len(held)))  # needed for reading without a copy
     assert len({pool.shape[1] for pool in blocks.pools} | {blocks.allocator.size}) == 1
 
 
@@ -254,7 +254,7 @@ def test_keep_lists_are_what_the_dense_model_would_choose(model, tail):
 
 @pytest.mark.parametrize("look_ahead", [None, 0, 5])
 def test_what_is_kept_by_default_is_for_later_queries(model, look_ahead):
-    """Root mean squares, lengths of values, and queries moved on by a window, against the dense model."""
+    """Root mean squares, value norms, and queries moved ahead by a window, against the dense model."""
     ids, real = prompts(9, 4)
     cache = KaraCache(model, window=16, keep=6, tail=7, chunk_fraction=0.0, look_ahead=look_ahead)
     assert cache.look_ahead == (16 if look_ahead is None else look_ahead)
@@ -274,7 +274,7 @@ def test_looking_ahead_needs_rotary_embeddings(llama):
 
 @pytest.mark.parametrize("kind", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}])
 def test_looking_ahead_turns_queries_as_the_model_does(kind):
-    """A query turned to position 3 and then 20 further is the query turned to position 23."""
+    """A query rotated to position 3 and then 20 ahead equals the query rotated to position 23."""
     rope = {"rope_theta": 100.0, "original_max_position_embeddings": 64, **kind}
     model = make_model(rope_parameters=rope)
     ahead, rotary = find_rotation(model), model.model.rotary_emb
@@ -295,7 +295,7 @@ def test_no_rotation_is_taken_from_other_models(llama):
 
 
 def test_forwards_of_many_tokens_equal_forwards_of_one(llama):
-    """Up to the token that completes a window: it takes effect behind the forward that brings it."""
+    """Except that a window is compressed only after the forward pass that completes it."""
     ids, _ = prompts(73, 73)
     one, many = (KaraCache(llama, window=16, keep=6, tail=4, block_size=4) for _ in range(2))
     single = feed(llama, one, ids, [9] + [1] * 64)
@@ -326,7 +326,7 @@ def test_a_forward_that_completes_several_windows(llama, sizes, ends):
 
 
 def test_sequences_that_are_due_at_different_times(llama):
-    """Padding behind the prompt takes sequences out of step; each is compressed when it is due."""
+    """Padding after the prompt takes sequences out of step. Each is compressed when it is due."""
     ids, _ = prompts(80, 80, 80)
     real = torch.ones_like(ids).bool()
     real[0, :6] = False

@@ -1,16 +1,16 @@
 """Random paged caches to test against, in memory that can be checked.
 
-A `Plan` says what the world looks like and is what Hypothesis draws; `World(plan)` builds it, the same way
-every time. Each tensor is a view inside a larger buffer of random bits, so the bytes around it, between its
-rows, in other blocks and past the ends of sequences can be compared afterwards:
+Hypothesis draws a `Plan`, which describes the world. `World(plan)` builds it deterministically. Each tensor is a view
+inside a larger buffer of random bits, so the bytes around it, between its rows, in other blocks and after the ends of
+sequences can be compared afterwards:
 
     world = World(plan)
     before = world.snapshot()
     ...  # compact world.k_caches and world.v_caches
     world.assert_compacted(before, keep_indices)
 
-passes if the oracle's moves happened and nothing else in memory changed. Keys outside the scored windows
-carry a NaN, so reading one where only the window counts shows in the scores.
+passes if the oracle's moves happened and nothing else in memory changed. Keys outside the scored windows are NaN, so
+reading one of them shows in the scores.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NAN_BITS = {
     torch.bfloat16: 0x7FC0,
     torch.float8_e4m3fn: 0x7F,
     torch.float8_e5m2: 0x7D,
-    torch.float8_e4m3fnuz: 0,  # its only NaN is a single pattern
+    torch.float8_e4m3fnuz: 0,  # it has a single NaN pattern
     torch.float8_e5m2fnuz: 0,
     torch.uint8: 0,
     torch.int8: 0,
@@ -56,8 +56,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 class Sequenced:
     """One sequence: `start` tokens, the window, a tail; or one of the two reasons to be skipped.
 
-    `lacking > 0`: so many tokens are missing from the window's end. `overlap > 0`: protection reaches so far
-    beyond the window's start.
+    `lacking > 0`: the number of tokens missing at the window's end. `overlap > 0`: how far protection reaches past the
+    window's start.
     """
 
     start: int = 0
@@ -75,7 +75,7 @@ class Sequenced:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that determines a world. Letters as in the specification."""
+    """Everything that determines a world. Symbols as in docs/method.md."""
 
     sequences: tuple[Sequenced, ...] = (Sequenced(),)
     layers: int = 1
@@ -92,8 +92,8 @@ class Plan:
     content: str = "normal"  # or "integers": exact products; or "equal": all keys of a window the same
     k_pad: int = 0
     v_pad: int = 0
-    guard: int = 64  # elements before and behind each tensor; an odd number misaligns it
-    share_prefix: bool = False  # blocks wholly below both windows may belong to two sequences
+    guard: int = 64  # elements before and after each tensor; an odd number misaligns it
+    share_prefix: bool = False  # blocks entirely before both windows may belong to two sequences
     seed: int = 0
 
     @property
@@ -139,7 +139,7 @@ class World:
         return tensor.copy_(torch.tensor(values, dtype=torch.int32))
 
     def _make_block_tables(self) -> None:
-        """Blocks in random order, a few unused; tables that are views of one full of impossible ids."""
+        """Blocks in random order, a few of them unused. Tables are views of one that is full of invalid ids."""
         plan = self.plan
         used = [-(-length // plan.page) for length in self.lengths]
         self.blocks = sum(used) + 1 + self._draw(3)
@@ -218,7 +218,7 @@ class World:
         padded = self._random_bits([*shape[:-1], plan.dim + plan.k_pad], plan.query_dtype)
         return padded[..., : plan.dim].copy_(self._values(shape, plan.query_dtype))
 
-    # ---- looking in --------------------------------------------------------------------------------------
+    # ---- reading --------------------------------------------------------------------------------------
 
     def cells(self, s: int) -> list[oracle.Cell]:
         """The cells of sequence `s`, by physical token."""
@@ -241,7 +241,7 @@ class World:
         return bits(cache)[self.window_cells(s)].view(cache.dtype)
 
     def give_values(self) -> World:
-        """Numbers in place of the random bits that are the windows' values: some scores take their lengths."""
+        """Replaces the random bits of the windows' values by numbers, because some scores use their norms."""
         for cache in self.v_caches or ():
             for s in range(len(self.starts)):
                 if not self.skipped[s]:
@@ -293,7 +293,7 @@ class World:
         self._assert_equal(before)
 
     def assert_compacted(self, before: list[torch.Tensor], keep: Keeps) -> list[int]:
-        """The caches hold what the oracle's moves leave, the rest is untouched. Returns the new lengths."""
+        """Checks that the oracle's moves happened and nothing else changed. Returns the new lengths."""
         expected, lengths = self.expected(before, keep)
         self._assert_equal(expected)
         return lengths
@@ -331,7 +331,7 @@ class World:
         return [self.k_caches[layer], *([self.v_caches[layer]] if self.v_caches else [])]
 
     def _moved_to(self, buffers: list[torch.Tensor], view: torch.Tensor) -> torch.Tensor:
-        """The view of `buffers` that `view` is of this world's own."""
+        """The view into `buffers` that corresponds to `view` into this world's buffers."""
         address = view.untyped_storage().data_ptr()
         [index] = [i for i, own in enumerate(self.buffers) if own.untyped_storage().data_ptr() == address]
         return buffers[index].as_strided(view.size(), view.stride(), view.storage_offset())
@@ -361,7 +361,7 @@ class World:
 def queries_by_row(world: World) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The world's queries in buffers `[R, H*G, D]` that all sequences share, in any order, and their rows `[S, N]`.
 
-    Rows that nobody asks for hold NaN. The rows are a view with other columns beside it.
+    Unused rows are NaN. The row table is a view of a wider one.
     """
     plan, generator = world.plan, torch.Generator().manual_seed(world.plan.seed)
     count = len(world.starts) * plan.queries
@@ -385,7 +385,7 @@ def sequences(draw: st.DrawFn, window: int, *, explicit_starts: bool, skips: boo
     start = draw(st.integers(0, 9))
     tail = draw(st.integers(0, 9)) if explicit_starts else 0
     if kind == "lacking":
-        # A default start is seq_len - W, so a short sequence is one whose window would begin below 0.
+        # A default start is seq_len - W, so the window of a short sequence would start below 0.
         start = start if explicit_starts else 0
         return Sequenced(start, lacking=draw(st.integers(1, window)))
     if kind == "overlap":

@@ -1,4 +1,4 @@
-"""``python -m bench.gpu``: check the kernels on this machine's GPU, then time them; ``--compare`` two such runs."""
+"""``python -m bench.gpu``: checks the kernels on this GPU, then times them. ``--compare`` compares two runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ REHEARSAL = "a rehearsal: tiny shapes by the PyTorch path on a CPU, not a GPU ti
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for gpu.csv, gpu.md and gpu.png (default: bench/results)")
-    parser.add_argument("--rounds", type=int, default=100, help="samples of each")
+    parser.add_argument("--rounds", type=int, default=100, help="samples per job (default: %(default)s)")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="windows of 256 at batch 1 only")
-    parser.add_argument("--rehearse", action="store_true", help="no GPU: go through the motions on the CPU, in tiny "
-                        "shapes by the PyTorch path; writes rehearsal.* into --out")  # fmt: skip
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="CSV", help="ratios of two runs, the first is before")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: a trial run on the CPU, with tiny "
+                        "shapes and the PyTorch path; writes rehearsal.* into --out")  # fmt: skip
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="CSV", help="print the ratios of two runs, the earlier one first"
+    )
     options = parser.parse_args(arguments)
     if options.compare:
         try:

@@ -25,8 +25,8 @@ from kara_kernels.options import PAPER, RECOMMENDED, split_options
 
 ROOT = Path(__file__).parents[2]
 TAIL, PAGE = Policy().tail, 16
-MOST_QUERIES = 8 << 30  # bytes; DeepSeek-V3's 128 query heads take 147 GB at batch 32
-L2_FALLBACK = 256 << 20  # bytes, where a device does not tell: more than any has
+MOST_QUERIES = 8 << 30  # bytes; DeepSeek-V3's 128 query heads need 147 GB at batch 32
+L2_FALLBACK = 256 << 20  # bytes, if a device does not report it; larger than any L2 cache
 SCHEMA = 2
 
 
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def recorded(self) -> int:
-        """Queries of a sequence that the shim records by default: means of GQA groups, one row a KV head."""
+        """Queries per sequence that the shim records by default: means of GQA groups, one row per KV head."""
         return Policy(window=self.window, keep=self.window // 2).query_rows
 
 
@@ -63,10 +63,10 @@ REHEARSAL = [Case("tiny", 2, 2, 2, 64, 64, 1), Case("tiny", 2, 2, 2, 64, 128, 2)
 
 
 class World:
-    """Inputs of one event. Replays restore nothing: rows that moved once move again, the same bytes either way.
+    """Inputs of one compression. Replays do not restore the cache: rows that moved once move again, with equal bytes.
 
-    Queries come twice: as the engine shim records them by default, a ring whose rows are read in place, and those of
-    every token and head, unless they take more than ``MOST_QUERIES``.
+    There are two sets of queries: those that the engine shim records by default, in a ring whose rows are read in
+    place, and those of every token and head, unless they exceed ``MOST_QUERIES``.
     """
 
     def __init__(self, case: Case, device: str, dtype: torch.dtype) -> None:
@@ -90,7 +90,7 @@ class World:
 
     @property
     def bytes(self) -> int:
-        """What an event reads at least."""
+        """The minimum bytes that a compression reads."""
         halves = [self.cache.k, *([self.cache.v] if self.cache.v is not None else [])]
         return sum(t.nbytes for half in halves for t in half) + self.ring.nbytes
 
@@ -113,7 +113,7 @@ class World:
         )  # fmt: skip
 
     def jobs(self, backend: str) -> dict[str, Callable[[], object]]:
-        """What is recommended first; then the published method and other ways, all with the queries of every token."""
+        """The recommended method first, then the published one and others, all with the queries of every token."""
         cache, keep = self.cache, self.keep
         _, selection = split_options(RECOMMENDED)
         scores, budget = self.score(backend), selection.chunk_budget(keep)
@@ -148,7 +148,7 @@ GRAPHED = ("event", "score", "select", "compact", "paper's event", "paper's scor
 
 
 def floor_bytes(case: Case, size: int = 2) -> dict[str, int]:
-    """What must move: queries, keys and weighing values once; survivors and tail of caches read and written once."""
+    """Bytes that must move: queries, keys and weighting values once; survivors and tail read once and written once."""
     lists = case.layers * case.batch * case.heads
     rows = lists * (case.window // 2 + TAIL) * case.dim * (2 if case.values else 1)
     return {
@@ -159,7 +159,7 @@ def floor_bytes(case: Case, size: int = 2) -> dict[str, int]:
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Median, and the values that a tenth of the samples lie below and above."""
+    """The median and the 10 % and 90 % quantiles."""
     if len(seconds) < 2:
         return dict.fromkeys(("low", "median", "high"), seconds[0])
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
@@ -167,7 +167,7 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 
 def suite_is_green() -> str | None:
-    """Runs the GPU tests; what is wrong, or None. Nothing run is wrong too."""
+    """Runs the GPU tests. Returns what failed, or None. It is a failure if no test ran."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -178,7 +178,7 @@ def suite_is_green() -> str | None:
 
 
 def differs_from_reference(world: World) -> str | None:
-    """What of a Triton event is not the PyTorch path's, given the same scores; None where nothing is."""
+    """What differs between the Triton and PyTorch paths given the same scores. None if nothing does."""
     for paper in (False, True) if world.every is not None else (False,):
         halves = [world.cache.k, *([world.cache.v] if world.cache.v is not None else [])]
         pools = [half.stacked for half in halves if half.stacked is not None]
@@ -196,8 +196,8 @@ def differs_from_reference(world: World) -> str | None:
 
 
 def measure(case: Case, device: str, rounds: int, l2: int) -> Row:
-    """Samples of every job, in turns, so that a slow moment of the machine meets all of them. On a GPU each is captured
-    once per world; worlds rotate so that none is in L2 twice."""
+    """Samples of every job, in turns, so that a slow moment of the machine affects all of them. On a GPU each job is
+    captured once per world. Worlds rotate so that no data stays in L2 between runs."""
     gpu = device != "cpu"
     worlds = [World(case, device, torch.bfloat16 if gpu else torch.float32)]
     while gpu and sum(world.bytes for world in worlds) < 3 * l2:
@@ -208,7 +208,7 @@ def measure(case: Case, device: str, rounds: int, l2: int) -> Row:
     graphed = {name: gpu and name in GRAPHED for name in jobs[0]}
     runs = {name: [_graph(job[name]) if graphed[name] else job[name] for job in jobs] for name in graphed}
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + len(worlds)):  # the first turn of every world fetches code and memory
+    for round_ in range(rounds + len(worlds)):  # the first turn of every world loads code and memory
         for name, run in runs.items():
             seconds = _seconds(run[round_ % len(run)], gpu)
             if round_ >= len(worlds):
@@ -242,7 +242,7 @@ def _seconds(run: Callable[[], object], gpu: bool) -> float:
 
 
 def copy_bandwidth(device: str, rounds: int) -> float:
-    """Bytes per second, read and written, of a plain copy of 512 MB (on a CPU 16 MB)."""
+    """Bytes per second, read plus written, of a plain copy of 512 MB (16 MB on a CPU)."""
     gpu = device != "cpu"
     source = torch.zeros((512 if gpu else 16) << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

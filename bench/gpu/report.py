@@ -9,7 +9,7 @@ from bench.tables import Row, markdown
 
 from .measure import SCHEMA
 
-Run = tuple[Row, list[Row]]  # what holds for all rows, and a row per case
+Run = tuple[Row, list[Row]]  # the common values, and one row per case
 STEPS = ("score", "select", "compact")
 FIRST = ("event", *STEPS)
 RATED = ("score", "compact", "paper's score")
@@ -73,7 +73,7 @@ def draw(run: Run, path: Path) -> None:
 
 
 def read(path: Path) -> Run:
-    """Raises ValueError for what is not a run of this schema."""
+    """Reads a run. Raises ValueError if the file does not have this schema."""
     head, rows = tables.read(path)
     if head.get("schema") != SCHEMA:
         raise ValueError(f"{path}: expected a run of schema {SCHEMA}, got {head.get('schema')!r}")
@@ -81,7 +81,7 @@ def read(path: Path) -> Run:
 
 
 def compare(before: Run, after: Run) -> str:
-    """Ratios after / before; a star where the ranges of the samples do not meet."""
+    """Ratios after / before. A star marks sample ranges that do not overlap."""
     old = {row["case"]: row["times"] for row in before[1]}
     lines = []
     for row in after[1]:

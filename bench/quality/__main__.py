@@ -1,4 +1,4 @@
-"""``python -m bench.quality``: measure, then write the report. Problems are one line, not a traceback."""
+"""``python -m bench.quality``: measures, then writes the report. Errors are one line, not a traceback."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Compare Kara with other methods.")
     parser.add_argument("--quick", action="store_true", help="five minutes: fewer texts, methods and retentions")
-    parser.add_argument("--model", help="a directory or a Hugging Face name; the small packaged model by default")
-    parser.add_argument("--device", help="cpu, cuda, ...; a GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of texts, needles and chance (default: 0)")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
+    parser.add_argument("--model", help="a directory or a Hugging Face name (default: the small packaged model)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for texts, needles and random selection (default: 0)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (default: 2)")
     parser.add_argument(
         "--out", type=Path, help=f"folder of the results (default: {RESULTS.parent.name}/{RESULTS.name})"
     )

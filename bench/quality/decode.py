@@ -1,9 +1,9 @@
-"""Decoding for real: KaraCache compresses while a text is read as decoding would read it, window after window.
+"""Measures actual decoding: KaraCache compresses while it reads a text window by window, as in decoding.
 
-The text is what the model writes greedily with its full cache. As long as a compressed run has not left that text, both
-have the same history, so the first token that the compressed model would have chosen otherwise is where its own greedy
-generation would have left it. Forwards end exactly where a window falls due, so at every token the cache holds what it
-holds when decoding token by token.
+The text is what the model generates greedily with its full cache. Until a compressed run leaves that text, both have
+the same history. So the first token that the compressed model would choose differently is where its own greedy
+generation would diverge. Forward passes end exactly where a window is due, so at every token the cache holds what it
+would hold when decoding token by token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SLICE = 128
 
 @torch.inference_mode()
 def write(model: Any, prompts: list[Tensor], tokens: int) -> list[Tensor]:
-    """Greedy generations with the full cache, each ``tokens`` long."""
+    """Greedy generations with the full cache, ``tokens`` tokens each."""
     texts = []
     for prompt in prompts:
         out = model.generate(
@@ -38,7 +38,7 @@ def write(model: Any, prompts: list[Tensor], tokens: int) -> list[Tensor]:
 
 
 def _scorer(method: Method, prompt: int, scale: float, ahead: Any) -> Callable[..., Tensor]:
-    """A method as KaraCache's hook, for one sequence. It sees what the compressed cache still holds."""
+    """A method as KaraCache's scorer, for one sequence. It sees what the compressed cache still holds."""
 
     def scores(*, query: Tensor, k_cache: Any, v_cache: Any, block_tables: Tensor, window_starts: Tensor,
                window: int) -> Tensor:  # fmt: skip
@@ -55,7 +55,7 @@ def _scorer(method: Method, prompt: int, scale: float, ahead: Any) -> Callable[.
 
 @torch.inference_mode()
 def follow(model: Any, prompt: Tensor, text: Tensor, cache: Any, tail: int, window: int) -> Tensor:
-    """Log-probabilities ``[n, vocabulary]`` after the prompt and after each of ``text`` but the last."""
+    """Log-probabilities ``[n, vocabulary]`` after the prompt and after each token of ``text`` except the last."""
     out = [model(prompt[None], past_key_values=cache, logits_to_keep=1).logits[0]]
     due, start = window + tail, 0
     while start < len(text) - 1:
@@ -69,7 +69,7 @@ def follow(model: Any, prompt: Tensor, text: Tensor, cache: Any, tail: int, wind
 def decoding(
     model: Any, name: str, prompt: Tensor, text: Tensor, cells: list[tuple[Method, float]]
 ) -> Iterator[dict[str, Any]]:
-    """How long each method stays on the text, and its KL and top-1 agreement behind the first compression."""
+    """How long each method stays on the text, and its KL and top-1 agreement after the first compression."""
     model.set_attn_implementation("kara")
     ahead = find_rotation(model)
     scale = next(module.scaling for module in model.modules() if hasattr(module, "scaling"))
@@ -84,7 +84,7 @@ def decoding(
             scorer=None if ours else _scorer(method, len(prompt), scale, ahead), **method.selection,
         )  # fmt: skip
         seen = follow(model, prompt, text, cache, method.tail, method.window)
-        behind = method.window + method.tail + 1  # the first token read with less than everything
+        behind = method.window + method.tail + 1  # the first token read with a compressed cache
         kl = (full.exp() * (full - seen)).sum(-1)[behind:]
         left = (seen.argmax(-1) != text).nonzero()
         yield {

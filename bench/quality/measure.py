@@ -1,4 +1,4 @@
-"""What is measured of one text or haystack, for every method and retention."""
+"""Measurements of one text or haystack, for every method and retention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .methods import Cell
 from .replay import Replay
 from .tasks import Haystack
 
-PROMPT = 64  # tokens at the start of every text that no method may touch
+PROMPT = 64  # protected tokens at the start of every text
 AHEAD = 192  # tokens that are read with the compressed cache
 DISTANCES = (0, 16, 64, 128, AHEAD)  # since the compression, in tokens
 
@@ -42,7 +42,7 @@ def fidelity(model: Any, name: str, ids: Tensor, cells: list[Cell], seed: int) -
 
 
 def recall(model: Any, tokenizer: Any, haystack: Haystack, cells: list[Cell], seed: int) -> Iterator[Record]:
-    """Negative log-likelihood per token of every answer (nats), and whether greedy decoding would say it."""
+    """Negative log-likelihood per token of every answer (nats), and whether greedy decoding would produce it."""
     replay = Replay(model, torch.tensor(haystack.ids, device=model.device), PROMPT)
 
     def ids(text: str) -> Tensor:
@@ -65,7 +65,7 @@ def recall(model: Any, tokenizer: Any, haystack: Haystack, cells: list[Cell], se
 def _judged(
     task: str, item: str, replay: Replay, cells: list[Cell], seed: int, judge: Callable[[DynamicCache], Record]
 ) -> Iterator[Record]:
-    """One record per cell. Methods that score alike are scored once."""
+    """One record per cell. Methods with equal scores are scored once."""
     scored_as: Any = None
     scores: list[Tensor] = []
     seconds = 0.0

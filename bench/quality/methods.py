@@ -1,4 +1,4 @@
-"""Every method that is compared, by name: how it scores, how lists are shared, and what is special about it."""
+"""The compared methods by name: how they score, how lists are shared, and other settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .replay import Scorer, Window
 PLAIN: dict[str, Any] = {"chunk_fraction": 0.0}
 WINDOW, TAIL = Policy().window, Policy().tail
 RETENTIONS = (0.2, 0.3, 0.4, 0.5, 0.6)
-DEFAULT, BASE = "kara", "kara, no chunks"  # BASE is what one setting at a time is changed from
+DEFAULT, BASE = "kara", "kara, no chunks"  # BASE is the method whose settings are changed one at a time
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Method:
 
     @property
     def own_scores(self) -> bool:
-        """By the library's scores, not by somebody else's."""
+        """Whether the method uses the library's scores."""
         return isinstance(self.scorer, Kara)
 
     @property
     def scored_as(self) -> tuple[Any, ...]:
-        """Methods that agree in this share their scores."""
+        """Methods with the same value share their scores."""
         return self.scorer, self.window, self.tail
 
     def keep(self, retention: float, layers: int) -> int | list[int]:
@@ -55,7 +55,7 @@ Cell = tuple[Method, float]  # a method at a retention
 
 @dataclass(frozen=True)
 class Kara:
-    """The library's scores. ``stride``: of every n-th query; ``mean_heads``: of the means of GQA groups."""
+    """The library's scores. ``stride``: uses every n-th query. ``mean_heads``: uses means of GQA groups."""
 
     scoring: Scoring = Scoring()  # noqa: RUF009, frozen
     look_ahead: bool = True
@@ -83,11 +83,11 @@ class Kara:
 
 
 def pyramid(kept: int, layers: int) -> list[int]:
-    """Budgets that fall linearly from the first layer to the last, whose budget is a twentieth of the mean; their mean
-    is ``kept`` as far as a window has that many tokens (arXiv 2406.02069, beta 20)."""
+    """Budgets that fall linearly from the first layer to the last, whose budget is a twentieth of the mean. Their mean
+    is ``kept``, as far as a window has that many tokens (arXiv 2406.02069, beta 20)."""
     low = max(1, kept // 20)
     budgets = [round(2 * kept - low - (2 * kept - 2 * low) * layer / max(1, layers - 1)) for layer in range(layers)]
-    # What does not fit into a window goes to the next layers.
+    # Budget beyond a window's length goes to the next layers.
     spare = 0
     for layer, budget in enumerate(budgets):
         budgets[layer] = min(WINDOW, budget + spare)

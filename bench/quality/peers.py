@@ -1,8 +1,8 @@
-"""Other people's scorers, each in a few lines of plain PyTorch written from its paper, independent of the library.
+"""Scorers of other methods, each a few lines of plain PyTorch written from its paper, independent of the library.
 
-Each takes a :class:`Window` and returns ``[L, H, W]``, higher is kept; lists shared by heads or layers come expanded.
-They were made for whole caches; here each judges the window and its tail, which stands for the recent tokens that most
-of them keep anyway. What a query sees is what it saw in the model: everything up to itself.
+Each takes a :class:`Window` and returns scores ``[L, H, W]``. The highest are kept. Lists shared by heads or layers are
+expanded. The methods were designed for whole caches. Here each scores a window and sees its tail, which stands for the
+recent tokens that most of them keep anyway. A query sees what it saw in the model: everything up to itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK = 10
 
 
 def attention(window: Window, layer: int, queries: int) -> Tensor:
-    """What the window's keys get of the last ``queries`` queries in the model: ``[H, G, queries, W]``."""
+    """Attention from the last ``queries`` queries to the window's keys in the model, ``[H, G, queries, W]``."""
     query = window.query[layer, -queries:].permute(1, 2, 0, 3)
     queries = query.shape[2]
     logits = query @ window.keys[layer].transpose(1, 2)[:, None] * window.scale
@@ -41,23 +41,23 @@ def _generator(window: Window) -> torch.Generator:
 
 
 def nothing_known(window: Window) -> Tensor:
-    """The same score for everything."""
+    """The same score for every key."""
     return torch.zeros(window.window_keys.shape[:3], device=window.keys.device)
 
 
 def random_per_head(window: Window) -> Tensor:
-    """Chance, one list per layer and KV head: the null baseline (arXiv 2609.03430)."""
+    """Random selection with one list per layer and KV head, the null baseline (arXiv 2609.03430)."""
     return torch.rand(window.window_keys.shape[:3], generator=_generator(window)).to(window.keys.device)
 
 
 def random_shared(window: Window) -> Tensor:
-    """Chance, one list for the whole model."""
+    """Random selection with one list for the whole model."""
     row = torch.rand(window.length, generator=_generator(window)).to(window.keys.device)
     return row.expand(window.window_keys.shape[:3])
 
 
 def streaming_llm(window: Window) -> Tensor:
-    """The newest tokens (arXiv 2309.17453). Its sinks, the first tokens of all, are in the protected prompt."""
+    """The newest tokens (arXiv 2309.17453). Its sinks, the very first tokens, are in the protected prompt."""
     row = torch.arange(window.length, dtype=torch.float32, device=window.keys.device)
     return row.expand(window.window_keys.shape[:3])
 
@@ -86,12 +86,12 @@ def tova(window: Window) -> Tensor:
 
 
 def knorm(window: Window) -> Tensor:
-    """Keys of small norm (arXiv 2406.11430)."""
+    """Prefers keys of small norm (arXiv 2406.11430)."""
     return -window.window_keys.norm(dim=-1)
 
 
 def keydiff(window: Window) -> Tensor:
-    """Keys that differ from the mean of the normalised keys (arXiv 2504.15364)."""
+    """Prefers keys that differ from the mean of the normalised keys (arXiv 2504.15364)."""
     keys = window.window_keys
     return -F.cosine_similarity(keys, F.normalize(keys, dim=-1).mean(-2, keepdim=True), dim=-1)
 
@@ -99,9 +99,8 @@ def keydiff(window: Window) -> Tensor:
 def rkv(window: Window) -> Tensor:
     """0.1 x attention of the last 8 queries - 0.9 x softmax of redundancy (arXiv 2505.24133).
 
-    Attention: logits at their greatest over the group, softmax over the candidates, mean over the queries, max-pooled
-    over 7. Redundancy: mean cosine to the other keys, where of each key's similar keys (above 0.5) the newest does not
-    count against itself.
+    Attention: maximum logits over the group, softmax over the candidates, mean over the queries, max-pooled over 7.
+    Redundancy: mean cosine to the other keys. Of the keys similar to a key (above 0.5), the newest is not counted.
     """
 
     def layer(i: int) -> Tensor:
@@ -132,8 +131,8 @@ def chunkkv(window: Window) -> Tensor:
 
 
 def compactor(window: Window) -> Tensor:
-    """Column sums of attention without the mask among the window's own queries and keys, times the value's norm,
-    averaged over 3 neighbours (arXiv 2507.08143): the closest published sibling."""
+    """Column sums of unmasked attention between the window's own queries and keys, times the value's norm, averaged
+    over 3 neighbours (arXiv 2507.08143). The published method closest to Kara."""
 
     def layer(i: int) -> Tensor:
         query = window.query[i, : window.length].permute(1, 2, 0, 3)

@@ -19,13 +19,13 @@ from .methods import DEFAULT, METHODS
 from .statistics import Table, by_text, mean, ranks, recall_tables
 
 OURS = {DEFAULT: BLUE, "straight": SKY}
-OF_PEERS = (ORANGE, GREEN, PURPLE)  # of the best one, the second, the third
+OF_PEERS = (ORANGE, GREEN, PURPLE)  # colours of the best, second and third peer
 CHANCE = {"random": INK}
 LABELS = {"straight": "straight, as published"}
 
 
 def best_peers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The peers that the picture names, best first, with their mean ranks over its panels and all retentions."""
+    """The peers named in the picture, best first, with their mean ranks over its panels and all retentions."""
     above, exact = recall_tables(records)
     tables = [(by_text(records, "fidelity", "kl"), 1), (above, 1), (exact, -1)]
     found = ranks(tables, [method.name for method in METHODS if method.family == "peer"])
@@ -33,7 +33,7 @@ def best_peers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Every method as a line; ours, the best peers and chance stand out."""
+    """Draws every method as a line. Kara, the best peers and random selection are highlighted."""
     named = {**OURS, **dict(zip(best_peers(result["records"]), OF_PEERS, strict=False)), **CHANCE}
     kl = by_text(result["records"], "fidelity", "kl")
     above, exact = recall_tables(result["records"])

@@ -1,10 +1,11 @@
-"""One text through a model once; then any compression of what it left in the cache, and what the model makes of that.
+"""Runs one text through a model once, then compresses the resulting cache in many ways and continues from each.
 
-The text is read by the full cache in one forward, which leaves queries, keys and values of every token. A method then
-scores every window of the decoded text, :func:`kara_kernels.compress_window` keeps what the scores say, and the model
-goes on from the compressed cache. The long part is done once for all methods, so hundreds of settings can be compared
-where decoding anew would take days. What differs from decoding: the queries and keys of a window are those of a model
-that had seen everything before it, not those of one that had already forgotten. ``decode.py`` measures what that does.
+The full cache reads the text in one forward pass, which yields queries, keys and values of every token. A method then
+scores every window of the decoded text, :func:`kara_kernels.compress_window` selects by these scores, and the model
+continues from the compressed cache. The expensive part is done once for all methods, so hundreds of settings can be
+compared. Decoding again for each would take days. One thing differs from decoding: the queries and keys of a window
+come from a model that had seen everything before it, not from one with a compressed cache. ``decode.py`` measures that
+effect.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from kara_kernels import PagedCache, compress_window
 from kara_kernels.integrations.transformers.rotary import Ahead, find_rotation
 
 PAGE = 16
-_taken: list[tuple[Tensor, Tensor, Tensor]] | None = None  # where the attention below leaves what it saw
-_segments: Tensor | None = None  # [q] which segment each new token belongs to; None: all to one
+_taken: list[tuple[Tensor, Tensor, Tensor]] | None = None  # inputs recorded by the attention below
+_segments: Tensor | None = None  # [q] the segment of each new token; None: a single segment
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """transformers' sdpa attention with a mask of its own: layers may hold different numbers of tokens, and new tokens
-    of one segment do not see those of another."""
+    """transformers' sdpa attention with its own mask. Layers may hold different numbers of tokens, and new tokens see
+    only those of their own segment."""
     if _taken is not None:
         _taken.append((query, key, value))
     new, held = query.shape[2], key.shape[2] - query.shape[2]
@@ -49,11 +50,11 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("replay", lambda **kwargs: None)
 
 @dataclass(frozen=True)
 class Window:
-    """What a scorer may look at: one window of one sequence, all layers.
+    """The input of a scorer: one window of one sequence, all layers.
 
     ``query [L, N, H, G, D]`` post-RoPE queries of the window and then the tail; ``keys``, ``values`` ``[L, H, T, D]``
     of everything up to the end of the tail; the window is ``keys[:, :, start : start + length]``. ``ahead(query, n)``
-    moves queries ``[..., N, heads, D]`` on by ``n`` positions.
+    moves queries ``[..., N, heads, D]`` ahead by ``n`` positions.
     """
 
     query: Tensor
@@ -82,7 +83,7 @@ Scorer = Callable[[Window], Tensor]
 
 
 class Replay:
-    """A text of ``prompt`` protected and otherwise decoded tokens as the full cache holds it."""
+    """A text in the full cache. The first ``prompt`` tokens are protected, the others count as decoded."""
 
     def __init__(self, model: Any, ids: Tensor, prompt: int) -> None:
         global _taken
@@ -103,11 +104,11 @@ class Replay:
         self.scale = key.shape[-1] ** -0.5
 
     def windows(self, window: int, tail: int) -> int:
-        """How many windows of the decoded text have a tail behind them."""
+        """The number of windows of the decoded text that are followed by a tail."""
         return max(0, (self.length - self.prompt - tail) // window)
 
     def first(self, window: int, tail: int) -> int:
-        """Where the first window begins: the last ends where the tail begins, so what is left over is protected too."""
+        """The start of the first window. The last window ends where the tail starts, so any rest is protected too."""
         return self.length - tail - self.windows(window, tail) * window
 
     def window(self, index: int, window: int, tail: int, seed: int = 0) -> Window:
@@ -122,9 +123,9 @@ class Replay:
         return _cache(self.keys, self.values)
 
     def compressed(self, scores: list[Tensor], keep: int | list[int], tail: int, **selection: Any) -> DynamicCache:
-        """The cache after every window was cut to ``keep`` tokens by its ``scores [L, H, W]``; a list: per layer.
+        """The cache after reducing every window to ``keep`` tokens (a list: per layer) by its ``scores [L, H, W]``.
 
-        The last window goes first, so that no other has moved when its turn comes.
+        The last window goes first, so that no window has moved before its turn.
         """
         pages = -(-self.length // PAGE)
         pools = []
@@ -151,12 +152,12 @@ class Replay:
         return cache
 
     def go_on(self, cache: DynamicCache, ids: Tensor) -> Tensor:
-        """Log-probabilities ``[n, vocabulary]`` after each of ``ids [n]``, read behind the text with ``cache``."""
+        """Log-probabilities ``[n, vocabulary]`` after each of ``ids [n]``, which follow the text in ``cache``."""
         positions = torch.arange(self.length, self.length + len(ids), device=ids.device)
         return self._forward(cache, ids, positions, 0)
 
     def ask(self, cache: DynamicCache, questions: list[Tensor], last: list[int]) -> list[Tensor]:
-        """The same for many texts at once, each as if it alone stood behind the text, of the ``last`` of each only."""
+        """The same for many texts at once, each as if it alone followed the text. Returns the ``last`` of each."""
         global _segments
         ids = torch.cat(questions)
         _segments = torch.cat([torch.full_like(q, i) for i, q in enumerate(questions)])
@@ -177,7 +178,7 @@ class Replay:
 
 
 def _stay(query: Tensor, n: int) -> Tensor:
-    """For models without a rotary embedding: nothing to turn."""
+    """Leaves queries as they are, for models without a rotary embedding."""
     return query
 
 

@@ -1,4 +1,4 @@
-"""The page and the picture of what was measured. Every figure comes from the records; nothing is written by hand."""
+"""The page and the picture of the results. Every figure comes from the records, none is written by hand."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def _ablations(kl: Table, held: Table) -> list[str]:
 
 
 def _losses(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) -> list[str]:
-    """Every peer, and every variant of our own, that is better than the default beyond the interval."""
+    """Every peer and every variant of Kara that is significantly better than the default."""
     lines = []
     for r in retentions:
         for name in WHAT:
@@ -287,7 +287,7 @@ def _losses(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) 
 
 
 def _losses_decoding(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Means only: these texts are too few for intervals."""
+    """Compares means only, because there are too few texts for intervals."""
     kl, until = by_text(records, "decoding", "kl"), by_text(records, "decoding", "until")
     lines = []
     for r in sorted({r for _, r in kl}):

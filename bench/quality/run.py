@@ -1,4 +1,4 @@
-"""What is measured, and in which order."""
+"""Runs the measurements of a plan in order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUICK_TEXTS = ("manual-1", "argparse", "licence-python", "readme-transformers")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a user may ask for."""
+    """The options of a run."""
 
     model: str
     quick: bool
@@ -47,17 +47,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Item:
-    """One text or haystack: every cell that is wanted of it, and how the missing ones are measured."""
+    """One text or haystack, the cells wanted of it, and how to measure missing ones."""
 
     task: str
     name: str
-    content: Any  # whatever was read, for the key
+    content: Any  # the text, for the key
     cells: list[Cell]
     measure: Callable[[list[Cell]], Iterator[Record]]
 
 
 def facts(plan: Plan, model: Any) -> dict[str, Any]:
-    """What a reader of figures wants to know of the run, the versions and the machine."""
+    """Facts about the run, the versions and the machine for readers of the figures."""
     return {
         "plan": asdict(plan),
         "kara_kernels": kara_kernels.__version__,
@@ -70,7 +70,7 @@ def facts(plan: Plan, model: Any) -> dict[str, Any]:
 
 
 def cells_of(methods: Iterable[Method], retentions: Iterable[float]) -> list[Cell]:
-    """Methods that share their scores stand together."""
+    """All cells, with methods that share their scores next to each other."""
     alike: dict[Any, list[Method]] = {}
     for method in methods:
         alike.setdefault(method.scored_as, []).append(method)
@@ -78,7 +78,7 @@ def cells_of(methods: Iterable[Method], retentions: Iterable[float]) -> list[Cel
 
 
 class Run:
-    """Measures what the store does not hold yet."""
+    """Measures what is not in the store yet."""
 
     def __init__(self, model: Any, tokenizer: Any, plan: Plan, store: Store, screen: Screen) -> None:
         self.model, self.tokenizer, self.plan, self.store, self.screen = model, tokenizer, plan, store, screen
@@ -88,7 +88,7 @@ class Run:
         versions = platform.python_version(), torch.__version__, transformers.__version__
         self._writer = digest(sources.of_model(model), plan.seed, *versions)
         self._reader = digest(self._writer, platform.machine(), torch.get_num_threads(), str(model.device))
-        # All code is looked at now: who edits a file while this runs has started what was there before.
+        # Read all code now. If a file is edited during the run, the run still measures the earlier code.
         self._files = {
             (task, own): sources.of_files(task, own, model.device.type)
             for task in sources.BENCH
@@ -98,7 +98,7 @@ class Run:
         self._texts_by, self._greedy_by = sources.of_callable(texts.own), sources.of_callable(write)
 
     def records(self) -> list[Record]:
-        """Every record of the plan, in its order."""
+        """Every record of the plan, in order."""
         written = self._texts()
         found = self._measured("fidelity", list(self._documents(written)))
         found += self._measured("recall", list(self._haystacks(written)))
@@ -107,7 +107,7 @@ class Run:
         return found
 
     def key(self, item: Item, cell: Cell) -> str:
-        """Says all that a record depends on: code, model, versions, processors, the text and the method."""
+        """A key of everything a record depends on: code, model, versions, processors, the text and the method."""
         method, retention = cell
         code = self._files[item.task, method.own_scores], self._methods[method.name]
         return digest(self._reader, code, item.task, item.name, item.content, retention)
@@ -149,7 +149,7 @@ class Run:
             if len(ids) < length:
                 self.screen.say(f"left out {text.name}: {len(ids)} tokens, {length} are needed")
                 continue
-            # Ablations are read off every other text: they share the hour with everything else.
+            # Ablations use every other text, to keep the whole run within an hour.
             cells, read = self.cells if read % 2 else self.cells + extra, read + 1
             name, given = f"{text.name} ({text.kind})", torch.tensor(ids, device=self.model.device)
             yield Item("fidelity", name, ids, cells, partial(fidelity, self.model, name, given, seed=self.plan.seed))

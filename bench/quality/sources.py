@@ -1,6 +1,6 @@
-"""What a measurement depends on, as hashes: a scorer that changed is measured again, and nothing else.
+"""Hashes of what a measurement depends on, so that only changed scorers are measured again.
 
-Of the library every file counts that is not known to be idle in a measurement, so a file that is new counts too.
+Every file of the library counts unless it is known to be unused in a measurement. New files therefore count too.
 """
 
 from __future__ import annotations
@@ -22,16 +22,10 @@ from bench.store import ROOT, code_of, digest, digest_of_files
 from .methods import Method
 
 BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
-# Integrations that no measurement goes through.
-OTHERS = (
-    "integrations/vllm/*",
-    "integrations/__init__.py",
-    "integrations/environment.py",
-    "integrations/flashinfer.py",
-)
-KERNELS = ("ops/[!_]*.py", "ops/_[nr]*.py", "ops/_tiles.py")  # idle on CPUs; what chooses the path is not
-SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py")  # idle where others score
-# Idle where no engine runs: replays call compress_window themselves.
+OTHERS = ("integrations/vllm/*", "integrations/__init__.py", "integrations/[ef]*.py")  # no measurement uses these
+KERNELS = ("ops/[!_]*.py", "ops/_[cnr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
+SCORES = ("*/score.py", "ops/_columns.py", "ops/_norms.py", "ops/_tiles.py")  # unused if another scorer is used
+# Unused if no engine runs, because replays call compress_window themselves.
 SHIM = (
     "__main__.py", "engine/*", "windows/events.py", "windows/execute.py", "windows/plan.py", "windows/policy.py",
     "windows/queries.py", "integrations/transformers/[!r]*",  # all but rotary.py
@@ -39,8 +33,8 @@ SHIM = (
 
 
 def of_files(task: str, own_scores: bool, device: str, root: Path = ROOT) -> str:
-    """The bench's and the library's files behind every record of ``task`` on a type of device; ``own_scores``: the
-    library's."""
+    """A hash of the files that records of ``task`` depend on, on this type of device. ``own_scores``: the library's
+    scores are used."""
     idle = OTHERS + (() if own_scores else SCORES) + (() if task == "decoding" else SHIM)
     idle += KERNELS if device == "cpu" else ()
     library = root / "kara_kernels"
@@ -52,20 +46,20 @@ def of_files(task: str, own_scores: bool, device: str, root: Path = ROOT) -> str
 
 
 def of_method(method: Method) -> str:
-    """Its settings and the code of its scorer."""
+    """A hash of a method's settings and the code of its scorer."""
     budgets = [] if method.layer_budgets is None else of_callable(method.layer_budgets)
     return digest(method.name, method.window, method.tail, dict(method.selection), budgets, of_callable(method.scorer))
 
 
 def of_callable(thing: Any) -> list[str]:
-    """The code of a function, or of an object's class with its fields, and whatever of its module it reaches."""
+    """The code of a function, or of an object's class and its fields, and what it uses from its module."""
     if isinstance(thing, FunctionType):
         return sorted(_reached(thing, {}).values())
     return [repr(thing), *sorted(_reached(type(thing), {}).values())]
 
 
 def _reached(thing: Any, found: dict[str, str]) -> dict[str, str]:
-    """Code or value by name, of ``thing`` and of the functions, classes and constants of its module that it names."""
+    """Code or value by name, for ``thing`` and the functions, classes and constants of its module that it uses."""
     found[thing.__qualname__] = code_of(textwrap.dedent(inspect.getsource(thing)))
     functions = [thing] if isinstance(thing, FunctionType) else filter(inspect.isfunction, vars(thing).values())
     for function in map(inspect.unwrap, functions):
@@ -88,7 +82,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def of_model(model: Any) -> str:
-    """Configuration and weights, wherever they came from."""
+    """A hash of configuration and weights, regardless of their source."""
     held = hashlib.sha256()
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):

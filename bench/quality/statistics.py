@@ -1,4 +1,4 @@
-"""Means over texts, and how sure they are: a bootstrap over texts, paired wherever two methods are compared."""
+"""Means over texts and their confidence intervals, from a bootstrap over texts. Comparisons are paired."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Interval(NamedTuple):
 
 
 def by_text(records: Sequence[Mapping[str, Any]], task: str, metric: str) -> Table:
-    """A number of every record of ``task``, by method and retention, then by text."""
+    """One metric of all records of ``task``, by method and retention, then by text."""
     table: Table = {}
     for record in records:
         if record["task"] == task and metric in record:
@@ -32,12 +32,12 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 def ratio(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval:
-    """Mean by mean over the texts that both have, and where 95 % of the resampled ratios lie."""
+    """The ratio of means over the texts that both have, and the interval with 95 % of the resampled ratios."""
     return _interval(ours, theirs, lambda a, b: a / b if b else float("nan"))
 
 
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval:
-    """The mean of ours - theirs over the texts that both have."""
+    """The mean of ours - theirs over the texts that both have, and its interval."""
     return _interval(ours, theirs, lambda a, b: a - b)
 
 
@@ -55,9 +55,9 @@ def _interval(ours: Mapping[str, float], theirs: Mapping[str, float], compare: A
 
 
 def ranks(tables: Sequence[tuple[Table, int]], names: Iterable[str]) -> dict[str, float]:
-    """Mean rank of every method of ``names`` over all tables and retentions, best first; equals share the better rank.
+    """Mean rank of every method in ``names`` over all tables and retentions, best first. Ties share the better rank.
 
-    A table comes with 1 where less is better and with -1 where more is. Methods that miss a value are left out.
+    Each table comes with 1 if lower is better and -1 if higher is better. Methods with missing values are left out.
     """
     places = [(table, sign, r) for table, sign in tables for r in sorted({r for _, r in table if r < 1})]
     found = [name for name in names if all((name, r) in table for table, _, r in places)]
@@ -70,8 +70,8 @@ def ranks(tables: Sequence[tuple[Table, int]], names: Iterable[str]) -> dict[str
 
 
 def recall_tables(records: Sequence[Mapping[str, Any]]) -> tuple[Table, Table]:
-    """Per haystack: nats per answer token above the full cache's, over all cases; and the share said exactly of the
-    answers that the full cache says exactly."""
+    """For each haystack: nats per answer token above the full cache's, over all cases, and the share of answers given
+    exactly among those that the full cache gives exactly."""
     full = {r["item"]: r for r in records if r["task"] == "recall" and r["method"] == "full"}
     above: Table = {}
     exact: Table = {}
@@ -90,7 +90,7 @@ def recall_tables(records: Sequence[Mapping[str, Any]]) -> tuple[Table, Table]:
 def recall_by_kind(
     records: Sequence[Mapping[str, Any]], method: str, retention: float
 ) -> dict[str, tuple[float, float]]:
-    """Nats per answer token and share said exactly of all cases, by kind of question."""
+    """Nats per answer token and share of exact answers over all cases, by kind of question."""
     nll: dict[str, list[float]] = {}
     exact: dict[str, list[bool]] = {}
     for record in records:

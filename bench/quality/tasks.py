@@ -1,7 +1,7 @@
-"""Facts, passages, tables and changing states inside of filler text, and the questions about them.
+"""Facts, passages, tables and changing states inside filler text, and questions about them.
 
-A haystack is one text; its cases are asked one after the other, each from the same cache. Whether the model answers
-rightly with the full cache is measured too: what it cannot do without compression says nothing about compression.
+A haystack is one text. Its questions are asked one after the other, each from the same cache. Whether the model answers
+correctly with the full cache is measured too, because a question it cannot answer there says nothing about compression.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Haystack:
 
 
 def haystacks(tokenizer: Any, filler: list[str], count: int, length: int, tail: int, seed: int) -> list[Haystack]:
-    """``count`` texts of ``length`` tokens; nothing that is asked about lies in the last ``tail`` or the first 64."""
+    """``count`` texts of ``length`` tokens. Nothing asked about lies in the last ``tail`` or the first 64 tokens."""
     return [_haystack(tokenizer, filler[i % len(filler)], length, tail, random.Random(f"{seed} {i}"), i)
             for i in range(count)]  # fmt: skip
 
@@ -96,7 +96,7 @@ def _needles(rng: random.Random) -> tuple[list[str], list[Case]]:
     passage = [rng.choice(WORDS) for _ in range(24)]
     needles.append(f"Verse of {cities[8]}: " + " ".join(passage))
     cases.append(Case("copying", f"\n\nVerse of {cities[8]}: " + " ".join(passage[:3]), " " + " ".join(passage[3:])))
-    # Moves stay in their order and everything else is shuffled around them.
+    # Moves keep their order, and everything else is shuffled around them.
     moves = [needle for needle in needles if needle.startswith("The") and " in the " in needle]
     rest = [needle for needle in needles if needle not in moves]
     rng.shuffle(rest)

@@ -1,6 +1,6 @@
-"""Texts to measure on: what Python and its packages ship, and what the model itself writes. Nothing is fetched.
+"""Texts for measurements: files shipped with Python and its packages, and text written by the model.
 
-Every text is read from the installation at run time; none is copied into this repository.
+Nothing is downloaded. Every text is read from the installation at run time, and none is copied into this repository.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Text:
 
 
 def shipped() -> list[Text]:
-    """Manual, code, licences and prose that any installation of Python and torch has."""
+    """Manual, code, licences and prose found in any installation of Python and torch."""
     from pydoc_data.topics import topics
 
     manual = "\n\n".join(topics[key] for key in sorted(topics))
@@ -72,7 +72,7 @@ def _licence(package: str) -> str:
 
 
 def own(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Text]:
-    """What the model writes itself: long generations, and conversations of many turns. Minutes on a CPU."""
+    """Text written by the model: long generations and long conversations. Takes minutes on a CPU."""
     essays = _sample(model, tokenizer, ESSAYS, tokens, seed, stop=False)
     texts = [Text(f"generation-{i + 1}", "generation", text) for i, text in enumerate(essays)]
     answers = _sample(model, tokenizer, QUESTIONS, 240, seed, stop=True)
@@ -84,8 +84,8 @@ def own(model: Any, tokenizer: Any, tokens: int, seed: int = 0) -> list[Text]:
 
 @torch.inference_mode()
 def _sample(model: Any, tokenizer: Any, prompts: tuple[str, ...], tokens: int, seed: int, stop: bool) -> list[str]:
-    """Sampled at temperature 1 within the top 95 %, with a light repetition penalty: long greedy texts of a small model
-    fall into loops, which any method keeps."""
+    """Samples at temperature 1 with top-p 0.95 and a light repetition penalty. Long greedy texts of a small model fall
+    into loops, which any method preserves."""
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                            add_generation_prompt=True) for prompt in prompts]  # fmt: skip
     tokenizer.padding_side = "left"

@@ -1,1 +1,1 @@
-"""`make bench`: one compression event on a CPU, the library's PyTorch path beside what users have today."""
+"""`make bench`: times one compression on a CPU with the library's PyTorch path and with the baselines."""

@@ -1,4 +1,4 @@
-"""``python -m bench.speed``: time one compression event on this CPU, in turns with other ways to do it."""
+"""``python -m bench.speed``: times one compression on this CPU, in turns with the baselines."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ class Case:
 
 
 SMALL, LARGE = (30, 3, 3, 64), (36, 8, 4, 128)
-# Wide windows of the large shape at batch 8 would hold 4 GB of queries and take a minute a round: left out.
+# Wide windows of the large shape at batch 8 are left out. They would need 4 GB of queries and a minute per round.
 CASES = [Case(*SMALL, window, sequences) for sequences in (1, 8) for window in (256, 512, 1024)]
 CASES += [Case(*LARGE, window, 1) for window in (256, 512, 1024)] + [Case(*LARGE, 256, 8)]
 QUICK = [Case(2, 3, 3, 64, 128, 1)]
 
 
 class World:
-    """Inputs of one event of a case. Rows of the pools are moved in place, which changes no time.
+    """Inputs of one compression of a case. Rows of the pools are moved in place, which does not affect times.
 
-    Queries as the engine shim records them by default, ``ring`` read at ``ring_rows``, and of every token and head.
+    There are two sets of queries: those that the engine shim records by default, in rows ``ring_rows`` of ``ring``, and
+    those of every token and head.
     """
 
     def __init__(self, case: Case) -> None:
@@ -82,7 +83,7 @@ class World:
         )  # fmt: skip
 
     def scoring(self) -> object:
-        """What is recommended, alone."""
+        """Only the scoring, with the recommended options."""
         scoring, _ = split_options(RECOMMENDED)
         return score_window(
             self.ring, self.cache.k, self.tables, self.starts, self.window, query_rows=self.ring_rows, backend="torch",
@@ -98,7 +99,7 @@ class World:
                                   self.lengths, self.window, self.keep)  # fmt: skip
 
     def jobs(self) -> dict[str, Callable[[], object]]:
-        """Each does one event or one scoring; the names are explained in ``report.LABELS``."""
+        """Jobs of one compression or one scoring each. ``report.LABELS`` explains the names."""
         few = self.every[:, :, -baselines.RKV_QUERIES :].contiguous()
         return {
             "kara": self.recommended,
@@ -117,13 +118,13 @@ class World:
 
 
 def alternate(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every job in every round, in turns, so that a slow moment of the machine meets all of them."""
+    """Seconds of every job in every round, in turns, so that a slow moment of the machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(rounds + 1):
         for name, job in work.items():
             began = time.perf_counter()
             job()
-            if round_:  # the first round fetches code and memory
+            if round_:  # the first round loads code and memory
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
@@ -143,7 +144,9 @@ def machine() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speed.md, speed.csv and speed.png")
-    parser.add_argument("--threads", type=int, default=1, help="1: threads that wait for each other spoil the figures")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads (default: 1, since waiting threads distort times)"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="one tiny case")
     options = parser.parse_args(arguments)

@@ -28,7 +28,7 @@ def milliseconds(row: Row, job: str) -> float:
 
 
 def ratio(row: Row, theirs: str, ours: str) -> float:
-    """Ratios of one round, then their median: neighbours in time share the machine's mood."""
+    """The median over rounds of the ratio within a round, because jobs of one round see the same load."""
     pairs = zip(row["seconds"][theirs], row["seconds"][ours], strict=True)
     return statistics.median(a / b for a, b in pairs)
 

@@ -1,1 +1,1 @@
-"""`make traffic`: what kernels move and compute, against the floor and against what others do; and a cost model."""
+"""`make traffic`: bytes and operations of kernels, compared with the minimum and with other code; and a cost model."""

@@ -1,4 +1,4 @@
-"""``python -m bench.traffic``: run compiled kernels in the emulator and compare what they move with the floor."""
+"""``python -m bench.traffic``: runs compiled kernels in the emulator and compares their traffic with the minimum."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Bytes, sectors, matrix operations and instructions of one event, from compiled code that runs in the emulator.
+"""Bytes, sectors, matrix operations and instructions of one compression, from compiled code in the emulator.
 
-Two counts of bytes. *Requested*: what threads ask for. *Compulsory*: each 32-byte sector that a launch touches, once;
-what DRAM sees while L2 holds a window. The floor is what must move: queries and keys once, partial rows once, each
-moving row read once and written once.
+Bytes are counted in two ways. *Requested* bytes are those that threads ask for. *Compulsory* bytes count each 32-byte
+sector that a launch touches once, which is the DRAM traffic as long as L2 holds a window. The floor is the minimum that
+must move: queries and keys once, partial rows once, and each moving row read once and written once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kara_kernels.engine import Policy
 from kara_kernels.ops.score import plan_score
 from kara_kernels.options import PAPER, RECOMMENDED
 
-sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator lives with the tests that it was made for
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator is part of the tests
 from ptx import Launch, emulating
 
 SECTOR = 32
@@ -29,10 +29,10 @@ SECTOR = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of one sequence; shapes as in `compress_window`.
+    """One layer of one sequence, with shapes as in `compress_window`.
 
-    What is recommended, from queries as the engine shim records them; or, as published, from those of every token and
-    head of the window.
+    Uses the recommended options with queries as the engine shim records them, or the published ones with the queries of
+    every token and head of the window.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Case:
     tail: int = Policy().tail
     dtype: torch.dtype = torch.bfloat16
     published: bool = False
-    most_queries: int = MAX_WINDOW  # fewer to spare the emulator
+    most_queries: int = MAX_WINDOW  # limited to save emulator time
     redundancy: float = 0.0
 
     @property
@@ -71,7 +71,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Query rows of a KV head."""
+        """Query rows per KV head."""
         return self.queries * self.query_heads // self.heads
 
     @property
@@ -116,7 +116,7 @@ def tensors(case: Case) -> dict[str, Any]:
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """At a multiple of 128 bytes, as GPUs allocate."""
+    """A copy aligned to 128 bytes, as GPUs allocate."""
     size = tensor.element_size()
     room = torch.empty(tensor.numel() + 128 // size, dtype=tensor.dtype)
     start = -room.data_ptr() % 128 // size
@@ -125,7 +125,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes and operations that an event cannot do without, by kernel."""
+    """The minimum bytes and operations of a compression, by kernel."""
 
     scoring: int
     selection: int
@@ -134,7 +134,7 @@ class Floor:
 
 
 def floor(case: Case, tiles: int, moving: int) -> Floor:
-    """``tiles`` partial rows of each KV head; ``moving`` rows of one cache change place, all heads together."""
+    """``tiles``: partial rows per KV head. ``moving``: rows of one cache that move, over all heads."""
     wide = max(2, case.dtype.itemsize)  # of a query's element
     size, partials = case.dtype.itemsize, case.heads * tiles * case.window * 4
     values = case.values if case.norms else 0
@@ -151,7 +151,7 @@ OTHERS = {
 
 
 def others(case: Case) -> dict[str, int]:
-    """The least bytes of what PyTorch users write today, by step: each operand and each result of an operation once."""
+    """Minimum bytes of plain PyTorch code, by step: each operand and each result of an operation once."""
     size, heads, window = case.dtype.itemsize, case.heads, case.window
     wide = max(2, size)
     keys = heads * window * case.dim
@@ -164,7 +164,7 @@ def others(case: Case) -> dict[str, int]:
         + logits + 2 * 2 * logits + logits + score,
         # topk reads scores and writes values and int64 indices; sort reads and writes the indices with a permutation
         "selection": score + heads * case.keep * 12 + heads * case.keep * (8 + 8 + 8),
-        # gather, clone and index_copy_ each read and write every row, whether it moves or not
+        # gather, clone and index_copy_ each read and write every row, even rows that do not move
         "compaction": 6 * rows,
     }  # fmt: skip
 
@@ -176,7 +176,7 @@ STEPS = {
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """One event of a case, as a row of the table."""
+    """Measures one compression of a case, as a row of the table."""
     given = tensors(case)
     reached = [*given["query"], *given["k_cache"], *(given["v_cache"] or [])]
     with emulating("together", reached) as launches:
@@ -218,7 +218,7 @@ def _counts(launches: list[Launch], least: int) -> dict[str, float]:
 
 
 def goals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """name -> (ratio, at most)."""
+    """Goals as name -> (ratio, limit)."""
     scoring, compaction = row["steps"]["scoring"], row["steps"]["compaction"]
     return {
         "compaction, compulsory": (compaction["compulsory_ratio"], 1.05),
@@ -230,7 +230,7 @@ def goals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
     }
 
 
-# What a case cannot meet, and why. One that excuses nothing is an error of `missed`: it would outlive its reason.
+# Goals that a case cannot meet, and why. An unused excuse is an error of `missed`, so that none outlives its reason.
 EXCUSES: dict[tuple[str, str], str] = {}
 
 

@@ -1,4 +1,4 @@
-"""What an event should cost on GPUs that are not here: a model, nothing in it was measured on a GPU.
+"""A model of the cost of one compression (event) on GPUs. Nothing in it was measured on a GPU.
 
     kernel = max(bytes / memory, matrix operations / tensor cores,
                  exponentials / special functions, instructions / issue)
@@ -6,9 +6,9 @@
     step   = max(bytes / memory, operations / tensor cores) + layers * KERNELS_PER_LAYER * KERNEL_GAP
     share  = (batch / window) * event / step
 
-A sequence is compressed once per ``window`` decoded tokens, because a window begins where the last one ended. Bytes
-and operations are exact functions of the shapes; instructions are those that `make traffic` counted; sustained shares
-of the vendors' peaks are assumptions, named below.
+A sequence is compressed once per ``window`` decoded tokens, because each window starts where the last one ended. Bytes
+and operations are exact functions of the shapes. Instructions were counted by `make traffic`. The sustained shares of
+the vendors' peaks are assumptions, listed below.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from kara_kernels.options import PAPER, RECOMMENDED
 
 # ---- assumptions ----------------------------------------------------------------------------------------------------
 
-BANDWIDTH_SHARE = 0.8  # of peak, for streams of whole rows: what copies usually reach
+BANDWIDTH_SHARE = 0.8  # of peak, for streams of whole rows; typical for copies
 MATRIX_SHARE = 0.5  # of peak, for tiles of 16 to 64 rows between softmaxes and for decoding's small batches
 ISSUE_SHARE = 0.5  # of one instruction per clock and scheduler
-LAUNCH = 5e-6  # seconds for a launch that nothing hides, three of them an event
+LAUNCH = 5e-6  # seconds per launch if nothing hides it; three launches per event
 KERNELS_PER_LAYER, KERNEL_GAP = 10, 2e-6  # of a decode step under a graph
 MEMORY_SHARE = 0.9  # of a GPU's memory, for weights and KV cache: vLLM's default
 PROMPT = 1024  # tokens before decoding starts
@@ -63,7 +63,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Model:
-    """What one GPU of a deployment holds."""
+    """The part of a model that one GPU of a deployment holds."""
 
     layers: int
     heads: int  # KV heads
@@ -78,7 +78,7 @@ class Model:
 
     @property
     def token_bytes(self) -> int:
-        """Of the KV cache, bfloat16."""
+        """Bytes per token of the KV cache, bfloat16."""
         return 2 * self.layers * self.heads * (self.dim + self.v_dim)
 
     @property
@@ -86,7 +86,7 @@ class Model:
         return self.dense + self.experts
 
     def read(self, batch: int) -> float:
-        """Bytes of weights that a step reads: of the experts, the expected share that some token of the batch needs."""
+        """Bytes of weights that a step reads. Of the experts, the expected share needed by any token of the batch."""
         used, of = self.routed
         return self.dense + self.experts * (1 - (1 - used / of) ** batch)
 
@@ -101,20 +101,20 @@ MODELS = {
 }
 
 
-# ---- what the compiled code was seen to do --------------------------------------------------------------------------
+# ---- counts from compiled code --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Way:
-    """How an event is done: with which scores, and from which queries."""
+    """A variant of the event: which scores, and from which queries."""
 
     name: str
-    case: str  # what the name of its case in traffic.csv ends with
+    case: str  # the suffix of its case name in traffic.csv
     every_query: bool
     value_norm: bool
 
 
-WAYS = (  # the first is what a deployment gets that sets nothing
+WAYS = (  # the first is the default
     Way("recommended, as recorded", "", False, RECOMMENDED["value_norm"] is not False),
     Way("published, every query", ", as published", True, PAPER["value_norm"] is not False),
 )
@@ -122,7 +122,7 @@ WAYS = (  # the first is what a deployment gets that sets nothing
 
 @dataclass(frozen=True)
 class Measured:
-    """From traffic.csv, by case: instructions of warps for each logit, and bytes beside the floor."""
+    """From traffic.csv, by case: warp instructions per logit, and bytes relative to the floor."""
 
     per_logit: float
     compulsory: float
@@ -160,14 +160,14 @@ class Event:
 
 
 def queries(policy: Policy, way: Way, group: int) -> int:
-    """Query rows of a KV head: all of the window's, or what the shim records by default."""
+    """Query rows per KV head: all of the window's, or those that the shim records by default."""
     if way.every_query:
         return policy.window * group
     return policy.query_rows * (group if policy.query_heads == "all" else 1)
 
 
 def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, value_norm: bool = True) -> Event:
-    """``rows`` query rows of each KV head score one window, whose values weigh in where there are some."""
+    """The cost of one event: ``rows`` query rows per KV head score one window, weighted by values if there are any."""
     memory, window, heads = gpu.bandwidth * BANDWIDTH_SHARE, policy.window, model.layers * model.heads
     config = score_config(window, model.dim, torch.bfloat16, ARCHITECTURES[gpu.target])
     passes = 1 if config.whole else 2
@@ -177,9 +177,9 @@ def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, 
     logits = heads * rows * window * passes
     read = heads * 2 * (rows * model.dim + window * (model.dim + values)) + partials
     clocks = gpu.units * gpu.clock
-    # Programs of a row tile run side by side; fewer of them than units leave units idle.
+    # Programs of a row tile run in parallel. If there are fewer than units, units stay idle.
     busy = min(1.0, heads * tiles / gpu.units)
-    # Instructions were counted for the target's own number of passes on sm_80; warps of 64 lanes need half as many.
+    # Instructions were counted on sm_80 for the target's own number of passes. Warps of 64 lanes need half as many.
     instructions = counted.per_logit * heads * rows * window * 32 / gpu.lanes
     scoring = max(
         read * counted.compulsory / memory,
@@ -193,7 +193,7 @@ def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, 
 
 
 def step(model: Model, gpu: Gpu, batch: float, context: float) -> float:
-    """Seconds of a decode step of ``batch`` sequences that hold ``context`` rows each."""
+    """Seconds per decode step of ``batch`` sequences with ``context`` rows each."""
     bytes_ = model.read(round(batch)) + batch * context * model.token_bytes
     attention = 4 * model.layers * model.heads * model.group * model.dim * context
     operations = batch * (model.operations + attention)
@@ -202,12 +202,12 @@ def step(model: Model, gpu: Gpu, batch: float, context: float) -> float:
 
 
 def room(model: Model, gpu: Gpu) -> float:
-    """Bytes for the KV cache; below zero the weights do not fit."""
+    """Bytes left for the KV cache. Negative if the weights do not fit."""
     return gpu.memory * MEMORY_SHARE - model.weights
 
 
 def share(model: Model, gpu: Gpu, policy: Policy, cost: Event, batch: int, context: int) -> float:
-    """Of decode time, amortised."""
+    """The amortised share of decode time."""
     return batch / policy.window * cost.total / step(model, gpu, batch, context)
 
 
@@ -222,7 +222,7 @@ def rows_held(policy: Policy | None, generated: int) -> float:
 def throughput(
     model: Model, gpu: Gpu, policy: Policy | None, cost: Event | None, generated: int, most: int = 512
 ) -> tuple[int, float] | None:
-    """(sequences at a time, tokens per second of the deployment) when memory decides; None where nothing fits."""
+    """(concurrent sequences, tokens per second of the deployment) if memory is the limit. None if nothing fits."""
     held = rows_held(policy, generated)
     batch = min(most, int(room(model, gpu) // (held * model.token_bytes)))
     if batch < 1:

@@ -1,4 +1,4 @@
-"""traffic.md: goals, then bytes beside the floor and beside what others move."""
+"""traffic.md: goals, then bytes compared with the floor and with other code."""
 
 from __future__ import annotations
 

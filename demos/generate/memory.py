@@ -1,4 +1,4 @@
-"""What the caches will take, asked before they take it."""
+"""Estimates the memory of the caches before they are allocated."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..machine import size
 from ..model import row_bytes
 from .closeness import SLICE
 
-SPARE = 0.9  # share of the free memory that caches may take; activations and other programs need some, too
+SPARE = 0.9  # share of free memory for caches; activations and other programs need some too
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a token takes in the caches of a model, in bytes."""
+    """Bytes per token in the caches of a model."""
 
     kv: int  # keys and values of all layers
     queries: int  # queries of all layers
@@ -33,12 +33,12 @@ class Rows:
 
 
 def needed(rows: Rows, options: argparse.Namespace, prompt_tokens: int) -> int:
-    """Bytes of all caches that live at once: the full one, Kara's and, where asked for, the random baseline's."""
+    """Bytes of all caches that exist at once: the full one, Kara's and, if requested, the random baseline's."""
     tokens = prompt_tokens + options.tokens
     compressions = max(0, (options.tokens - options.tail) // options.window)
     most = min(tokens, prompt_tokens + compressions * options.keep + options.window + options.tail)
     blocks = -(-most // options.block_size)
-    pool = max(1, 2 * blocks - 1) * options.block_size * rows.kv  # KaraCache doubles its pool when it is full
+    pool = max(1, 2 * blocks - 1) * options.block_size * rows.kv  # KaraCache doubles a full pool
     queries = (options.window + options.tail + 1) * rows.queries
     compressed = 1 if options.no_baseline else 2
     return tokens * rows.kv + compressed * (pool + queries) + 3 * SLICE * rows.logits
@@ -47,7 +47,7 @@ def needed(rows: Rows, options: argparse.Namespace, prompt_tokens: int) -> int:
 def check_memory(
     rows: Rows, options: argparse.Namespace, usual: argparse.Namespace, prompt_tokens: int, free: int | None
 ) -> None:
-    """Refuse what would not fit into `free` bytes, in the name of the option that asks for more than is `usual`."""
+    """Raise an error if the caches exceed `free` bytes. It names the option that exceeds its `usual` value."""
     if free is None:
         return
 
@@ -69,7 +69,7 @@ def check_memory(
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest of low..high - 1 that fits, `low` being one that does, found by halving."""
+    """The largest of low..high - 1 that fits, by bisection. `low` must fit."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

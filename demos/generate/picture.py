@@ -1,4 +1,4 @@
-"""The run as one picture: what it costs, what it changes, what was kept. Titles state the finding."""
+"""One picture of the run: blocks in use, distance from the full cache, kept tokens. Titles state the finding."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from matplotlib.patches import Patch
 from .. import DemoError
 from ..style import BLUE, GREY, INK, ORANGE, PALE, SKY, STYLE
 
-CHUNK = 3  # from here on, kept neighbours are drawn and counted as a chunk
+CHUNK = 3  # runs of at least this many kept tokens are drawn and counted as a chunk
 ROWS = 10  # windows shown; more would be too thin to read
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the picture of a collected result (see ``report.collect``)."""
+    """Draw a result of ``report.collect``."""
     windows = result["kara"]["windows"][:ROWS]
     strip = 0.9 + 0.42 * max(1, len(windows))
     with matplotlib.rc_context(STYLE):
@@ -37,7 +37,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _name(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
-    """Label a line at its right end: nothing to look up in a legend."""
+    """Label a line at its right end, which makes a legend unnecessary."""
     axes.annotate(
         text,
         (x, y),
@@ -77,10 +77,10 @@ def _closeness(axes: Axes, result: dict[str, Any]) -> None:
             axes.plot(tokens, column["kl_per_token"], ".", markersize=3.5, markeredgewidth=0, color=colour, alpha=0.3)
             axes.plot(tokens, smooth, color=colour, linewidth=2)
             names.append((smooth[-1], name, colour))
-    top = top * 1.8 or 1.0  # the axis is for the lines: single tokens reach far beyond them
+    top = top * 1.8 or 1.0  # scale the axis to the lines; single tokens lie far above them
     names.sort()
     for number, (height, name, colour) in enumerate(names):
-        # Two lines that end together must not write over each other.
+        # Labels of lines that end close together must not overlap.
         lift = 0.09 * top if number and height - names[0][0] < 0.09 * top else 0.0
         _name(axes, name, count, (names[0][0] if lift else height) + lift, colour)
     for index, window in enumerate(result["kara"]["windows"]):
@@ -109,7 +109,7 @@ def _closeness(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _smooth(values: list[float], span: int) -> list[float]:
-    """Trailing mean, so that no point shows what comes after it."""
+    """Trailing mean, so that no point depends on later values."""
     parts = (values[max(0, end - span) : end] for end in range(1, len(values) + 1))
     return [sum(part) / len(part) for part in parts]
 
@@ -171,7 +171,7 @@ def _survivors(axes: Axes, result: dict[str, Any], windows: list[dict[str, Any]]
 
 
 def _runs(positions: list[int]) -> list[tuple[int, int]]:
-    """Ascending positions as (first, count) of gap-free runs."""
+    """Ascending positions as (first, count) of runs without gaps."""
     runs: list[tuple[int, int]] = []
     for position in positions:
         if runs and sum(runs[-1]) == position:

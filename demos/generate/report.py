@@ -1,7 +1,7 @@
-"""What came out: tables and texts at the end, and the JSON file.
+"""The results: tables, texts and the JSON file.
 
-:func:`collect` turns a finished run into one plain dictionary. Tables, picture and JSON file are made from it
-and from nothing else, so they cannot disagree. Its keys are stable within one value of ``schema``.
+:func:`collect` turns a finished run into one plain dictionary. Tables, picture and JSON file are made only from that
+dictionary, so they cannot disagree. Its keys are stable within one value of ``schema``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCHEMA = 1
 class Window:
     """One compression of the only sequence. Tokens are counted from the first decoded one."""
 
-    decoded_tokens: int  # by then
+    decoded_tokens: int  # so far
     first_token: int  # of the window
     physical_before: int
     physical_after: int
@@ -49,25 +49,25 @@ class Window:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What is left of one decoding; its cache is gone."""
+    """The results of one decoding. Its cache has been freed."""
 
     ids: list[int]
-    seconds: list[float] = field(repr=False)  # of every new token; the first is computed with the prompt
-    blocks: list[int] = field(repr=False)  # in use when new token i was known
+    seconds: list[float] = field(repr=False)  # per new token; the first includes the prompt
+    blocks: list[int] = field(repr=False)  # in use after new token i
     held: dict[str, Any]
     windows: list[Window]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What one cache made of the common text: ``kl`` and ``top1`` per token."""
+    """Results of one cache on the common text: ``kl`` and ``top1`` per token."""
 
     found: Found = field(repr=False)
     windows: list[Window]
 
 
 def windows(cache: KaraCache, prompt_tokens: int) -> list[Window]:
-    """The cache's own records; nothing else here knows their form."""
+    """The cache's own records. No other function here depends on their format."""
     found = []
     for event in cache.events:
         decoded = event.logical_len - prompt_tokens
@@ -86,7 +86,7 @@ def windows(cache: KaraCache, prompt_tokens: int) -> list[Window]:
 
 
 def held_in_full(cache: DynamicCache, block_size: int) -> dict[str, Any]:
-    """What transformers' own cache holds, in blocks as if it had some."""
+    """What transformers' own cache holds, converted to blocks."""
     rows = cache.get_seq_length()
     return {
         "logical_tokens": rows,
@@ -119,11 +119,11 @@ def collect(
     others: float | None,
     compared: dict[str, Compared],
 ) -> dict[str, Any]:
-    """Everything about the run as plain numbers, strings, lists and dictionaries; ``phases`` are added last.
+    """Everything about the run as plain numbers, strings, lists and dictionaries. ``phases`` is added later.
 
     Args:
-        trial: seconds of a token by the number of threads tried.
-        others: share of the processors' time that other programs had while decoding; None: nobody knows.
+        trial: seconds per token for each number of threads tried.
+        others: share of CPU time that other programs used while decoding. None: unknown.
     """
     full, kara = decoded["full"], decoded["kara"]
     both = {name: _decoded(run, tokenizer) | run.held for name, run in decoded.items()}
@@ -194,12 +194,12 @@ def _compressions(run: Decoded) -> dict[str, Any]:
 
 
 def _window(window: Window) -> dict[str, Any]:
-    """Figures of a compression, with the survivors of all heads and of one head."""
+    """Figures of one compression, with the kept tokens of all heads together and of one head."""
     keep = window.keep_indices.long()
     layers, heads, count = keep.shape
     width = window.physical_before - window.physical_after + count
     share = keep.flatten().bincount(minlength=width) / (layers * heads)
-    layer = layers // 2  # the middle, chosen before looking
+    layer = layers // 2  # the middle layer, chosen in advance
     names = "decoded_tokens", "first_token", "physical_before", "physical_after", "freed_blocks", "seconds"
     return {name: getattr(window, name) for name in names} | {
         "kept_share": [round(float(x), 4) for x in share],
@@ -208,9 +208,9 @@ def _window(window: Window) -> dict[str, Any]:
 
 
 def _closeness(run: Compared) -> dict[str, Any]:
-    """Means over all decoded tokens and, the honest ones, over those predicted from a compressed cache."""
+    """Means over all decoded tokens, and over those predicted from a compressed cache."""
     kl, top1 = run.found["kl"], run.found["top1"]
-    # A window is compressed after the forward that fills it; the token that this forward predicts is exact.
+    # A window is compressed after the forward pass that fills it. The token predicted by that pass is still exact.
     first = run.windows[0].decoded_tokens + 1 if run.windows else len(kl)
     kept = [window.keep_indices for window in run.windows]
     runs = sum(int((keep.diff(dim=-1) > 1).sum()) + keep[..., 0].numel() for keep in kept)
@@ -239,7 +239,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def show(screen: Screen, result: dict[str, Any]) -> None:
-    """Texts first, figures last, so that the figures stay in sight."""
+    """Print texts first and figures last, so that the figures stay visible."""
     console, full, kara = screen.console, result["full"], result["kara"]
     width = min(console.width, READABLE)
     _text(console, "Prompt", result["prompt"]["text"], width)
@@ -322,7 +322,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """The figures in words; the picture's titles say the same."""
+    """The figures in words. The picture's titles say the same."""
     full, kara, close = result["full"], result["kara"], result["closeness"]
     if not kara["compressions"]:
         due = result["settings"]["window"] + result["settings"]["tail"]
@@ -330,7 +330,7 @@ def findings(result: dict[str, Any]) -> list[str]:
         return [line, *_timing(result)]
     lines = [
         f"Kara ends with {kara['blocks_end']:,} blocks instead of {full['blocks_end']:,}. It still caches "
-        f"{kara['retention']:.0%} of all tokens, among them the whole prompt."
+        f"{kara['retention']:.0%} of all tokens, including the whole prompt."
     ]
     mine, other = close["kara"], close["random"]
     if mine["kl_compressed"] is not None:
@@ -338,13 +338,13 @@ def findings(result: dict[str, Any]) -> list[str]:
             f"Once compressed, its next-token predictions are {mine['kl_compressed']:.2g} nats from the full cache's."
         )
         if other:
-            lines[-1] += f" With as many tokens kept at random they are {other['kl_compressed']:.2g} nats away."
+            lines[-1] += f" With the same number of random tokens they are {other['kl_compressed']:.2g} nats away."
     return lines + _timing(result)
 
 
 def _timing(result: dict[str, Any]) -> list[str]:
-    """A line about time, and one that doubts it where the machine was busy."""
+    """A line about time, and a warning if the machine was busy."""
     if result["full"]["tokens"] < 2:
         return []
-    line = f"Decoding in turns, a token took {result['time_ratio']:.2f} times as long with Kara (medians)."
+    line = f"A token took {result['time_ratio']:.2f} times as long with Kara (medians, decoding in turns)."
     return [line, *filter(None, [doubt(result["machine"]["cpu_share_of_others"])])]

@@ -1,4 +1,4 @@
-"""What the demo does: decodes with the full cache and with Kara in turns, then feeds one text through all caches."""
+"""The demo: decodes with the full cache and with Kara in turns, then feeds one text through all caches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .report import Compared, Decoded
 
 @dataclass
 class Stage:
-    """What all parts of the demo need."""
+    """State shared by all phases of the demo."""
 
     options: argparse.Namespace
     model: PreTrainedModel
@@ -40,14 +40,14 @@ class Stage:
         return DynamicCache(config=self.model.config)
 
     def kara_cache(self, **policy: Any) -> KaraCache:
-        """With the scoring and selection that was asked for, or with `policy` instead."""
+        """A cache with the requested scoring and selection, or with `policy` instead."""
         settings = {name: getattr(self.options, name) for name in ("window", "keep", "tail", "block_size", "backend")}
         with library_checks():
             return KaraCache(self.model, **settings, **(policy or self.options.policy))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole demo; prints as it goes and returns what ``--json`` writes."""
+    """Run the demo. Prints progress and returns what ``--json`` writes."""
     stage = _load(options)
     screen, phases = stage.screen, stage.phases
     with screen.waiting(phases, "warm-up"):
@@ -70,10 +70,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(options: argparse.Namespace) -> Stage:
-    """Model, tokenizer and prompt; refuses what the model or the memory has no room for."""
+    """Load model, tokenizer and prompt. Raises an error if the model or the memory has too little room."""
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # that of reading files, which is short
-    huggingface_hub.utils.enable_progress_bars()  # that of downloads, which is not
+    transformers.logging.disable_progress_bar()  # for reading files, which is fast
+    huggingface_hub.utils.enable_progress_bars()  # for downloads, which are slow
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ def _load(options: argparse.Namespace) -> Stage:
 
 
 def encode(tokenizer: Any, prompt: str) -> torch.Tensor:
-    """The prompt as the model expects it, in its chat template where it has one: ``[1, tokens]``."""
+    """The tokenised prompt ``[1, tokens]``, in the model's chat template if it has one."""
     if getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": prompt}]
         made = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -104,7 +104,7 @@ def encode(tokenizer: Any, prompt: str) -> torch.Tensor:
 
 @torch.inference_mode()
 def _warm_up(stage: Stage) -> None:
-    """One compression before the clock starts: threads, allocator, on a GPU the compiling of the kernels."""
+    """Run one untimed compression: starts threads, fills the allocator and, on a GPU, compiles the kernels."""
     cache, options = stage.kara_cache(), stage.options
     next_logits(stage.model, stage.prompt, cache)
     due = min(options.window + options.tail, options.tokens)
@@ -113,7 +113,7 @@ def _warm_up(stage: Stage) -> None:
 
 
 def _threads(stage: Stage) -> dict[int, float]:
-    """Set the number of threads; returns what a trial found, {} where there was none."""
+    """Set the number of threads. Returns the results of the trial, or {} if there was none."""
     options, screen = stage.options, stage.screen
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -129,7 +129,7 @@ def _threads(stage: Stage) -> dict[int, float]:
 
 
 def _decode(stage: Stage) -> tuple[dict[str, Decoded], float | None]:
-    """Both caches in turns; also the share of the processors that other programs had meanwhile."""
+    """Decode with both caches in turns. Also returns the share of CPU time that other programs used."""
     options, model, prompt = stage.options, stage.model, stage.prompt
     full, kara = stage.full_cache(), stage.kara_cache()
     counts = {"full": lambda: -(-full.get_seq_length() // options.block_size), "kara": lambda: kara.blocks_in_use}
@@ -150,12 +150,12 @@ def _decode(stage: Stage) -> tuple[dict[str, Decoded], float | None]:
 
 
 def _compare(stage: Stage, decoded: dict[str, Decoded]) -> dict[str, Compared]:
-    """The text of the full cache through the full cache, Kara and, where asked for, the random baseline."""
+    """Feed the full cache's text through the full cache, Kara and, if requested, the random baseline."""
     options, prompt = stage.options, stage.prompt
     caches = {"kara": stage.kara_cache()}
     if not options.no_baseline:
         caches["random"] = stage.kara_cache(scorer=random_scorer(options.seed), chunk_fraction=0.0)
-    # When a cache compresses depends on the count of tokens alone, so all do it where decoding did.
+    # When a cache compresses depends only on token counts, so all compress at the same tokens as when decoding.
     stops = [window.decoded_tokens for window in decoded["kara"].windows]
     with stage.screen.phase(stage.phases, "comparing, same text", options.tokens) as advance:
         found = closeness(stage.model, prompt, decoded["full"].ids, stage.full_cache(), caches, stops, advance)

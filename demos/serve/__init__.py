@@ -1,13 +1,13 @@
-"""The demonstration behind ``python -m demos.serve``: the same load for vLLM without and with Kara.
+"""The demo behind ``python -m demos.serve``: the same load for vLLM, with and without Kara.
 
-    __main__.py   what may be asked: options, checks, exit codes
-    prompts.py    what the clients ask
-    demand.py     how many blocks that takes, and whether there is room for them
-    server.py     one OpenAI-compatible server: environment, start, metrics, certain end
-    load.py       the clients: every request a stream of the openai package
-    run.py        what happens: servers and loads in turn
-    report.py     what came out: figures, table and the JSON file
-    picture.py    the same as one picture
+    __main__.py   options, checks, exit codes
+    prompts.py    the prompts of the clients
+    demand.py     how many blocks the load needs, and whether there is room for them
+    server.py     one OpenAI-compatible server: environment, start, metrics, guaranteed shutdown
+    load.py       the clients: each request is a stream of the openai package
+    run.py        the phases of the demo: servers and loads in turn
+    report.py     figures, table and the JSON file
+    picture.py    the picture
 
-It runs in the Python that has vLLM; ``demos.environment`` makes one for CPUs.
+It runs in a Python that has vLLM. ``demos.environment`` creates one for CPUs.
 """

@@ -28,16 +28,16 @@ from ..command import (
 PROG = "python -m demos.serve"
 ADVICE = "`make demo-vllm` makes one that has it, for CPUs"
 POLICY = ("window", "keep", "tail")
-OTHERS = ("trace",)  # settings of the plugin that are not of the policy
+OTHERS = ("trace",)  # settings of the plugin that are not fields of the policy
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROG,
-        description="Serve the same requests with vLLM twice, without Kara and with it. First the cache has so few "
-        "blocks that memory is the limit, then it has enough of them.",
+        description="Serve the same requests with vLLM twice, without Kara and with it. First the cache has too few "
+        "blocks for all requests, then it has enough.",
         epilog="Without options the demo takes about ten minutes on two cores. It serves a small packaged model, which "
-        "is fetched once (93 MB). It prints its results and draws a picture; --json writes the figures to a file.",
+        "is downloaded once (93 MB). It prints its results and draws a picture; --json writes the figures to a file.",
     )
     _add_load(parser)
     _add_server(parser)
@@ -54,17 +54,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         type=Path,
         default=Path("demo-out"),
-        help="where the servers' logs go (default: %(default)s)",
+        help="folder for the servers' logs (default: %(default)s)",
     )
     return parser
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is served")
+    group = parser.add_argument_group("load")
     group.add_argument(
         "--model",
         metavar="DIR_OR_NAME",
-        help="a directory or a Hugging Face name of an instruct model that vLLM knows "
+        help="a directory or a Hugging Face name of an instruct model that vLLM supports "
         "(default: the packaged SmolLM2-135M-Instruct)",
     )
     group.add_argument(
@@ -80,16 +80,16 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the server")
+    group = parser.add_argument_group("server")
     group.add_argument(
         "--budget",
         metavar="F",
         type=float,
         default=1 / 3,
-        help="blocks the server has, as a share of those that all requests together would need (default: a third)",
+        help="blocks of the server, as a share of those that all requests together would need (default: a third)",
     )
     group.add_argument(
-        "--no-plentiful", action="store_true", help="leave out the second comparison, with room for everything"
+        "--no-plentiful", action="store_true", help="skip the second comparison, which has enough blocks"
     )
     group.add_argument(
         "--block-size", metavar="P", type=int, default=32, help="tokens per cache block (default: %(default)s)"
@@ -101,22 +101,23 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         help="type of weights and cache (default: %(default)s)",
     )
     group.add_argument(
-        "--compile", action="store_true", help="let vLLM compile the model and capture graphs, which starts slower"
+        "--compile", action="store_true", help="let vLLM compile the model and capture graphs; starts more slowly"
     )
     group.add_argument(
         "--threads",
         metavar="N",
         type=int,
-        help="CPU threads; 1 is fastest beside other busy programs (default: one per core)",
+        help="CPU threads; 1 is fastest if other programs are busy (default: one per core)",
     )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options that make sense; DemoError (code 2) names the first that does not.
+    """Parse and check the options. DemoError (code 2) names the first bad one.
 
-    ``given`` is added, the settings that the plugin is told, and ``policy``, all that hold with them.
+    Adds ``given``, the settings passed to the plugin, and ``policy``, the resulting settings with all defaults.
     """
     options = _parser().parse_args(argv)
+    require(["torch"], ADVICE)  # not needed for --help
     given = told(options, POLICY)
     fill_policy(options)
     if "window" in given:
@@ -132,7 +133,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _policy(options: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings as told and in full, checked as the plugin does: a server would take half a minute to refuse."""
+    """The settings as given and with defaults. Checked here, because a server takes half a minute to do so."""
     from kara_kernels.engine import Policy
 
     try:
@@ -151,11 +152,10 @@ def _policy(options: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    # A terminated demo must not leave a server behind: let it end as Ctrl-C does.
+    # A terminated demo must not leave a server running, so treat SIGTERM like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def body() -> None:
-        require(["torch"], ADVICE)
         options = parse(argv)
         require(["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
         from .run import run

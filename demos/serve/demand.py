@@ -1,4 +1,4 @@
-"""What is asked of the servers: prompts, and the blocks that they take. Refuses what there is no room for."""
+"""The load: prompts, and the blocks they need. Raises an error if there is no room for them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..machine import available_bytes, size
 from ..model import row_bytes
 from .prompts import PROMPTS
 
-CPU_BLOCK = 32  # vLLM 0.32 reads blocks of that many tokens on CPUs; a server takes a minute to say so
+CPU_BLOCK = 32  # on CPUs vLLM 0.32 needs multiples of this; a server takes a minute to report that
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the servers, and how many blocks that takes."""
+    """The load of the servers, and how many blocks it needs."""
 
     model: str
     prompts: list[str]
-    lengths: list[int]  # tokens of each
+    lengths: list[int]  # tokens per prompt
     demand: int  # blocks of all requests if nothing is dropped
-    limit: int  # blocks of the server whose memory is the limit
+    limit: int  # blocks of the limited server
     longest: int  # tokens of the longest request
 
     def stages(self, plentiful: bool) -> dict[str, int]:
@@ -33,7 +33,7 @@ class Load:
 
 
 def prepare(options: argparse.Namespace, model: str) -> Load:
-    """Prompts and blocks; refuses what the model or the memory has no room for before a server starts."""
+    """Compute prompts and blocks. Raises an error before any server starts if model or memory have too little room."""
     lengths = prompt_lengths(model, PROMPTS)
     needs = [blocks(length + options.tokens, options.block_size) for length in lengths]
     rounds, rest = divmod(options.requests, len(PROMPTS))
@@ -50,7 +50,7 @@ def prepare(options: argparse.Namespace, model: str) -> Load:
 
 
 def _check_room(options: argparse.Namespace, model: str, longest: int, count: int) -> None:
-    """`longest` tokens of a request, `count` blocks in all."""
+    """`longest`: tokens of the longest request. `count`: blocks in total."""
     import torch
     from transformers import AutoConfig
 
@@ -79,7 +79,7 @@ def blocks(tokens: int, block_size: int) -> int:
 
 
 def prompt_lengths(model: str, prompts: Sequence[str]) -> list[int]:
-    """Tokens of every prompt in the model's chat template, as the server will count them."""
+    """Tokens of each prompt in the model's chat template, as the server will count them."""
     from transformers import AutoTokenizer
 
     with _loading(f"the tokenizer and chat template of {model}"):

@@ -1,4 +1,4 @@
-"""The load: every request at once, each a stream of the official ``openai`` client, while the server is watched."""
+"""Sends all requests at once as streams of the official ``openai`` client, and polls the server's metrics meanwhile."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .report import Stream, Watched
 from .server import MODEL, Server
 
 POLL_SECONDS = 0.5
-PATIENCE_SECONDS = 1800  # of one request; a starved one waits for others to finish
+PATIENCE_SECONDS = 1800  # timeout of one request; a starved request waits for others to finish
 
 
 def drive(server: Server, prompts: list[str], tokens: int, advance: Advance = lambda *_: None) -> Watched:
-    """All prompts at once, `tokens` new tokens each, until the last stream has ended."""
+    """Send all prompts at once, ask for `tokens` new tokens each, and wait until the last stream has ended."""
     try:
         return asyncio.run(_drive(server, prompts, tokens, advance))
     except openai.OpenAIError as error:
@@ -44,7 +44,7 @@ async def _drive(server: Server, prompts: list[str], tokens: int, advance: Advan
                 max_tokens=tokens,
                 temperature=0,
                 stream=True,
-                # vLLM's own: never stop early, and say with every chunk how many tokens there are by now.
+                # vLLM extensions: never stop early, and report the token count with every chunk.
                 stream_options={"include_usage": True, "continuous_usage_stats": True},
                 extra_body={"ignore_eos": True},
             )

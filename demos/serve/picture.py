@@ -1,4 +1,4 @@
-"""The comparison as one picture: tokens and requests over time, and who was served when. Titles state the finding."""
+"""One picture of the comparison: tokens, requests, and who was served when. Titles state the finding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = 24  # requests shown; more would be too thin to read
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the picture of a collected result (see ``report.collect``)."""
+    """Draw a result of ``report.collect``."""
     limited, plentiful = result["limited"], result["plentiful"]
     rows = min(ROWS, len(limited["vllm"]["streams"]))
     heights = [2.3, 2.0, 0.6 + 0.15 * rows] + [2.0] * bool(plentiful)
@@ -40,7 +40,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _lines(axes: Axes, stage: dict[str, Any], key: str, ends: bool = False) -> None:
-    """One line a server over time; `ends` also draws the end of each, where its last token came."""
+    """One line per server over time. `ends` also marks where its last token came."""
     most, longest = 0.0, max(stage[side]["seconds"] for side in LOOKS)
     for side, (name, colour) in LOOKS.items():
         timeline, stop = stage[side]["timeline"], stage[side]["seconds"]
@@ -49,7 +49,7 @@ def _lines(axes: Axes, stage: dict[str, Any], key: str, ends: bool = False) -> N
         most = max(most, *values)
         if ends:
             axes.plot([stop], values[-1:], "o", color=colour, markersize=6, clip_on=False)
-            axes.text(  # below curves that only rise, the right corner is free
+            axes.text(  # the curves only rise, so the lower right corner is free
                 0.99,
                 0.18 if side == "kara" else 0.06,
                 f"{name}: {stage[side]['tokens_per_second']:.0f} tokens/s",
@@ -83,7 +83,7 @@ def _running(axes: Axes, stage: dict[str, Any]) -> None:
 
 
 def _served(axes: Axes, run: dict[str, Any], side: str, end: float, rows: int) -> None:
-    """One row a request: coloured while it receives tokens, pale while it waits."""
+    """One row per request: coloured while it receives tokens, pale while it waits."""
     name, colour = LOOKS[side]
     for row, stream in enumerate(run["streams"][:rows]):
         axes.broken_barh([(0, stream["last"])], (row - 0.35, 0.7), color=PALE, linewidth=0)

@@ -1,4 +1,4 @@
-"""What the clients ask: short and varied, so that nearly all of the cache is generated text."""
+"""The prompts of the clients, short and varied, so that nearly all of the cache is generated text."""
 
 PROMPTS = (
     "Describe a day in the life of a baker, hour by hour.",

@@ -1,4 +1,4 @@
-"""What came out: figures of every run, the comparison, the table and the JSON file."""
+"""The results: figures of every run, the comparison, the table and the JSON file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ..screen import READABLE, Screen
 from .server import Settings
 
 SCHEMA = 1
-PAUSE_SECONDS = 2.0  # a stream that is silent for longer waits: for its first turn, or after a preemption
+PAUSE_SECONDS = 2.0  # a stream silent for longer is waiting, for its first turn or after a preemption
 
 Figures = dict[str, Any]
 
 
 @dataclass
 class Stream:
-    """One request as its client saw it; times are seconds since the start of the load."""
+    """One request as seen by its client. Times are seconds since the start of the load."""
 
     seconds: list[float] = field(default_factory=list)  # arrivals
     tokens: list[int] = field(default_factory=list)  # tokens received with each
@@ -44,13 +44,13 @@ class Stream:
 
 @dataclass
 class Watched:
-    """Everything seen while one server worked on the load."""
+    """Everything recorded while one server processed the load."""
 
     seconds: float
     streams: list[Stream]
     polls: list[dict[str, float]]  # metrics of the server, and "seconds"
-    counters: dict[str, float]  # what its counters grew by
-    others: float | None  # share of the processors' time that went to other programs; None: nobody knows
+    counters: dict[str, float]  # how much its counters grew
+    others: float | None  # share of CPU time that went to other programs; None: unknown
 
 
 def figures(watched: Watched, blocks: int, start_seconds: float) -> Figures:
@@ -103,7 +103,7 @@ def _timeline(watched: Watched, blocks: int) -> dict[str, list[Any]]:
 
 
 def _kara(watched: Watched) -> Figures | None:
-    """What the plugin counted; None where the server has none of its metrics."""
+    """The plugin's counters. None if the server has none of its metrics."""
     counters = watched.counters
     if "kara:compressions_total" not in counters:
         return None
@@ -121,7 +121,7 @@ def _kara(watched: Watched) -> Figures | None:
 
 
 def active(stream: Stream) -> list[tuple[float, float]]:
-    """When tokens came: intervals without a pause longer than PAUSE_SECONDS."""
+    """The intervals in which tokens arrived without a pause longer than PAUSE_SECONDS."""
     spans: list[tuple[float, float]] = []
     for moment in stream.seconds:
         if spans and moment - spans[-1][1] <= PAUSE_SECONDS:
@@ -236,12 +236,12 @@ def _rows(run: Figures) -> list[tuple[str, str]]:
 
 
 def findings(result: Figures) -> list[str]:
-    """The comparison in words; the picture's titles say the same."""
+    """The comparison in words. The picture's titles say the same."""
     limited, plentiful = result["limited"], result["plentiful"]
     share = limited["blocks"] / result["demand_blocks"]
     lines = [
         f"With room for {share:.0%} of the demand, Kara makes {limited['speedup']:.2f} times vLLM's output tokens per "
-        f"second, since {limited['kara']['running_mean']:.1f} requests run at once instead of "
+        f"second, because {limited['kara']['running_mean']:.1f} requests run at once instead of "
         f"{limited['vllm']['running_mean']:.1f}."
     ]
     if plentiful:

@@ -1,4 +1,4 @@
-"""What the demo does: a server without Kara and one with it, the same blocks and the same load for both."""
+"""The demo: a server without Kara and one with it, with the same blocks and the same load."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .load import drive
 from .server import Settings, serving
 
 SIDES = {"vllm": "vLLM", "kara": "vLLM + Kara"}
-WARM_TOKENS = 8  # fills buffers and starts threads; kernels for GPUs compile at the first compression
+WARM_TOKENS = 8  # fills buffers and starts threads; on a GPU the kernels compile at the first compression
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole demo; prints as it goes and returns what ``--json`` writes."""
+    """Run the demo. Prints progress and returns what ``--json`` writes."""
     screen = Screen()
     phases: dict[str, float] = {}
     load = prepare(options, options.model or str(packaged_model(screen.say)))
@@ -60,7 +60,7 @@ def _settings(options: argparse.Namespace, load: Load) -> Settings:
 
     return Settings(
         model=load.model,
-        blocks=load.limit + 1,  # vLLM sets one aside as the block that is never used
+        blocks=load.limit + 1,  # vLLM reserves one block that is never used
         block_size=options.block_size,
         max_model_len=load.longest + options.block_size,
         max_requests=options.requests,

@@ -1,4 +1,4 @@
-"""One vLLM server: its environment, its start, its metrics, and its certain end."""
+"""One vLLM server: environment, start, metrics and guaranteed shutdown."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ MODEL = "demo"  # the name under which the server offers the model
 START_SECONDS = 900  # the first start compiles the model
 STOP_SECONDS = 20
 
-# name{label="value",...} number; counters are exposed with "_total" behind their name.
+# name{label="value",...} number. Counter names end in "_total".
 _SAMPLE = re.compile(r"^((?:vllm|kara):\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the two servers of a comparison share, but for `kara`."""
+    """Settings of a server. The two servers of a comparison differ only in `kara`."""
 
     model: str
     blocks: int
@@ -49,14 +49,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     session: int
     start_seconds: float
 
     def metrics(self) -> dict[str, float]:
-        """Its Prometheus samples of vLLM and Kara, summed over engines and labels; {} where it does not answer."""
+        """The Prometheus samples of vLLM and Kara, summed over engines and labels. {} if the server does not answer."""
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
                 return samples(answer.read().decode())
@@ -64,25 +64,25 @@ class Server:
             return {}
 
     def cpu_seconds(self) -> Seconds | None:
-        """CPU time so far, this server's processes being ours as well as this one."""
+        """CPU time so far. Counts this server's processes as ours."""
         return cpu_seconds(lambda: own_seconds() + session_seconds(self.session))
 
 
 def session_seconds(session: int) -> float:
-    """CPU time of the living processes of a session and of their children that have ended."""
+    """CPU time of a session's running processes and of their children that have ended."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            fields = stat.read_text().rpartition(")")[2].split()  # the name before may hold anything
+        with contextlib.suppress(OSError):  # the process has ended
+            fields = stat.read_text().rpartition(")")[2].split()  # the process name before it may contain anything
             if int(fields[3]) == session:
                 ticks += sum(map(int, fields[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def samples(text: str) -> dict[str, float]:
-    """Samples of a Prometheus page by name; those that differ in labels only are added up.
+    """Samples of a Prometheus page by name, summed over labels.
 
-    Where the label `reason` tells them apart, every reason is there as well, as ``name{reason}``.
+    Samples with the label `reason` also appear separately as ``name{reason}``.
     """
     found: dict[str, float] = {}
     for name, labels, value in _SAMPLE.findall(text):
@@ -93,9 +93,9 @@ def samples(text: str) -> dict[str, float]:
 
 
 def cpu_environment(threads: int | None = None) -> dict[str, str]:
-    """Variables that vLLM on a CPU must find in place before its processes start.
+    """Environment variables that must be set before vLLM's processes start on a CPU.
 
-    vLLM by default pins its threads and keeps a core for itself, which on two cores halves the speed.
+    By default vLLM pins its threads and reserves a core, which halves the speed on two cores.
     """
     found = {
         "OMP_NUM_THREADS": str(threads or usable_cores()),
@@ -108,7 +108,7 @@ def cpu_environment(threads: int | None = None) -> dict[str, str]:
 
 
 def _intel_openmp() -> str | None:
-    """The OpenMP that vLLM's CPU wheel depends on but does not load by itself; without it, a third of the speed."""
+    """The OpenMP library that vLLM's CPU wheel depends on but does not load. Without it vLLM is three times slower."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("intel-openmp") or ():
             if file.name == "libiomp5.so":
@@ -117,7 +117,7 @@ def _intel_openmp() -> str | None:
 
 
 def command(settings: Settings, port: int) -> list[str]:
-    # Not "vllm serve": in the CPU wheel of 0.32 that command looks for a distribution named vllm and ends.
+    # Not "vllm serve": in the CPU wheel of 0.32 that command fails because no distribution is named vllm.
     arguments = {
         "model": settings.model,
         "served-model-name": MODEL,
@@ -125,7 +125,7 @@ def command(settings: Settings, port: int) -> list[str]:
         "port": port,
         "dtype": settings.dtype,
         "block-size": settings.block_size,
-        "num-gpu-blocks-override": settings.blocks,  # of any device, in spite of its name
+        "num-gpu-blocks-override": settings.blocks,  # applies to any device, despite its name
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_requests,
         "disable-uvicorn-access-log": None,
@@ -133,7 +133,7 @@ def command(settings: Settings, port: int) -> list[str]:
     if settings.eager:
         arguments["enforce-eager"] = None
     if settings.cpu:
-        arguments["kv-cache-memory-bytes"] = 1 << 30  # else it measures free memory; blocks above decide
+        arguments["kv-cache-memory-bytes"] = 1 << 30  # otherwise vLLM measures free memory; blocks are set above
     if settings.kara is not None:
         arguments["additional-config"] = json.dumps({"kara": settings.kara})
     flags = [part for key, value in arguments.items() for part in (f"--{key}", value) if part is not None]
@@ -142,7 +142,7 @@ def command(settings: Settings, port: int) -> list[str]:
 
 @contextmanager
 def serving(settings: Settings, log: Path) -> Iterator[Server]:
-    """A running server; when the block is left, for whatever reason, it and its processes are gone."""
+    """A running server. Leaving the block for any reason ends it and all its processes."""
     port = _free_port()
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     if os.path.isdir(settings.model):
@@ -150,7 +150,7 @@ def serving(settings: Settings, log: Path) -> Iterator[Server]:
     environment = os.environ | quiet | (cpu_environment(settings.threads) if settings.cpu else {})
     started = time.perf_counter()
     with open(log, "wb") as output:
-        # A session of its own: Ctrl-C reaches only us, and one signal reaches all of its processes.
+        # In its own session, Ctrl-C reaches only us, and one signal reaches all of the server's processes.
         process = subprocess.Popen(
             command(settings, port),
             env=environment,
@@ -166,7 +166,7 @@ def serving(settings: Settings, log: Path) -> Iterator[Server]:
             yield Server(url, process.pid, time.perf_counter() - started)
         except DemoError as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)  # a dead engine takes its server along, a moment after the requests fail
+                process.wait(5)  # a server ends shortly after its engine dies and the requests fail
             if process.poll() is not None:
                 raise DemoError(f"the server ended: {reason(log)}") from error
             raise
@@ -188,7 +188,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask, wait, then kill the whole session: workers must not outlive their server."""
+    """Terminate, wait, then kill the whole session, so that no worker outlives its server."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             process.terminate()
@@ -199,12 +199,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def reason(log: Path) -> str:
-    """The line of a server's log that says best what went wrong, and where the rest is."""
+    """The most informative error line of a server's log, and the path of the log."""
     try:
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
         lines = []
-    # "(EngineCore pid=7) ERROR 11-22 06:13:00 [core.py:1] ValueError: ..."; the last is often only a pointer.
+    # "(EngineCore pid=7) ERROR 11-22 06:13:00 [core.py:1] ValueError: ..."; the last one often only points to another.
     prefix = r"(\(\w+ pid=\d+\) )?(ERROR .*?\] )?"
     told = [line for line in lines if re.match(prefix + r"[\w.]*(Error|Exception|Interrupt): ", line)]
     causes = [line for line in told if "root cause" not in line] or [line for line in lines if line] or ["no output"]

@@ -1,1 +1,1 @@
-""""""
+"""Adapters that run Kara inside inference engines."""

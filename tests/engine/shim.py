@@ -1,5 +1,5 @@
-"""What the tests of the shim share: a small policy, a sequence that decodes, queries that tell whose they are, and a
-device that nobody may wait for."""
+"""Shared by the tests of the shim: a small policy, a decoding sequence, queries that identify their token, and a
+device that the host must not wait for."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ aten = torch.ops.aten
 
 
 def small(**settings: Any) -> Policy:
-    """Eight tokens become four, four more wait behind them; every query is recorded."""
+    """A window of eight tokens is reduced to four, with a tail of four. Every query is recorded."""
     return Policy(**{"window": 8, "keep": 4, "tail": 4, "query_stride": 1, "query_heads": "all"} | settings)
 
 
 class Decoding:
-    """One sequence that decodes a token a step, in blocks of its own. Its prompt is through."""
+    """One sequence with its own blocks that decodes one token per step. Its prompt is already computed."""
 
     def __init__(self, ledger: Ledger, name: str = "a", prompt: int = 5, computed: int = 0, decoded: int = 0) -> None:
         self.ledger, self.name, self.prompt = ledger, name, prompt
@@ -46,7 +46,7 @@ class Decoding:
         return Held(self.name, self.logical, self.blocks, first_owned)
 
     def step(self, first_owned: int = 0) -> Plan | None:
-        """What is planned and committed now, then a token more."""
+        """Plans and commits, then decodes one token."""
         plans = self.ledger.plan([self.held(first_owned)])
         for plan in plans:
             self.ledger.commit(plan)
@@ -72,19 +72,19 @@ def make_ring(policy: Policy, max_sequences: int = 3, max_tokens: int = 40, **op
 
 
 def asks(name: str, last_query: int, num_queries: int) -> Plan:
-    """A plan as far as the ring reads it."""
+    """A plan with only the fields that the ring reads."""
     return Plan(name, 0, 0, 0, 0, (), 0, 0, last_query, num_queries)
 
 
 def query_of(name: str, position: int, layer: int) -> torch.Tensor:
-    """`[H*G, D]`, different for every token, layer and head; heads of a group lie 1 around their mean."""
+    """`[H*G, D]`, different for every token, layer and head. Heads of a group differ from their mean by up to 1."""
     head = torch.arange(HEADS * GROUP)
     value = int(name, 36) * 1000 + position + head % GROUP * 2 - (GROUP - 1)
     return torch.stack([value, head // GROUP, torch.full_like(head, layer), head * 0], -1).float()
 
 
 def batch_of(spans: Sequence[Span], layer: int, padding: int = 0) -> torch.Tensor:
-    """The queries of a step: NaN where nobody may look, in prompts and padding."""
+    """The queries of a step. Prompts and padding are NaN, because they must not be read."""
     nothing = torch.full((HEADS * GROUP, DIM), math.nan)
     rows = [
         query_of(span.request_id, position, layer) if position >= span.prompt_len else nothing
@@ -95,9 +95,9 @@ def batch_of(spans: Sequence[Span], layer: int, padding: int = 0) -> torch.Tenso
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a host would wait for its device: values read back, and copies from memory that is not handed over.
+    """Fails if the host would wait for its device: values read back, or copies from memory that is not pinned.
 
-    The device is "meta", whose values cannot be read at all. Counts uploads.
+    The device is "meta", whose values cannot be read. Counts uploads.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class NoHiddenUploads(TorchFunctionMode):
-    """Fails where numbers reach the device by a copy that operations do not show: new tensors, lists as indices."""
+    """Fails on hidden copies to the device: tensors created from numbers, and lists used as indices."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -135,7 +135,7 @@ class NoHiddenUploads(TorchFunctionMode):
 
 @contextmanager
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoWaiting]:
-    """`compress_window` has such a test of its own; here it is only asked for its shapes."""
+    """Replaces `compress_window`, which has its own such test, by its shapes."""
 
     def shapes_only(query: Any, k: Any, v: Any, tables: Any, lengths: Any, *, keep: int, **options: Any) -> Any:
         given = query, *k, tables, lengths, options["window_starts"], options["query_rows"]

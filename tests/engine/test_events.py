@@ -1,4 +1,4 @@
-"""One record of a compression, in memory and as a line of a trace."""
+"""The record of a compression, in memory and as a line of a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Execution: rows move as planned, in plain and packed pools, and the host never waits."""
+"""Executing plans: rows move as planned, in plain and packed pools, and the host never waits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ V_DIM = 3
 
 
 class Worker:
-    """Sequences that are due, on pools of random rows and recorded queries, and a copy of either to compare with.
+    """Sequences that are due, with random rows in pools and recorded queries, and copies of both for comparison.
 
-    `unseen` decoded tokens of a sequence came from the prefix cache: their queries are missing.
+    `unseen` decoded tokens of a sequence came from the prefix cache, so their queries are missing.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Worker:
         return PagedCache(self.k, self.v)
 
     def packed(self) -> PackedCache:
-        """The same rows at places in no order, a few elements between them unused."""
+        """The same rows at random offsets, with a few unused elements between them."""
         size = self.page * HEADS * (DIM + V_DIM)
         places = torch.randperm(size + 7)[:size]
         k_at = places[: self.page * HEADS * DIM].view(self.page, HEADS, DIM)
@@ -81,13 +81,13 @@ class Worker:
         return PackedCache(pools, k_at, v_at)
 
     def queries_of(self, plan: Plan) -> torch.Tensor:
-        """`[L, N, H*G, D]`: those that the plan names, oldest first; of a causal plan, of the window's own tokens."""
+        """The queries `[L, N, H*G, D]` of a plan, oldest first. For a causal plan, those of the window's own tokens."""
         if self.policy.attention == "causal":
             return self.every[plan.request_id][:, plan.window_start : plan.window_start + self.policy.window]
         return self.queries[plan.request_id]
 
     def expected(self, **options: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Keep lists and caches after `compress_window` on one sequence after the other, with queries in order."""
+        """Keep lists and caches after `compress_window` on each sequence in turn, with queries in order."""
         ks, vs = [k.clone() for k in self.k], [v.clone() for v in self.v]
         keeps = []
         for plan in self.plans:
@@ -119,7 +119,7 @@ def test_every_plan_of_a_step_is_executed(page: int, pool: str, attention: str) 
 
 
 class Spied:
-    """What `execute` hands to `compress_window`."""
+    """Records what `execute` passes to `compress_window`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -134,7 +134,7 @@ class Spied:
 
 
 def test_only_blocks_that_are_rewritten_or_freed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables, lengths and starts begin with the first written block, however long the sequence is before it."""
+    """Tables, lengths and starts begin at the first written block, however long the sequence is before it."""
     worker, spied = Worker(small(), decoded=(12, 17), page=2), Spied(monkeypatch)
     assert all(plan.first_written > 0 for plan in worker.plans)
     execute(worker.plans, worker.cache, worker.ring, worker.policy)
@@ -185,7 +185,7 @@ def test_given_scores_select_in_the_order_of_the_plans(packed: bool) -> None:
 
 
 def test_plans_with_different_numbers_of_queries_are_mixed() -> None:
-    """Results come in the plans' order, whatever groups they were compressed in."""
+    """Results are in the order of the plans, whatever groups they were compressed in."""
     worker = Worker(small(max_sequences=8), decoded=(12, 17, 13, 30), unseen=(0, 13, 9, 26))
     assert len({plan.num_queries for plan in worker.plans}) == 2
     keeps, ks, vs = worker.expected()
@@ -212,7 +212,7 @@ def test_slot_tables_are_block_tables_of_single_rows() -> None:
 
 
 def test_tail_rows_move_through_the_block_table() -> None:
-    """Neighbours in a sequence are no neighbours in the pool; rows of all others stay, bit for bit."""
+    """Adjacent tokens are not adjacent in the pool. Rows of other sequences keep their bits."""
     worker = Worker(small(tail=7), decoded=(20,), page=2)
     [plan] = worker.plans
     before = [pool.clone() for pool in worker.k + worker.v]
@@ -256,7 +256,7 @@ def test_packed_caches_give_the_same_bits(page: int, backend: str) -> None:
 
 
 def test_the_ranks_agree_through_the_hook() -> None:
-    """`reduce_scores` sees the pooled scores, and its answer decides what stays."""
+    """`reduce_scores` sees the pooled scores, and its result decides what is kept."""
     worker = Worker(small(pool="layer", chunk_fraction=0.0))
     shapes = []
 

@@ -1,4 +1,4 @@
-"""Plan and commit: who is compressed when, which blocks and lengths that leaves, and whose queries judge."""
+"""Plan and commit: which sequence is compressed when, the resulting blocks and lengths, and which queries score."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_token_is_looked_at_once_and_in_order() -> None:
 @pytest.mark.parametrize("tail", [0, 1, 4, 7])
 @pytest.mark.parametrize("keep", [1, 3, 7])
 def test_no_sequence_starves_when_its_tail_meets_a_block_boundary(page: int, tail: int, keep: int) -> None:
-    """Whatever the alignment and the wished gain, within a block of tokens the window is compressed."""
+    """For any alignment and any required gain, the window is compressed within one block of tokens."""
     for least in range(1, -(-(8 - keep) // page) + 1):
         for prompt in range(1, page + 1):
             ledger = Ledger(small(keep=keep, tail=tail, min_freed_blocks=least), page)
@@ -57,7 +57,7 @@ def test_no_sequence_starves_when_its_tail_meets_a_block_boundary(page: int, tai
 
 @pytest.mark.parametrize("prompt", range(1, 9))
 def test_no_sequence_starves_when_rounds_and_blocks_march_in_step(prompt: int) -> None:
-    """A round every block of tokens meets one alignment only; where that never frees a block, the wait ends as well."""
+    """With one round per block of tokens, only one alignment occurs. If it never frees a block, the wait still ends."""
     sequence = Decoding(Ledger(small(keep=7, period=4), 4), prompt=prompt)
     for _ in range(4):
         plan = sequence.until_planned()
@@ -85,7 +85,7 @@ def test_who_waits_for_no_gain_never_waits() -> None:
 
 
 def test_blocks_for_tokens_to_come_are_no_gain() -> None:
-    """An engine may have allocated ahead: such blocks go back with the others, but are no reason to compress."""
+    """Blocks allocated ahead return with the others, but they are no reason to compress."""
     ledger = Ledger(small(), 8)
     ledger.start("a", 5, 0)
     # 17 rows become 13: three blocks, two. 19 rows of four blocks become 15.
@@ -96,7 +96,7 @@ def test_blocks_for_tokens_to_come_are_no_gain() -> None:
 
 
 def test_nobody_starves_under_a_cap() -> None:
-    """Six sequences, one compression every second step: they come in turn, however much one of them has to catch up."""
+    """Six sequences share one compression every second step. They take turns, even if one has to catch up a lot."""
     ledger = Ledger(small(max_sequences=1, period=2, keep=1), 4)
     sequences = [Decoding(ledger, str(i), prompt=3 + i, decoded=60 * (i == 2)) for i in range(3)]
     waiting, longest = dict.fromkeys("012", 0), 0
@@ -164,7 +164,7 @@ def test_a_window_that_others_share_waits_until_it_has_moved_behind_them() -> No
 def test_a_reason_counts_once_for_each_window() -> None:
     ledger = Ledger(small(max_sequences=1), 4)
     a, b = Decoding(ledger, "a", decoded=40), Decoding(ledger, "b", decoded=20)
-    for _ in range(3):  # b waits now for a, now for blocks that are shared
+    for _ in range(3):  # b waits first for a, then for shared blocks
         ledger.plan([a.held(), b.held()])
         ledger.plan([a.held(), b.held(len(b.blocks))])
     assert ledger.skipped == {"cap": 1, "shared": 1}
@@ -175,7 +175,7 @@ def test_a_reason_counts_once_for_each_window() -> None:
 
 
 def test_stale_prefix_hashes_cannot_serve_overwritten_blocks() -> None:
-    """Every block that holds a row from the window on is named before it is written, and no other."""
+    """Exactly the blocks with rows from the window on are named before they are written."""
     plan = Decoding(Ledger(small(), 4), prompt=6).until_planned()
     assert (plan.window_start, plan.physical_len, plan.new_len) == (6, 18, 14)
     written = {plan.blocks[row // 4] for row in range(plan.window_start, plan.physical_len)}
@@ -308,7 +308,7 @@ def test_batch_reordering_does_not_lose_the_dropped_counter() -> None:
 
 
 def test_a_prompt_in_chunks_is_not_compressed() -> None:
-    """That nobody is offered in prefill is the engine's duty (`Held`); a prompt is safe even from one that forgets."""
+    """The engine must not offer sequences in prefill (`Held`). A prompt is safe even if the engine forgets that."""
     ledger = Ledger(small(), 4)
     ledger.start("a", 100, 0)
     for computed in range(0, 112, 4):
@@ -318,7 +318,7 @@ def test_a_prompt_in_chunks_is_not_compressed() -> None:
 
 
 def test_a_sequence_with_tokens_in_flight_is_not_offered_and_loses_nothing() -> None:
-    """Async scheduling: while a step runs whose tokens are not counted yet, the engine leaves the sequence out."""
+    """Async scheduling: while a step with uncounted tokens runs, the engine does not offer the sequence."""
     ledger = Ledger(small(), 4)
     a, b = Decoding(ledger, "a", decoded=20), Decoding(ledger, "b", decoded=20)
     assert {plan.request_id for plan in ledger.plan([b.held()])} == {"b"}
@@ -328,7 +328,7 @@ def test_a_sequence_with_tokens_in_flight_is_not_offered_and_loses_nothing() -> 
 
 
 def test_blocks_that_cannot_hold_the_rows_are_refused() -> None:
-    """An engine that shortened a table by logical lengths, or forgot to give the dropped tokens back."""
+    """For example, an engine that shortened a table by logical lengths."""
     ledger = Ledger(small(), 4)
     ledger.start("a", 5, 0)
     with pytest.raises(ValueError, match="blocks: expected at least 5 for the 20 rows of a, got 4"):
@@ -372,7 +372,7 @@ def assert_judged_by_window_and_tail(plan: Plan, dropped: int, stride: int = 1) 
 
 
 def test_windows_that_waited_are_judged_by_the_newest_queries() -> None:
-    """A ring of the policy's rows has no others."""
+    """A ring with the policy's number of rows holds no older ones."""
     ledger = Ledger(small(), 1)
     sequence = Decoding(ledger, prompt=5, decoded=40)
     for left in (40, 36, 32):
@@ -384,7 +384,7 @@ def test_windows_that_waited_are_judged_by_the_newest_queries() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5])
 def test_a_ring_with_room_for_all_lets_each_window_be_judged_by_its_own(stride: int) -> None:
-    """One forward brought 60 tokens: four windows and their tails, one after the other."""
+    """One forward pass added 60 tokens: four consecutive windows and their tails."""
     policy = small(query_stride=stride)
     ledger = Ledger(policy, 1, query_rows=1000)
     sequence = Decoding(ledger, prompt=5, decoded=60)
@@ -418,7 +418,7 @@ def test_causal_queries_are_those_of_the_windows_tokens(rows: int | None) -> Non
 
 
 def test_tokens_whose_queries_are_gone_are_in_no_causal_window() -> None:
-    """The ring holds 12 queries: whoever waits longer finds its oldest tokens without, and they stay as they are."""
+    """The ring holds 12 queries. After a longer wait, the oldest tokens have no queries and stay uncompressed."""
     ledger = Ledger(small(attention="causal"), 4)
     sequence = Decoding(ledger, prompt=5, decoded=20)
     [plan] = ledger.plan([sequence.held()])
@@ -439,7 +439,7 @@ def test_causal_windows_wait_for_queries_that_the_prefix_cache_did_not_serve() -
 
 @pytest.mark.parametrize("prompt", range(1, 9))
 def test_no_causal_sequence_starves(prompt: int) -> None:
-    """Neither for its gain nor for queries: rounds and blocks march in step, and one of two goes first."""
+    """No sequence waits forever for gain or for queries, even if rounds and blocks coincide and another goes first."""
     ledger = Ledger(small(keep=7, period=4, max_sequences=1, attention="causal"), 4)
     sequences = [Decoding(ledger, name, prompt=prompt + i) for i, name in enumerate("ab")]
     for _ in range(400):

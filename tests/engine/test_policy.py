@@ -1,4 +1,4 @@
-"""Settings: every field is checked, by name."""
+"""Settings: every field is checked, and errors name it."""
 
 from __future__ import annotations
 

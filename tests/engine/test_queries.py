@@ -22,7 +22,7 @@ def run_step(ring: QueryRing, spans: Sequence[Span], padding: int = 0) -> bool:
 
 
 def assert_selected(ring: QueryRing, name: str, positions: Sequence[int]) -> None:
-    """The ring serves exactly the queries of these positions, oldest first."""
+    """The ring returns exactly the queries at these positions, oldest first."""
     queries, [rows] = ring.select([asks(name, positions[-1] // ring.policy.query_stride, len(positions))])
     for layer in range(LAYERS):
         want = torch.stack([query_of(name, position, layer) for position in positions])
@@ -32,7 +32,7 @@ def assert_selected(ring: QueryRing, name: str, positions: Sequence[int]) -> Non
 
 
 class Graph(TorchDispatchMode):
-    """A captured CUDA graph in small: every operation with the tensors it was called on, to be run again on them."""
+    """A minimal captured CUDA graph: records every operation with its tensors and can run them again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_a_chunk_longer_than_the_ring_leaves_its_newest_queries(stride: int, fir
     chunk = [Span("b", 2, 2, 3), Span("a", 6, first, 30)]
     with Graph() as written:
         assert run_step(ring, chunk, padding=4)
-    # Which of two writes to one row is the last, a GPU does not say.
+    # A GPU does not define which of two writes to a row comes last.
     for func, args, _, _ in written.calls:
         if func is aten.index_copy_.default:
             rows, times = args[2].unique(return_counts=True)
@@ -212,7 +212,7 @@ def test_recomputation_writes_the_same_rows_again() -> None:
 
 @pytest.mark.parametrize("heads", ["all", "mean"])
 def test_recording_survives_cuda_graph_replay(heads: str) -> None:
-    """`record` runs once, at capture; from then on only `prepare` and the replay do."""
+    """`record` runs once, at capture. Afterwards only `prepare` and the replay run."""
     ring = make_ring(small(query_heads=heads), max_tokens=16)
     batch = [torch.full((16, HEADS * GROUP, DIM), math.nan) for _ in range(LAYERS)]
     ring.prepare([])
@@ -240,7 +240,7 @@ def test_recording_survives_cuda_graph_replay(heads: str) -> None:
 
 
 class Stream(TorchDispatchMode):
-    """A device that is behind: copies that nobody waits for happen when the stream comes to them."""
+    """A device that lags behind. Asynchronous copies happen when the stream reaches them."""
 
     def __init__(self) -> None:
         super().__init__()

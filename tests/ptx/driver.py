@@ -24,10 +24,10 @@ Rewrite = Callable[[str, str], str]  # (kernel's name, its PTX) -> PTX
 def emulating(
     order: str = "together", memory: Iterable[torch.Tensor] = (), rewrite: Rewrite | None = None
 ) -> Iterator[list[Launch]]:
-    """Every kernel launched inside runs in the emulator; its report is appended to the list.
+    """Runs every kernel launched inside in the emulator and appends its report to the list.
 
     A launch may touch its tensor arguments and ``memory``: tensors that it reaches through a table of addresses or by
-    the stride between layers. ``rewrite`` changes the code before it runs, to see a planted bug found. Needs
+    the stride between layers. ``rewrite`` changes the code before it runs, to plant a bug. Needs
     TRITON_INTERPRET=0.
     """
     launches: list[Launch] = []
@@ -65,11 +65,11 @@ def _kernel(ptx: str) -> Kernel:
     return Kernel(ptx)
 
 
-GAP = 1 << 20  # bytes between the parts of a tensor that are not taken for the tensor
+GAP = 1 << 20  # larger gaps between parts of a tensor are not part of it
 
 
 def _spans(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Addresses from the first element to behind the last, with small gaps between them."""
+    """Address ranges of a tensor's elements, including small gaps between them."""
     if not tensor.numel():
         return
     extents = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

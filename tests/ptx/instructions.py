@@ -1,8 +1,8 @@
-"""What each instruction does, in NumPy, for all threads of some warps at once.
+"""The effect of each instruction, in NumPy, for all threads of some warps at once.
 
-`compile_step` turns an instruction into a function of the warps that run it. An opcode is looked up whole, modifiers
-and all: what has no entry is an error, so nothing is half right by being skipped. Most instructions only map registers
-to registers; those are entries of `PURE`. The rest touch memory, other lanes, or the order of things.
+`compile_step` turns an instruction into a function of the warps that run it. An opcode is looked up with all its
+modifiers. If there is no entry, it is an error, so no modifier is ignored silently. Most instructions only map
+registers to registers and are entries of `PURE`. The rest affect memory, other lanes, or ordering.
 
 Source of the semantics: PTX ISA 8.8, chapters 9.7 (instructions) and 9.7.14 (matrix fragments).
 """
@@ -30,7 +30,7 @@ ALL_LANES = (1 << 32) - 1
 
 
 def _shift(operation: Callable, width: int) -> Callable:
-    """Counts past the width shift everything out, where NumPy would wrap them around."""
+    """Counts beyond the width shift everything out. NumPy would wrap them around."""
 
     def shift(value: np.ndarray, count: np.ndarray) -> np.ndarray:
         if value.dtype.kind == "i":
@@ -56,7 +56,7 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + addend
     part = total - product
-    rest = (product - (total - part)) + (addend - part)  # what rounding took away, exactly (Knuth's two-sum)
+    rest = (product - (total - part)) + (addend - part)  # the exact rounding error (Knuth's two-sum)
     even = (total.view(np.int64) & 1) == 0
     toward = np.where((rest > 0) == (total > 0), 1, -1)
     odd = (total.view(np.int64) + np.where((rest != 0) & even & np.isfinite(total), toward, 0)).view(np.float64)
@@ -120,7 +120,7 @@ COMPARE = {
 
 
 def _compare(name: str, kind: str) -> Callable:
-    """Of floats, plain comparisons are false of a NaN and those that end in u are true of it."""
+    """Plain float comparisons are false for NaN, those ending in u are true for it."""
     if kind[0] != "f":
         return COMPARE[name]
     if name in ("num", "nan"):
@@ -211,7 +211,7 @@ def reader(operand: Operand, kind: str) -> Callable[[Any], np.ndarray]:
 
 
 def writer(operand: Operand, kind: str) -> Callable[[Any, np.ndarray], None]:
-    """Writes to a register where threads are active; a narrow value is extended by its sign if it has one."""
+    """Writes to a register of active threads. A narrow signed value is sign-extended."""
     if not isinstance(operand, Register):
         raise UnknownPTX(f"operand {operand}")
     name, signed = operand.name, kind[0] == "s"
@@ -496,7 +496,7 @@ OTHERS: list[tuple[str, Callable[[re.Match, Instruction], Step]]] = [
 
 
 def compile_step(instruction: Instruction) -> Step:
-    """What the instruction does to the warps that run it, only where its predicate holds."""
+    """A function that applies the instruction to the warps that run it, where its predicate holds."""
     step = _unguarded(instruction)
     if instruction.predicate is None:
         return step

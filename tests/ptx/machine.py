@@ -1,7 +1,7 @@
 """Grids, warps, divergence and barriers.
 
-A block of code runs for all threads of some warps whose next block it is, the lowest block first, so that threads that
-parted meet again where the code does. Triton numbers blocks so that this is where a GPU lets them meet.
+A block of code runs for all threads of some warps that have reached it, lowest block first, so that divergent threads
+reconverge where the code does. Triton numbers blocks so that a GPU reconverges at the same place.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from .program import Instruction, Program, parse
 
 ORDERS = ("together", "forward", "backward", "shuffled")
 GONE = 1 << 30  # the block of threads that have returned
-WARPS_SIDE_BY_SIDE = 64  # of all thread blocks that run at a time; wider arrays save calls, not work
+WARPS_SIDE_BY_SIDE = 64  # over all concurrent thread blocks; wider arrays save calls, not work
 PROBLEMS_KEPT = 16  # of each kind
-STEP_LIMIT = 20_000_000  # instructions of warps, in one set of blocks: no kernel of a test comes near, a hang does
+STEP_LIMIT = (
+    20_000_000  # warp instructions in one set of blocks; far above any kernel of the tests, so it detects hangs
+)
 
 
 @dataclass
 class Launch:
-    """What a launch did and what was wrong with it."""
+    """The counts and problems of a launch."""
 
     name: str
     grid: tuple[int, int, int]
@@ -49,7 +51,7 @@ class Kernel:
         self.shared_unit = self._narrowest("shared")
 
     def _narrowest(self, space: str) -> int:
-        """Bytes of the program's narrowest access to a space, 16 at most: what its shadow has one entry for."""
+        """Bytes of the program's narrowest access to a space, at most 16. The shadow has one entry per unit."""
         narrowest = 16
         for block in self.program.blocks:
             for instruction in block.instructions:
@@ -108,7 +110,7 @@ def _pack(program: Program, arguments: Sequence[int | float]) -> dict[str, bytes
 
 
 class _Blocks:
-    """Some thread blocks side by side."""
+    """Some concurrent thread blocks."""
 
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], blocks: np.ndarray, warps: int, shared: int,
                  order: str, memory: GlobalMemory, parameters: dict[str, bytes], launch: Launch):  # fmt: skip
@@ -136,7 +138,7 @@ class _Blocks:
                 counts.opcodes[opcode] += issued * times
 
     def _open_barriers(self) -> None:
-        """Every live warp has come to a barrier; all of a block must have come to the same one."""
+        """Called when every live warp has reached a barrier. All warps of a block must be at the same one."""
         waiting = np.zeros((len(self.blocks), self.warps), np.int32)  # block of code behind the barrier, GONE or mixed
         for group in self.groups:
             low, high = group.next.min(1), group.next.max(1)
@@ -160,7 +162,7 @@ class _Blocks:
 
 
 class Warps:
-    """Warps that run side by side: the same warps of every block. Arrays are ``[warps, 32]``."""
+    """Warps that run together: the same warps of every block. Arrays are ``[warps, 32]``."""
 
     def __init__(self, machine: _Blocks, turn: np.ndarray):
         self.machine, self.counts, self.parameters = machine, machine.launch.counts, machine.parameters
@@ -277,7 +279,7 @@ class Warps:
     def copy_async(
         self, target: np.ndarray, source: np.ndarray, size: int, reads: np.ndarray, instruction: Instruction
     ) -> None:
-        """Bytes are fetched now and arrive at the wait, the latest moment there is."""
+        """Reads the bytes now and writes them at the wait, the latest possible time."""
         fetched = np.zeros((*self.mask.shape, size), np.uint8)
         reads = reads & self.mask
         fetched[reads] = self.load("global", source, size, instruction, reads)
@@ -291,7 +293,7 @@ class Warps:
         self.committed += self.mask
 
     def wait_for_copies(self, allowed: int | None) -> None:
-        """Until at most ``allowed`` of a thread's last groups are on their way; None waits for uncommitted ones too."""
+        """Waits until at most ``allowed`` of a thread's last groups are pending. None includes uncommitted ones."""
         pending = []
         for copy in self.copies:
             done = self.mask.ravel()[copy.threads]
@@ -308,7 +310,7 @@ class Warps:
 
 @dataclass
 class _Copy:
-    """Asynchronous copies on their way, one entry per thread."""
+    """Pending asynchronous copies, one entry per thread."""
 
     threads: np.ndarray  # flat index in Warps
     group: np.ndarray  # number of the thread's group that the copy belongs to

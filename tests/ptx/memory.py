@@ -1,4 +1,4 @@
-"""Global and shared memory that know their bounds and who touched what last.
+"""Global and shared memory with bounds and a record of last accesses.
 
 Both kinds keep, for every unit of bytes (the narrowest access of the program), the last writer and the last readers as
 (warp, phase). A phase is the time between two barriers of a block. Two accesses of a unit, one of them a write, need an
@@ -20,7 +20,7 @@ BANKS = 32  # of four bytes each
 
 @dataclass(frozen=True)
 class Problem:
-    """What went wrong where."""
+    """A problem and its place."""
 
     kind: str
     source: str  # "compact.py:45"
@@ -37,7 +37,7 @@ class Problem:
 
 @dataclass
 class Counts:
-    """What a launch did. Requests are those of warps; bytes are those of threads."""
+    """Counts of a launch. Requests are per warp, bytes are per thread."""
 
     instructions: int = 0  # of warps
     opcodes: Counter[str] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class Counts:
 
 @dataclass
 class Threads:
-    """Who makes an access: one entry per active thread."""
+    """The threads that make an access, one entry per active thread."""
 
     warp: np.ndarray  # number over all blocks of the launch
     phase: np.ndarray  # barriers that the thread's block has passed
@@ -71,7 +71,7 @@ Report = Callable[[str, "np.ndarray | bool", Threads, np.ndarray], None]
 
 
 class Shadow:
-    """Last writer and last readers of every unit of some memory. -1 is nobody."""
+    """Last writer and last readers of every unit of some memory. -1 means none."""
 
     def __init__(self, units: int):
         self.writer = np.full(units, -1, np.int32)
@@ -82,7 +82,7 @@ class Shadow:
         self.blocks = np.zeros(units, bool)  # several blocks read, ever
 
     def read(self, units: np.ndarray, by: Threads) -> np.ndarray:
-        """Note reads; which of them race with a write."""
+        """Records reads. Returns which of them race with a write."""
         warp, phase, warps = by.warp, by.phase, by.warps
         writer, reader = self.writer[units], self.reader[units]
         race = (writer >= 0) & (writer != warp)
@@ -99,7 +99,7 @@ class Shadow:
         return race
 
     def write(self, units: np.ndarray, by: Threads, unchanged: np.ndarray) -> np.ndarray:
-        """Note writes; which of them race. A write of the value that is there does not race with another write."""
+        """Records writes. Returns which of them race. Writing the same value does not race with another write."""
         warp, phase, warps = by.warp, by.phase, by.warps
         writer, reader = self.writer[units], self.reader[units]
         race = (writer >= 0) & (writer != warp) & ~unchanged
@@ -116,7 +116,7 @@ def units_of(addresses: np.ndarray, size: int, unit: int) -> np.ndarray:
 
 
 class GlobalMemory:
-    """What a launch may touch: spans of real addresses. Whoever owns the memory must keep it alive."""
+    """The memory a launch may access: spans of real addresses. The owner must keep the memory alive."""
 
     def __init__(self, spans: Sequence[tuple[int, int]], unit: int):
         merged: list[list[int]] = []
@@ -148,7 +148,7 @@ class GlobalMemory:
         return region, inside & aligned
 
     def load(self, addresses: np.ndarray, size: int, by: Threads, report: Report) -> np.ndarray:
-        """uint8 ``[n, size]``; what may not be read comes back as 0xdb."""
+        """uint8 ``[n, size]``. Illegal reads return 0xdb."""
         out = np.full((len(addresses), size), 0xDB, np.uint8)
         region, legal = self._legal(addresses, size, by, report)
         for number in np.unique(region[legal]):
@@ -178,7 +178,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Shared memory of some blocks that run side by side; block ``b`` owns bytes ``b * size`` and on."""
+    """Shared memory of some concurrent blocks. Block ``b`` owns bytes from ``b * size`` on."""
 
     def __init__(self, blocks: int, size: int, unit: int):
         self.size, self.unit = max(16, -(-size // 16) * 16), unit
@@ -218,7 +218,7 @@ class SharedMemory:
         report("write races in shared memory", race, by, addresses[chosen])
 
     def begin_copy(self, addresses: np.ndarray, size: int, blocks: np.ndarray, by: Threads, report: Report) -> None:
-        """An asynchronous copy may write from now on, though its bytes arrive at the wait."""
+        """Starts an asynchronous copy. It may write from now on, but its bytes arrive at the wait."""
         chosen = self._legal(addresses, size, by, report)
         units = units_of(addresses[chosen] + blocks[chosen] * self.size, size, self.unit)
         each = by.take(np.repeat(chosen, units.shape[1]))
@@ -227,7 +227,7 @@ class SharedMemory:
         self.in_flight[units] = True
 
     def end_copy(self, addresses: np.ndarray, data: np.ndarray, blocks: np.ndarray, by: Threads) -> None:
-        """The bytes arrive; an illegal copy was reported when it began."""
+        """Ends an asynchronous copy. An illegal one was reported at its start."""
         size = data.shape[1]
         chosen = np.flatnonzero((addresses >= 0) & (addresses + size <= self.limit) & (addresses % size == 0))
         at = addresses[chosen] + blocks[chosen] * self.size
@@ -244,7 +244,7 @@ def _bytes(memory: np.ndarray, size: int) -> np.ndarray:
 
 
 def _store(memory, shadow: Shadow, at, data, by: Threads, addresses, unit: int) -> np.ndarray:
-    """Write and note it; which writes race, with earlier accesses or with one another."""
+    """Writes and records. Returns which writes race with earlier accesses or with each other."""
     size = data.shape[1]
     rows = at // size
     unchanged = (memory[rows] == data).all(1)
@@ -263,7 +263,7 @@ def sectors(addresses: np.ndarray, size: int, active: np.ndarray) -> int:
 
 
 def wavefronts(addresses: np.ndarray, size: int, active: np.ndarray) -> tuple[int, int]:
-    """(passes over the banks that requests take, the least possible for as many different words).
+    """(passes over the banks that requests take, the minimum for that many different words).
 
     Wide accesses go in parts: half warps for 8 bytes a thread, quarter warps for 16.
     """

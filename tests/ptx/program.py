@@ -1,7 +1,7 @@
 """PTX text as basic blocks of instructions.
 
-Triton emits a small, regular part of PTX: one entry, virtual registers, one dynamic shared array. What is not
-recognised is an error.
+Triton emits a small, regular part of PTX: one entry, virtual registers, one dynamic shared array. Anything
+else is an error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Runs from its first to its last instruction; only the last may branch, wait or return."""
+    """A basic block. Only its last instruction may branch, wait or return."""
 
     instructions: list[Instruction] = field(default_factory=list)
 
@@ -119,7 +119,7 @@ def _instruction(code: str, line: int, source: str) -> Instruction:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside of braces."""
+    """Splits at commas outside braces."""
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|[^,{])+", text) if part.strip()]
 
 

@@ -1,4 +1,4 @@
-"""Tests of the vLLM plugin. They need an environment with vLLM: `make test-vllm` makes one and runs them."""
+"""Tests of the vLLM plugin. They need an environment with vLLM. `make test-vllm` creates one and runs them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Engines to test, and the independent judge: a dense model fed the traced keep lists."""
+"""Engines to test, and the independent reference: a dense model given the traced keep lists."""
 
 import json
 import random
@@ -51,7 +51,7 @@ def greedy(tokens, **options):
 
 @dataclass
 class Served:
-    """A request as the client saw it, and where its recomputations began."""
+    """A request as seen by the client, and where its recomputations started."""
 
     request_id: str
     prompt: list[int]
@@ -62,7 +62,7 @@ class Served:
 
 
 class Engine:
-    """vLLM with Kara, in this process, its scheduler in reach."""
+    """vLLM with Kara in this process, so that tests can reach its scheduler."""
 
     def __init__(self, llm, trace):
         self.llm, self.trace = llm, trace
@@ -150,7 +150,7 @@ class Engine:
         return [event for event in self.events() if event["request_id"] == request_id]
 
     def assert_nothing_leaks(self):
-        """Every block is free, nothing is remembered of anybody."""
+        """Checks that every block is free and no state of any request is left."""
         assert self.held_blocks == 0
         assert all(block.ref_cnt == 0 for block in self.pool.blocks[1:])
         assert not self.scheduler._ledger._states
@@ -182,16 +182,16 @@ def engine(model, kara=KARA, *, trace=None, **options):
 
 
 class Dense:
-    """What the engine must say: one forward over the whole text, a dropped token is a hole in the mask of its layer
-    and head. Shares nothing with the plugin but the trace."""
+    """The expected output of the engine: one forward pass over the whole text, with dropped tokens masked in their
+    layer and head. Shares only the trace with the plugin."""
 
     def __init__(self, model):
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     def logits(self, served, events):
-        """``[T - 1, V]``: before every token but the first. After preemption a text is computed anew, undropped, up
-        to where it was, and compressed anew from there; each part of it is judged by the run that produced it."""
+        """Logits ``[T - 1, V]`` before every token except the first. After preemption a text is recomputed without
+        drops up to where it was, and compressed again from there. Each part is compared with its own run."""
         text = served.prompt + served.tokens
         ids = torch.tensor([text])
         real = torch.ones_like(ids, dtype=torch.bool)
@@ -211,8 +211,8 @@ class Dense:
         return torch.cat(parts)
 
     def scores(self, served, events, stride, attention="bidirectional"):
-        """Per event ``[L, H, W]``: mean attention that each key of its window gets from the recorded queries, those of
-        the newest window + tail decoded tokens, every ``stride``-th; if causal, from those of the window's tokens."""
+        """For each event ``[L, H, W]``: mean attention of each key of its window from the recorded queries. These are
+        every ``stride``-th of the newest window + tail decoded tokens, or, if causal, those of the window's tokens."""
         self.logits(served, events)
         heads = self.model.config.num_key_value_heads
         found = []
@@ -247,7 +247,7 @@ class Dense:
         return [i for i, (a, b) in enumerate(zip(best, served.tokens, strict=True)) if a != b]
 
     def assert_equal(self, engine, all_served, *, compressions):
-        """Every token is the dense model's, and every request was compressed at least that often."""
+        """Checks that every token is the dense model's, and that every request was compressed at least that often."""
         for served in all_served:
             events = engine.events_of(served.request_id)
             assert len(events) >= compressions, f"request {served.request_id}: {len(events)} compressions"

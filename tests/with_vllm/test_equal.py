@@ -1,4 +1,4 @@
-"""Token by token, vLLM with Kara says what a dense model with the same tokens dropped says (float32, greedy)."""
+"""vLLM with Kara gives the same tokens as a dense model with the same tokens dropped (float32, greedy)."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_preemption_in_a_tiny_pool(model, dense, trace, chunk):
         assert sum(len(request.recomputed) for request in served) >= 3
         dense.assert_equal(kara, served, compressions=3)
         kara.assert_nothing_leaks()
-        # Nothing is compressed while a text is computed, or computed again, in chunks.
+        # Nothing is compressed while a text is computed or recomputed in chunks.
         assert all(event["logical_len"] >= event["recomputed_len"] for event in kara.events())
 
 
@@ -77,8 +77,8 @@ def test_preemption_in_the_very_step_of_a_plan(model, dense, trace):
 
 
 def test_decoded_tokens_from_the_prefix_cache_are_watched_before_they_are_judged(model, dense, trace):
-    """Preempted just before it is due, a request finds 96 of its tokens in the prefix cache; their queries were seen in
-    its former life only. It waits for a quarter of a ring, 10 queries of every 2nd token."""
+    """A request preempted just before it is due finds 96 of its tokens in the prefix cache. Their queries were recorded
+    only before the preemption. It waits for a quarter of a ring, 10 queries of every 2nd token."""
     (prompt,) = prompts(20)
     with engine(model, trace=trace) as kara:
         served = kara.drive({0: lambda kara: kara.add("A", prompt, 250), 79: no_block_once})
@@ -88,7 +88,7 @@ def test_decoded_tokens_from_the_prefix_cache_are_watched_before_they_are_judged
 
 
 def test_memory_is_saved_and_counted(model, trace):
-    """A pool that holds what is left but not what was dropped: nobody is preempted, as without Kara they are."""
+    """A pool with room for the kept rows only. No request is preempted, unlike without Kara."""
     peaks, preemptions = [], []
     for settings in (None, KARA):
         with engine(model, settings, trace=trace, num_gpu_blocks_override=40) as kara:
@@ -120,7 +120,7 @@ def test_prefix_cache_before_and_after_compression(model, dense, trace):
 
 
 def test_only_what_was_never_compressed_is_offered_to_others(model, dense, trace):
-    """Four tokens dropped of 64: physical blocks stay where logical ones were, and would be taken for them."""
+    """Only four of 64 tokens are dropped, so physical blocks could be mistaken for logical ones."""
     (prompt,) = prompts(70)
     with engine(model, {**KARA, "keep": 60}, trace=trace) as kara:
         (short,) = kara.generate([prompt], greedy(91))  # never compressed: its blocks are the cache's, up to token 160
@@ -133,7 +133,7 @@ def test_only_what_was_never_compressed_is_offered_to_others(model, dense, trace
 
 
 def test_blocks_that_another_request_reads_are_not_rewritten(model, dense, trace):
-    """B's prompt is A's and what A has said so far: it takes A's blocks, decoded tokens in them, before A is due."""
+    """B's prompt is A's text so far. It takes A's blocks, including decoded tokens, before A is due."""
     (prompt,) = prompts(70)
     with engine(model, trace=trace) as kara:
         served = kara.drive(
@@ -149,7 +149,7 @@ def test_blocks_that_another_request_reads_are_not_rewritten(model, dense, trace
 
 
 def test_a_request_that_skips_a_step_comes_back_with_its_blocks(model, dense, trace):
-    """Workers take it out of their batch, and put it back from their own notes of its blocks."""
+    """Workers remove it from their batch and restore it from their own record of its blocks."""
     hidden = []
     with engine(model, trace=trace) as kara:
         (p, q) = prompts(20, 70)
@@ -171,14 +171,14 @@ def test_sampled_tokens_have_the_dense_models_probabilities(model, dense, trace)
             logits = dense.logits(served, kara.events_of(served.request_id))[len(served.prompt) - 1 :]
             want = logits.log_softmax(-1).gather(1, torch.tensor(served.tokens)[:, None])[:, 0]
             assert len(kara.events_of(served.request_id)) >= 2
-            # Both are float32 over the same values in another order; a single wrong row moves this by whole units.
+            # Both are float32 over the same values in another order. A single wrong row changes this by whole units.
             assert (torch.tensor(served.logprobs) - want).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_caches(model, dense, trace, dtype):
-    """Rounding decides between close tokens, so the error of log probabilities is compared with that of an engine
-    that drops nothing: the same rounding, nothing else."""
+    """Rounding decides between close tokens, so the error of log probabilities is compared with that of an engine that
+    drops nothing and has only the rounding error."""
     errors = {}
     for name, settings in (("plain", None), ("kara", KARA)):
         with engine(model, settings, trace=trace if settings else None, dtype=dtype) as kara:
@@ -195,7 +195,7 @@ def test_half_precision_caches(model, dense, trace, dtype):
 
 
 def test_packed_blocks(model, dense, trace, monkeypatch):
-    """As on processors whose bfloat16 blocks no strides describe: rows are moved through element offsets."""
+    """As on processors with bfloat16 blocks that strides cannot describe: rows are moved by element offsets."""
     monkeypatch.setattr(layout, "_strides", lambda where: None)
     with engine(model, trace=trace) as kara:
         assert isinstance(kara.runner.kara_cache, PackedCache)
@@ -241,7 +241,7 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
 
 @pytest.mark.parametrize(("stride", "attention"), [(1, "bidirectional"), (4, "bidirectional"), (1, "causal")])
 def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention):
-    """Scores by the dense model's own queries and keys: what is kept has at least the attention of what is dropped."""
+    """By the dense model's queries and keys, kept tokens have at least the attention of dropped ones."""
     policy = {
         **KARA,
         "attention": attention,

@@ -1,4 +1,4 @@
-"""Switching Kara on, and what it refuses: one error at start-up that names what was expected and what was given."""
+"""Enabling Kara, and rejected settings: one error at start-up that names what was expected and what it got."""
 
 import json
 import os
@@ -64,15 +64,15 @@ def test_settings_are_checked_at_start_up(model, kara, words):
         ),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
-        ({"kv_offloading_size": 1.0}, "KV connectors"),  # which vLLM makes of it
+        ({"kv_offloading_size": 1.0}, "KV connectors"),  # vLLM converts it to one
         ({"async_scheduling": True}, "asynchronous scheduling"),
-        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*, got fp8"),
-        ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*, got elsewhere.Scheduler"),
+        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*: fp8"),
+        ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*: elsewhere.Scheduler"),
         ({"runner": "pooling"}, "pooling models"),
     ],
 )
 def test_unsupported_configurations_are_refused(model, options, words):
-    with pytest.raises(ValueError, match=f"kara: not supported together with .*{words}"):
+    with pytest.raises(ValueError, match=f"kara: expected only supported features, got .*{words}"):
         configure(model, KARA, **options)
 
 
@@ -114,13 +114,13 @@ def layer(**changes):
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
-        ([layer(alibi_slopes=torch.ones(4))], "not supported: ALiBi .layer 0"),
-        ([layer(), layer(sliding_window=128)], "sliding windows .layer 1"),
+        ([layer(alibi_slopes=torch.ones(4))], "expected plain attention in layer 0, got ALiBi"),
+        ([layer(), layer(sliding_window=128)], "layer 1, got sliding windows"),
         ([layer(sinks=torch.ones(4))], "attention sinks"),
         ([layer(logits_soft_cap=30.0)], "soft-capped logits"),
         ([layer(kv_sharing_target_layer_name="0")], "cross-layer KV sharing"),
-        ([layer(attn_type="encoder_only")], "attention other than a decoder's, got encoder_only"),
-        ([layer(head_size_v=16)], "values of another size than keys, got 16 and 32"),
+        ([layer(attn_type="encoder_only")], "attention other than a decoder's: encoder_only"),
+        ([layer(head_size_v=16)], "values of another size than keys: 16 and 32"),
         ([layer(), layer(num_kv_heads=4)], "the same heads and scale in every layer"),
         ([layer(), layer(scale=1.0)], "the same heads and scale in every layer"),
         ([], "the same heads and scale in every layer, got no layer"),
@@ -145,7 +145,7 @@ def test_a_ring_beyond_its_bound_is_refused(model):
 
 
 def test_the_query_stride_follows_the_memory_unless_it_is_set(model):
-    """3 layers, means of 2 heads of 32 in float32: 768 bytes a query; 384 tokens of each of 100 sequences."""
+    """3 layers and means of 2 heads of 32 in float32 take 768 bytes per query, for 384 tokens of 100 sequences."""
     every_second, every_eighth = 768 * 192 * 100 / 2**30, 768 * 48 * 100 / 2**30
     for gib, stride in ((4.0, 2), (every_second * 1.01, 2), (every_second * 0.99, 4), (every_eighth * 1.01, 8)):
         config = configure(model, {"max_query_gib": gib}, dtype="float32", max_num_seqs=100)
@@ -199,7 +199,7 @@ with engine({model!r}, None) as plain:
 
 
 def test_unconfigured_vllm_behaves_as_without_us(model):
-    """The plugin loaded but not configured against VLLM_PLUGINS without it, each in a process of its own."""
+    """Compares an unconfigured plugin with VLLM_PLUGINS without it, each in its own process."""
     results = []
     for plugins in (None, "none"):
         env = {**os.environ, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}

@@ -1,4 +1,4 @@
-"""Days of an engine drawn at random: pools, policies, prompts that share prefixes, aborts; the dense model judges."""
+"""Random runs of an engine: pools, policies, prompts that share prefixes, aborts. Compared with the dense model."""
 
 import random
 
@@ -47,7 +47,7 @@ def test_a_random_day(model, dense, trace, seed):
     def arrive(name):
         def event(kara):
             prompt = common[: draw.randrange(61)] + prompts(draw.randrange(1, 40), seed=name)[0]
-            if kara.said and draw.random() < 0.3:  # goes on from what somebody has said so far
+            if kara.said and draw.random() < 0.3:  # continues another request's text
                 prompt = (kara.prompts[other := draw.choice(sorted(kara.said))] + kara.said[other])[:150]
             kara.add(str(name), prompt, min(draw.randrange(20, 300), options["max_model_len"] - len(prompt)))
 

@@ -1,4 +1,4 @@
-"""The real server under load: streams that are read, streams that are dropped, and what operators see."""
+"""The real server under load: complete streams, aborted streams, and metrics."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def server(model, tmp_path_factory):
 
 
 def stream(server, prompt, tokens, stop_after=None):
-    """Token texts of one streamed completion, dropped in the middle after ``stop_after``."""
+    """Token texts of one streamed completion, aborted after ``stop_after`` tokens."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
     said = []
     options = {"ignore_eos": True, "skip_special_tokens": False}
@@ -49,7 +49,7 @@ def stream(server, prompt, tokens, stop_after=None):
 
 
 def settled(server):
-    """The metrics once nothing runs or waits any more."""
+    """The metrics once no request runs or waits."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         metrics = server.metrics()
@@ -77,7 +77,7 @@ def test_load_with_aborted_streams_leaks_nothing(server):
     metrics = settled(server)
     assert metrics["vllm:kv_cache_usage_perc"] == 0
     assert metrics["kara:compressions_total"] >= 20
-    # Whoever was not dropped got all of it, and the same again when nobody else is there.
+    # Complete streams got everything, and get the same again without other requests.
     whole = [i for i, stop in enumerate(stops) if stop is None]
     for i in whole:
         assert len("".join(said[i]).split()) == 300

@@ -1,7 +1,7 @@
-"""What Kara costs: the time spent in its own code against the time of the decode steps that contain it.
+"""The cost of Kara: time in its own code relative to the decode steps that contain it.
 
-Both are taken in one process while it decodes, so a busy machine slows them alike; medians of steps keep single
-interruptions out.
+Both are measured in one process while it decodes, so a busy machine slows them equally. Medians over steps ignore
+single interruptions.
 """
 
 import statistics
@@ -37,7 +37,7 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     def per_step(self, name, steps):
-        """Median call, times calls per step."""
+        """Median time of a call, times the calls per step."""
         calls = self.seconds[name]
         return statistics.median(calls) * len(calls) / steps if calls else 0.0
 

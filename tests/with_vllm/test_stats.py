@@ -1,4 +1,4 @@
-"""Kara's counters travel beside everybody else's statistics, and leave those alone."""
+"""Kara's counters are sent along with other statistics and do not change them."""
 
 import copy
 import importlib
@@ -41,8 +41,8 @@ def register():
 
 @pytest.fixture
 def reporting_connector(tmp_path, monkeypatch):
-    """No connector is configured. Its reports are put in at the scheduler, in processes of its own by a plugin, and
-    taken out where vLLM would hand them to the connector's logging and metrics."""
+    """Simulates a connector, because none is configured. A plugin inserts its reports at the scheduler, also in
+    separate processes. They are intercepted where vLLM would pass them to the connector's logging and metrics."""
     (tmp_path / "foreign_stats.py").write_text(PLUGIN)
     installed = tmp_path / "foreign_stats-1.dist-info"
     installed.mkdir()
@@ -62,7 +62,7 @@ def reporting_connector(tmp_path, monkeypatch):
 
 
 def shown(model):
-    """Kara's numbers on /metrics."""
+    """Kara's metrics on /metrics."""
     labels = {"model_name": model, "engine": "0"}
     names = ("compressions_total", "tokens_dropped_total", "blocks_freed_total", "compress_seconds_total", "retention")
     return {name: REGISTRY.get_sample_value(f"kara:{name}", labels) or 0.0 for name in names}
@@ -90,7 +90,7 @@ def test_statistics_of_connectors_arrive_untouched_and_ours_beside_them(
 
 
 def test_who_expects_no_report_reads_all_the_others():
-    """vLLM's coordinator of data-parallel engines decodes what it knows; a front end of Kara decodes engines without
+    """vLLM's coordinator of data-parallel engines ignores our field. A front end with Kara also decodes engines without
     Kara."""
     outputs = EngineCoreOutputs(engine_index=3, scheduler_stats=SchedulerStats(kv_connector_stats=FOREIGN))
     report = Report({"compressions": 2.0, "compress_seconds": 0.25}, {"cap": 1}, 0.75)
@@ -107,7 +107,7 @@ def test_who_expects_no_report_reads_all_the_others():
 
 
 def test_vllm_encodes_no_attribute_that_is_no_field():
-    """Why a report does not ride on SchedulerStats. Where this fails, a simpler channel has come."""
+    """The reason why a report is not part of SchedulerStats. If this fails, vLLM has a simpler channel."""
     stats = SchedulerStats()
     stats.kara = {"compressions": 1}
     assert "kara" not in MsgpackDecoder().decode(MsgpackEncoder().encode(stats))

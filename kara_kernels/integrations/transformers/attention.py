@@ -22,9 +22,9 @@ def kara_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention "kara": transformers' sdpa attention, over a KaraCache's blocks if the keys passed one.
+    """The attention "kara": transformers' sdpa attention, over a KaraCache's blocks if a KaraCache is in use.
 
-    Raises NotImplementedError, with a KaraCache, for what is not plain causal softmax attention.
+    Raises NotImplementedError if a KaraCache is in use and the call is not plain causal softmax attention.
     """
     tag = getattr(key, "_kara", None)
     if tag is None:
@@ -43,7 +43,7 @@ def kara_attention(
 
 
 def kara_mask(*, mask_function: Callable = causal_mask_function, **kwargs: Any) -> Tensor | None:
-    """transformers' sdpa mask, marked so that a cache can tell causal + padding from other masks."""
+    """transformers' sdpa mask, marked so that a cache can distinguish causal and padding masks from others."""
     mask = sdpa_mask(mask_function=mask_function, **kwargs)
     if mask is not None:
         mask._kara_plain = mask_function is causal_mask_function

@@ -7,16 +7,16 @@
     print(kara.retention, len(kara.events))
 
 A request is due when it has ``window + tail`` uncompressed decoded tokens. Between two steps a window of them is
-compressed in transformers' own pages, and the blocks that fall empty go back to its pool. The scheduler then counts the
+compressed in transformers' own pages, and the emptied blocks return to its pool. The scheduler then counts the
 request's *physical* length (``position_offset``), so admission, allocation, masks, slots and block tables need no
-change. Only the positions that the model sees are raised to the *logical* ones again.
+change. Only the positions that the model sees are restored to *logical* ones.
 
 While the context is open, four methods of every batch processor made from the model are wrapped on that instance, and
-the attention function in use also hands its queries over. Prefix sharing stays on. Only blocks that a request owns
-alone are written, their hashes are removed first, and compressed content is never hashed again.
+the attention function also passes its queries to the recorder. Prefix sharing stays on. Only blocks that a request owns
+alone are written. Their hashes are removed first, and compressed content is never hashed again.
 
-A window must hold at least a page. transformers' default ``page_size`` is 256, and smaller pages free more. The memory
-for queries comes on top of what ``max_memory_percent`` allots to the cache.
+A window must be at least one page. transformers' default ``page_size`` is 256, and smaller pages free more memory. The
+memory for queries is in addition to what ``max_memory_percent`` gives to the cache.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _REQUEST = "_true_initial_tokens initial_tokens position_offset remaining_prefil
 
 
 class KaraBatching:
-    """Compresses the requests that a model serves by continuous batching, for as long as this context is open.
+    """Compresses the KV cache of a model's continuous batching while this context is open.
 
-    It works with ``generate_batch``, ``continuous_batching_context_manager`` and ``init_continuous_batching``. Leaving
-    the context waits for managers that still run, or stops them if an exception left it. It destroys a persistent
-    manager and undoes all wrapping.
+    It works with ``generate_batch``, ``continuous_batching_context_manager`` and ``init_continuous_batching``. On exit
+    it waits for running managers, or stops them if an exception was raised. It destroys a persistent manager and undoes
+    all wrapping.
 
     Args:
         model: a transformers model whose layers are all full causal softmax attention.
@@ -68,15 +68,14 @@ class KaraBatching:
         **policy: fields of :class:`kara_kernels.engine.Policy`.
 
     Raises:
-        TypeError, ValueError: settings that are unknown or out of range; on entry, a model that was prepared before;
-            when a batch starts, a window below the page size or a query ring above ``max_query_gib``.
-        NotImplementedError: on entry, models with sliding, linear, soft-capped or sink attention and encoder-decoder
-            models; when a batch starts, tensor parallelism, asynchronous batching, CUDA graphs, ``torch.compile``
-            and CPU offloading (``use_async_batching``, ``use_cuda_graph``, ``*_compile_config``,
-            ``cpu_offload_space``).
-        RuntimeError: a transformers whose continuous batching looks different; the message names the version.
+        TypeError, ValueError: unknown settings or settings out of range. On entry: a model that is already in use. When
+            a batch starts: a window below the page size, or a query ring above ``max_query_gib``.
+        NotImplementedError: on entry: models with sliding, linear, soft-capped or sink attention and encoder-decoder
+            models. When a batch starts: tensor parallelism, asynchronous batching, CUDA graphs, ``torch.compile`` and
+            CPU offloading (``use_async_batching``, ``use_cuda_graph``, ``*_compile_config``, ``cpu_offload_space``).
+        RuntimeError: a version of transformers with a different continuous batching. The message names the version.
 
-    A request that is preempted (transformers' "soft reset") is recomputed in full, then compressed anew.
+    A preempted request (transformers' "soft reset") is recomputed in full and compressed again.
     """
 
     def __init__(self, model: Any, *, backend: str = "auto", **policy: Any) -> None:
@@ -84,19 +83,19 @@ class KaraBatching:
         check_choice("backend", backend, ("auto", "triton", "torch"))
         self.model, self.backend = model, backend
         self.events: list[Compression] = []
-        """Every compression; whoever serves for long clears it now and then."""
+        """Every compression. Clear it now and then if you serve for a long time."""
         self.skipped: Counter[str] = Counter()
         """Windows that had to wait, by reason; see :class:`kara_kernels.engine.Ledger`."""
         self.tokens = 0
         """Tokens that requests computed or took from the prefix cache."""
         self.dropped = 0
-        """Rows that compressions took away."""
+        """Rows removed by compressions."""
         self._managers: list[Any] = []
         self._attentions: list[str] = []
 
     @property
     def retention(self) -> float:
-        """Realised retention: rows that stayed per token seen, prompts included, over all requests."""
+        """Realised retention: rows kept divided by tokens seen, prompts included, over all requests."""
         return 1 - self.dropped / self.tokens if self.tokens else 1.0
 
     def __enter__(self) -> KaraBatching:
@@ -111,7 +110,7 @@ class KaraBatching:
             raise ValueError("model: expected one outside of any KaraBatching, got one that is in use")
         if getattr(model, "_cached_continuous_batching_manager", None) is not None:
             raise ValueError(
-                "model: expected no persistent manager from before, got one: call "
+                "model: expected no existing persistent manager, got one: call "
                 "destroy_cached_continuous_batching_manager() first"
             )
         model.init_continuous_batching = self._init_continuous_batching
@@ -132,7 +131,7 @@ class KaraBatching:
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """``model.init_continuous_batching``: the manager it returns makes processors that compress."""
         manager = type(self.model).init_continuous_batching(self.model, *args, **kwargs)
-        if manager in self._managers:  # a persistent one
+        if manager in self._managers:  # a persistent manager
             return manager
         try:
             _check_manager(manager)
@@ -145,7 +144,7 @@ class KaraBatching:
                 return processor
 
             manager._create_batch_processor = create_batch_processor
-            # Check now: an error here reaches the caller, one in the manager's thread does not.
+            # Check now. An error here reaches the caller, an error in the manager's thread does not.
             with torch.inference_mode(False):
                 manager.batch_processor = create_batch_processor()
             name = self.model.config.get_text_config()._attn_implementation
@@ -161,7 +160,7 @@ class KaraBatching:
 
 
 class _Run:
-    """One batch processor under compression: its ledger, its query ring, and what its wrapped methods add."""
+    """One batch processor with compression: its ledger, its query ring and its wrapped methods."""
 
     def __init__(self, processor: Any, kara: KaraBatching) -> None:
         _need(processor, _PROCESSOR)
@@ -172,7 +171,7 @@ class _Run:
         self.kara, self.policy = kara, kara.policy
         self.ledger = Ledger(self.policy, allocator.tokens_per_page)
         self.ledger.skipped = kara.skipped  # counted over all managers
-        # [blocks, K and V of every layer, page, H, D], the trash at its beginning included: ids are the allocator's.
+        # [blocks, K and V of every layer, page, H, D], including the trash at the start, so ids are the allocator's.
         layers = len(allocator.layer_indices)
         heads, dim = allocator.cache_tensor.shape[2:]
         pool = allocator.cache_tensor.view(-1, 2 * layers, allocator.tokens_per_page, heads, dim)
@@ -204,15 +203,15 @@ class _Run:
         allocator.free_blocks = self.free_blocks
         cache.mark_complete_blocks = self.mark_complete_blocks
 
-    # ------------------------------------------------------------------------- what transformers calls, wrapped
+    # ------------------------------------------------------------------------- wrapped methods
 
     def prepare_next_batch(self) -> bool:
-        """Compresses what is due first, so that requests of this step can have the freed blocks."""
+        """First compresses what is due, so that requests of this step can use the freed blocks."""
         self.compress()
         return self._prepare_next_batch()
 
     def prepare_batch_tensors(self, requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
-        """Makes tensors from physical lengths, then raises positions to logical ones."""
+        """Makes tensors from physical lengths, then restores logical positions."""
         spans, shift = [], []
         for future in requests_in_batch:
             state, count = future.state, future.query_length
@@ -231,19 +230,19 @@ class _Run:
             self.recording = self.ring.prepare(spans)
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
-        """The request finished, failed, was cancelled or preempted: what was kept of it is gone."""
+        """The request finished, failed, or was cancelled or preempted. Its compressed state is dropped."""
         self.ledger.forget(request_id)
         self.ring.release(request_id)
         self.running.discard(request_id)
         self._free_blocks(request_id, no_cache)
 
     def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
-        """A compressed request's blocks do not hold the tokens that a hash would name."""
+        """Skips compressed requests, whose blocks do not hold the tokens that a hash would stand for."""
         if not self.ledger.dropped(state.request_id):
             self._mark_complete_blocks(state, complete_blocks)
 
     def record(self, module: Any, query: Tensor, kwargs: dict[str, Any]) -> None:
-        """Queries ``[1, H*G, T, D]`` of one layer, on their way into its attention."""
+        """Records queries ``[1, H*G, T, D]`` of one layer before its attention runs."""
         if odd := not_plain(kwargs):
             where = type(module).__name__
             raise NotImplementedError(f"KaraBatching does not support attention with {', '.join(odd)} ({where})")
@@ -255,7 +254,7 @@ class _Run:
     # ----------------------------------------------------------------------------------------- one compression
 
     def compress(self) -> None:
-        """Plans, executes and books what is due; nothing is in flight between two steps."""
+        """Plans, executes and commits what is due. Nothing is in flight between two steps."""
         due = {
             request_id: state
             for request_id, state in self.scheduler.active_requests.items()
@@ -296,7 +295,7 @@ class _Run:
         )
 
     def _start(self, state: Any) -> None:
-        """A request is scheduled for the first time, or again. One that finds the ring full is tried every step."""
+        """A request is scheduled, possibly again. If the ring is full, it is retried every step."""
         if state.request_id in self.running or len(self.running) >= self.room:
             return
         self.running.add(state.request_id)
@@ -309,12 +308,12 @@ class _Run:
 
 
 def _prompt_len(state: Any) -> int:
-    # After a preemption initial_tokens holds the decoded text too.
+    # After a preemption, initial_tokens also contains the decoded text.
     return state._true_initial_tokens or len(state.initial_tokens)
 
 
 def _check_manager(manager: Any) -> None:
-    """Refuses, before a batch starts, what this cannot do."""
+    """Rejects unsupported settings before a batch starts."""
     _need(manager, _MANAGER)
     try:
         from transformers.generation.continuous_batching.requests import RequestState
@@ -352,14 +351,14 @@ def _mismatch(name: str) -> RuntimeError:
     )
 
 
-# -------------------------------------------------------------------------------------- queries, from the attention
+# -------------------------------------------------------------------------------------- recording queries
 
 _lock = threading.Lock()
-_wrapped: dict[str, tuple[Callable[..., Any], int]] = {}  # name: the original, and by how many batches it is used
+_wrapped: dict[str, tuple[Callable[..., Any], int]] = {}  # name: the original function, and how many batches use it
 
 
 def _wrap_attention(name: str) -> None:
-    """From now on the attention ``name`` hands its queries to the run whose cache it is called with, if any."""
+    """Makes the attention ``name`` pass its queries to the run that owns the call's cache, if any."""
     with _lock:
         inner, users = _wrapped.get(name, (ALL_ATTENTION_FUNCTIONS[name], 0))
         _wrapped[name] = inner, users + 1

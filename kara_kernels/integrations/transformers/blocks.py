@@ -1,4 +1,4 @@
-"""Rows in blocks: the pools of all layers, and which blocks each sequence of a batch holds."""
+"""The pools of all layers, and the blocks of each sequence of a batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kara_kernels import PagedCache
 
 
 class Allocator:
-    """Which blocks are free. One id is the same block in every layer. The lowest ids are handed out first, and
-    sequences give back their last blocks, so a lone sequence always holds blocks 0, 1, 2, ..."""
+    """Tracks free blocks. An id means the same block in every layer. The lowest ids are handed out first and sequences
+    return their last blocks, so a single sequence always holds blocks 0, 1, 2, ..."""
 
     def __init__(self, size: int | None) -> None:
         self.growable = size is None
@@ -25,7 +25,7 @@ class Allocator:
         return self.size - len(self.free)
 
     def take(self, count: int) -> list[int]:
-        """``count`` block ids. A pool that may grow at least doubles; RuntimeError from one that may not."""
+        """``count`` block ids. A growing pool at least doubles when it is full, a fixed one raises RuntimeError."""
         short = count - len(self.free)
         if short > 0:
             if not self.growable:
@@ -49,28 +49,28 @@ class Blocks:
 
     Args:
         page: rows in a block.
-        num_blocks: size of the pools; with None they grow.
+        num_blocks: size of the pools. With None they grow.
     """
 
     def __init__(self, page: int, num_blocks: int | None) -> None:
         self.page = page
         self.allocator = Allocator(num_blocks)
-        self.k: list[Tensor] = []  # [H, B, P, D] per layer: attention gathers a head's rows as one piece
+        self.k: list[Tensor] = []  # [H, B, P, D] per layer, so that attention reads a head's rows contiguously
         self.v: list[Tensor] = []
         self.tables: list[list[int]] = []  # block ids of each sequence
         self._paged: PagedCache | None = None
         self._table: Tensor | None = None  # the tables on the device, [S, nb] int64
-        self._chosen: slice | Tensor = slice(0)  # the same as one index into the pools
+        self._chosen: slice | Tensor = slice(0)  # the same, as one index into the pools
 
     def begin(self, sequences: int) -> None:
-        """Sequences without a row; those of before give their blocks back."""
+        """Starts empty sequences. Earlier ones return their blocks."""
         self.allocator.give_back([block for table in self.tables for block in table])
         self.allocator.peak = 0
         self.tables = [[] for _ in range(sequences)]
         self._table, self._chosen = None, slice(0)
 
     def reserve(self, lengths: Sequence[int], device: torch.device) -> Tensor | None:
-        """Blocks for ``lengths`` rows of each sequence; returns the ids of new ones, None if there are enough."""
+        """Allocates blocks for ``lengths`` rows per sequence. Returns the ids of new blocks, None if there are none."""
         missing = [max(0, -(-rows // self.page) - len(table)) for rows, table in zip(lengths, self.tables, strict=True)]
         fresh = self.allocator.take(sum(missing))
         if not fresh:
@@ -88,39 +88,39 @@ class Blocks:
             assert self._table is not None
             for s, count in kept.items():
                 del self.tables[s][count:]
-            # The next owner writes to these blocks on the same stream, hence after the moves.
+            # The next owner writes to these blocks on the same stream, so after the moves.
             self.allocator.give_back(freed)
             self._tables_changed(self._table.device)
 
     def slots(self, rows: Tensor) -> Tensor:
-        """Where rows ``[S, q]`` of each sequence lie: ``block * page + row in the block``."""
+        """Slots of rows ``[S, q]`` of each sequence: ``block * page + row in the block``."""
         assert self._table is not None
         return self._table.gather(1, rows // self.page) * self.page + rows % self.page
 
     def table(self, sequences: Sequence[int]) -> Tensor:
-        """int32 ``[n, nb]``: the block tables of these sequences, filled up with a block of their own."""
+        """int32 ``[n, nb]``: the block tables of these sequences, each padded with one of its own blocks."""
         assert self._table is not None
         rows = self._table if len(sequences) == len(self.tables) else torch.stack([self._table[s] for s in sequences])
         return rows.to(torch.int32)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, fresh: Tensor | None) -> None:
-        """Rows ``k [H, n, D]``, ``v [H, n, Dv]`` to ``slots [n]``; the blocks ``fresh`` are emptied before."""
+        """Writes rows ``k [H, n, D]``, ``v [H, n, Dv]`` to ``slots [n]``, after clearing the blocks ``fresh``."""
         for pools, new in ((self.k, k), (self.v, v)):
             if layer == len(pools) or pools[layer].shape[1] < self.allocator.size:
                 self._grow(pools, layer, new)
             pool = pools[layer]
             if fresh is not None:
-                # Attention multiplies masked rows by 0, and a NaN left by a former owner would survive that.
+                # Attention multiplies masked rows by 0, and a NaN from a former owner would survive that.
                 pool.index_fill_(1, fresh, 0)
             pool.flatten(1, 2).index_copy_(1, slots, new)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[S, H, length, D]``: one copy each, and none for a lone sequence."""
+        """Keys and values ``[S, H, length, D]``: one copy each, and no copy for a single sequence."""
         return self._gather(self.k[layer], length), self._gather(self.v[layer], length)
 
     @property
     def pools(self) -> list[Tensor]:
-        """Those of keys, then those of values."""
+        """The pools of keys, then those of values."""
         return self.k + self.v
 
     @property
@@ -136,12 +136,12 @@ class Blocks:
 
     def _tables_changed(self, device: torch.device) -> None:
         width = max(map(len, self.tables))
-        # Short tables are padded with one of their own blocks, which attention gathers and masks.
+        # Short tables are padded with one of their own blocks, which attention reads and masks.
         filled = [table + (table or [0])[:1] * (width - len(table)) for table in self.tables]
         self._table = torch.tensor(filled, device=device)
         self._chosen = slice(width) if len(filled) == 1 else self._table.flatten()
 
-    @torch.inference_mode(False)  # a tensor born in inference mode could not be written to outside of it
+    @torch.inference_mode(False)  # a tensor created in inference mode cannot be written outside of it
     def _grow(self, pools: list[Tensor], layer: int, like: Tensor) -> None:
         pool = like.new_zeros(like.shape[0], self.allocator.size, self.page, like.shape[2])
         if layer == len(pools):

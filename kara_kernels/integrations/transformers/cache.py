@@ -10,12 +10,12 @@
 ``KaraCache.update`` only tags the new keys. The attention function "kara", which also sees queries and mask, finds the
 tag. It lets the cache write the new tokens into its blocks, record the queries of decoded tokens, and gather keys and
 values for transformers' own sdpa attention. No model is patched. A sequence is due when it has ``window + tail``
-uncompressed decoded tokens. After the last layer of a forward, the oldest ``window`` of them are compressed to ``keep``
-in all layers. The queries of window and tail judge.
+uncompressed decoded tokens. After the last layer of a forward pass, the oldest ``window`` of them are compressed to
+``keep`` in all layers. The queries of window and tail score them.
 
-Two numbers are kept apart. The *logical* length counts every token ever seen; positions, RoPE and the model's masks use
-it. The *physical* length counts the rows that a sequence still holds. Padding is never stored. The first forward is the
-prompt and never compressed. Whatever follows is decoded text, however many tokens a forward brings.
+Each sequence has two lengths. The *logical* length counts every token ever seen. Positions, RoPE and the model's masks
+use it. The *physical* length counts the rows that a sequence still holds. Padding is never stored. The first forward
+pass is the prompt and is never compressed. All later tokens are decoded text, however many a forward pass adds.
 """
 
 from __future__ import annotations
@@ -53,36 +53,36 @@ class KaraCache(Cache):
         model_or_config: the model, whose attention implementation is checked, or its config. Every layer must be full
             causal softmax attention, without sliding windows, sinks, soft caps or an encoder.
         window: decoded tokens that are compressed together (``W``), up to 4096.
-        keep: how many of them stay (``K``), ``1 <= keep <= window``.
-        tail: decoded tokens that must lie behind a window before it is compressed. They stay whole, their queries
-            judge this window, and the next window begins with them.
+        keep: how many of them are kept (``K``), ``1 <= keep <= window``.
+        tail: decoded tokens that must follow a window before it is compressed. They are all kept for now, their
+            queries help to score this window, and the next window starts with them.
         block_size: tokens per block.
-        protected: prompt length in real tokens, one int or one per sequence. Needed only where the prompt comes in
-            more than one forward; by default the first forward is the prompt.
-        num_blocks: size of the pool that all sequences share. With None the pool doubles when it is full.
+        protected: prompt length in real tokens, one int or one per sequence. Needed only if the prompt is split over
+            several forward passes. By default the first forward pass is the prompt.
+        num_blocks: size of the pool that all sequences share. With None a full pool doubles.
         backend: of :func:`kara_kernels.compress_window`: ``"auto"``, ``"triton"`` or ``"torch"``.
-        scorer: replaces the scoring. Called for the sequences that are due as ``scorer(query=, k_cache=,
+        scorer: replaces the built-in scoring. Called for the sequences that are due as ``scorer(query=, k_cache=,
             v_cache=, block_tables=, window_starts=, window=)`` with ``query [L, S, N, H*G, D]`` (window, then
             tail, oldest first), ``L`` tensors ``[B, P, H, D]`` each, ``block_tables [S, max_blocks]`` and
-            ``window_starts [S]`` int32. Returns float32 scores ``[L, S, H, W]``; the highest stay.
-        look_ahead: score with queries rotated this many positions ahead: kept tokens serve queries that come after the
-            window. None means ``window`` positions where the model's rotary position embedding is found, and 0 for
-            other models, for a config, and with ``attention="causal"``; ``cache.look_ahead`` tells which. A scorer
-            gets the queries as they are.
+            ``window_starts [S]`` int32. Returns float32 scores ``[L, S, H, W]``; the highest are kept.
+        look_ahead: score with queries rotated this many positions ahead, because kept tokens serve queries that come
+            after the window. None means ``window`` positions if the model's rotary position embedding is found. It
+            means 0 for other models, for a config, and with ``attention="causal"``. ``cache.look_ahead`` holds the
+            value in use. A scorer gets the queries unrotated.
         **options: ``attention``, ``reduction``, ``value_norm``, ``redundancy`` of
             :class:`~kara_kernels.options.Scoring` and ``pool``, ``chunk_fraction``, ``max_chunk`` of
-            :class:`~kara_kernels.options.Selection`. With ``attention="causal"`` only the window's queries judge.
+            :class:`~kara_kernels.options.Selection`. With ``attention="causal"`` only the window's queries score.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or range, or an unknown one; a model that runs
-            another attention than "kara".
-        NotImplementedError: a model that is not supported or, when it is called, an operation that is not:
-            beam search, assisted generation, batch selection, offloading, ``torch.compile``.
-        RuntimeError: in a forward, when the fixed pool is too small; the message says what it takes.
+        TypeError, ValueError: an unknown argument, or one of the wrong type or range; a model whose attention
+            implementation is not "kara".
+        NotImplementedError: an unsupported model or, when it is called, an unsupported operation: beam search, assisted
+            generation, batch selection, offloading, ``torch.compile``.
+        RuntimeError: in a forward pass, if the fixed pool is too small. The message says how many blocks it needs.
 
-    It is for inference: no gradient flows through cached attention. All layers must be on one device. A forward that
-    fails leaves the cache as it was. A finished sequence of a batch that still decodes is stored and compressed like
-    the others.
+    It is for inference: no gradient flows through cached attention. All layers must be on one device. A failed forward
+    pass leaves the cache unchanged. A finished sequence in a batch that still decodes is stored and compressed like the
+    others.
     """
 
     is_compileable = False
@@ -131,16 +131,16 @@ class KaraCache(Cache):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all sequences: blocks go back to the pool, records start anew, memory stays allocated."""
+        """Forgets all sequences and records. Blocks return to the pool, and memory stays allocated."""
         self._sequences.reset()
         self._forward: Forward | None = None
-        self._unanswered: int | None = None  # the layer whose update() no attention has followed yet
+        self._unanswered: int | None = None  # the layer whose update() was not yet followed by attention
 
-    # ---------------------------------------------------------------------------------- what users can read
+    # ---------------------------------------------------------------------------------- public properties
 
     @property
     def events(self) -> list[Compression]:
-        """One record per sequence and compression; ``request_id`` is the sequence's index in the batch."""
+        """One record per sequence and compression. ``request_id`` is the sequence's index in the batch."""
         return self._sequences.events
 
     @property
@@ -150,23 +150,23 @@ class KaraCache(Cache):
 
     @property
     def retention(self) -> float:
-        """Realised retention: rows held per real token seen, prompt included, over all sequences."""
+        """Realised retention: rows held divided by real tokens seen, prompt included, over all sequences."""
         seen = sum(self._sequences.seen)
         return sum(self.physical_lengths) / seen if seen else 1.0
 
     @property
     def blocks_in_use(self) -> int:
-        """Blocks that sequences hold; a block spans all layers."""
+        """Blocks that sequences hold. A block spans all layers."""
         return self._sequences.blocks.allocator.in_use
 
     @property
     def peak_blocks(self) -> int:
-        """The most blocks that were in use at once since construction or ``reset()``."""
+        """The most blocks in use at once since construction or ``reset()``."""
         return self._sequences.blocks.allocator.peak
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the blocks in use, keys and values of all layers. The pool itself may be larger."""
+        """Bytes of the blocks in use, for keys and values of all layers. The pool itself may be larger."""
         return sum(pool[:, 0].nbytes for pool in self._sequences.blocks.pools) * self.blocks_in_use
 
     @property
@@ -176,17 +176,17 @@ class KaraCache(Cache):
 
     @property
     def query_bytes(self) -> int:
-        """Bytes allocated for queries: ``window + tail`` rows per layer and sequence, or more if one forward brings
-        more decoded tokens than that, and one row per layer for the queries of prompts."""
+        """Bytes allocated for queries: ``window + tail`` rows per layer and sequence, or more if a forward pass adds
+        more decoded tokens than that, plus one row per layer for the queries of prompts."""
         ring = self._sequences.ring
         return 0 if ring is None else ring.nbytes
 
-    # --------------------------------------------------------------------------- what transformers calls
+    # --------------------------------------------------------------------------- methods called by transformers
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hands new keys ``[S, H, q, D]`` and values ``[S, H, q, Dv]`` on to the attention "kara"."""
+        """Passes new keys ``[S, H, q, D]`` and values ``[S, H, q, Dv]`` on to the attention "kara"."""
         if torch.compiler.is_compiling():
             raise NotImplementedError("KaraCache does not support torch.compile")
         if self._unanswered is not None:
@@ -198,11 +198,11 @@ class KaraCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length, padding included: the next token's position, whatever was compressed."""
+        """Logical length, padding included. It is the next token's position, regardless of compression."""
         return self._sequences.logical
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Logical sizes. The cache makes masks over its rows itself."""
+        """Logical sizes. The cache builds the masks over its rows itself."""
         return self._sequences.logical + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -238,19 +238,21 @@ class KaraCache(Cache):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attention of one layer over cached and new tokens; stores the new ones on the way.
+        """Stores the new tokens of one layer and computes attention over all its cached tokens.
 
-        ``query [S, H*G, q, D]``, ``key [S, H, q, D]``, ``value [S, H, q, Dv]``, ``mask`` as ``kara_mask``
-        makes it. Returns what transformers' sdpa attention returns: ``[S, q, H*G, Dv]`` and None.
+        ``query [S, H*G, q, D]``, ``key [S, H, q, D]``, ``value [S, H, q, Dv]``, ``mask`` from
+        ``kara_mask``. Returns what transformers' sdpa attention returns: ``[S, q, H*G, Dv]`` and None.
         """
         self._unanswered = None
         if layer == 0:
             self._forward = self._sequences.plan(query, mask, kwargs.get("scaling"))
         step = self._forward
         if step is None:
-            raise RuntimeError(f"layer {layer} came without layer 0: KaraCache needs all layers in order")
+            raise RuntimeError(f"KaraCache expected layer 0 first and then all layers in order, got layer {layer}")
         if key.device != step.slots.device:
-            raise NotImplementedError(f"KaraCache needs one device, layer {layer} is on {key.device}")
+            raise NotImplementedError(
+                f"KaraCache expected all layers on {step.slots.device}, got layer {layer} on {key.device}"
+            )
         self._sequences.store(step, layer, query, key, value)
         if not step.first:
             key, value = self._sequences.blocks.read(layer, step.longest)
@@ -263,8 +265,8 @@ class KaraCache(Cache):
 
 
 def _policy(window: int, keep: int, tail: int, options: dict[str, Any]) -> Policy:
-    """Records every query, and compresses a window as soon as it and its tail are there, whatever that frees."""
-    split_options(options)  # a TypeError for unknown ones that names the known
+    """Records every query and compresses a window as soon as it and its tail exist, whatever that frees."""
+    split_options(options)  # raises a TypeError for unknown options and lists the known ones
     return Policy(
         window=window, keep=keep, tail=tail, query_stride=1, query_heads="all", min_freed_blocks=0,
         max_sequences=_INT32_MAX, max_query_gib=1e6, **options,

@@ -1,4 +1,4 @@
-"""Which models are supported: those whose every layer is plain causal softmax attention over all tokens."""
+"""Supported models: every layer must be plain causal softmax attention over all tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _NOT_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")  # argument
 
 
 def check_model(model_or_config: Any) -> int:
-    """Refuses, before a request runs, what cannot work with KaraCache; returns the number of layers ``L``.
+    """Rejects models that KaraCache does not support, before a request runs. Returns the number of layers ``L``.
 
     Raises:
-        ValueError: a model that runs another attention than "kara".
+        ValueError: a model whose attention implementation is not "kara".
         NotImplementedError: see :func:`check_config`.
     """
     config = getattr(model_or_config, "config", model_or_config)
@@ -26,9 +26,9 @@ def check_model(model_or_config: Any) -> int:
 
 
 def check_config(config: Any, who: str) -> int:
-    """Refuses, in the name of ``who``, models whose layers are not plain causal softmax attention; returns ``L``.
+    """Rejects models whose layers are not plain causal softmax attention. Returns ``L``.
 
-    Raises NotImplementedError.
+    Raises NotImplementedError. The message begins with ``who``.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(f"{who} does not support encoder-decoder models")

@@ -1,8 +1,8 @@
 """Queries rotated ahead by the model's own rotary position embedding.
 
-Recorded queries carry the positions of their tokens. Kept tokens serve queries that come after the window, so the
-queries that judge it are moved ahead first. A rotary embedding turns a query by an angle that is linear in the
-position. Turning a recorded query once more, by the angle of ``n``, moves it ``n`` positions ahead.
+Recorded queries have the positions of their tokens. Kept tokens serve queries that come after the window, so the
+queries that score it are moved ahead first. A rotary embedding turns a query by an angle that is linear in the
+position. Turning a recorded query again by the angle of ``n`` moves it ``n`` positions ahead.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Kinds whose angles do not depend on the length of the text, so that asking for one position changes nothing.
+# Kinds whose angles do not depend on the text length, so that asking for one position has no side effect.
 _STEADY = ("default", "linear", "llama3", "yarn")
 
 Ahead = Callable[[Tensor, int], Tensor]
 
 
 def find_rotation(model: Any) -> Ahead | None:
-    """``ahead(query [..., N, heads, D], n)``, which returns the queries ``n`` positions ahead.
+    """A function ``ahead(query [..., N, heads, D], n)`` that returns the queries ``n`` positions ahead.
 
-    None for a model whose rotary embedding is not of the common kind. The common kind has one module ``rotary_emb``,
-    whose angles do not depend on the length of the text, and a function ``apply_rotary_pos_emb`` in the model's module.
+    None if the model's rotary embedding is not of the common kind. The common kind has one module ``rotary_emb``, whose
+    angles do not depend on the text length, and a function ``apply_rotary_pos_emb`` in the model's module.
     """
     found = [module.rotary_emb for module in getattr(model, "modules", list)() if hasattr(module, "rotary_emb")]
     apply = getattr(sys.modules.get(type(model).__module__), "apply_rotary_pos_emb", None)

@@ -1,4 +1,4 @@
-"""The sequences of a batch under one ledger, which stores what a forward brings and compresses what is due."""
+"""The sequences of a batch: stores the tokens of each forward pass and compresses what is due."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .blocks import Blocks
 
 @dataclass
 class Forward:
-    """What layer 0 works out for all layers: ``q`` new rows per sequence, ``n`` of all ``S * q`` are real."""
+    """State of a forward pass, computed at layer 0: ``q`` new rows per sequence, ``n`` of all ``S * q`` are real."""
 
-    first: bool  # nothing is stored yet: the model's own mask and the new keys are all that attention needs
+    first: bool  # nothing is stored yet, so attention needs only the model's mask and the new keys
     width: int  # q
     new: list[int]  # real tokens of each sequence
-    longest: int  # rows of the longest sequence, the new ones included
+    longest: int  # rows of the longest sequence, including the new ones
     rows: Tensor | None  # [n] which of the S * q rows are real tokens; None: all of them
-    slots: Tensor  # [n] where they go: block * page + row in the block
-    fresh: Tensor | None  # blocks handed out for this forward
+    slots: Tensor  # [n] their slots: block * page + row in the block
+    fresh: Tensor | None  # blocks allocated for this forward pass
     scale: float | None
     mask: Tensor | None = None  # [S, 1, q, longest] bool; None: every query sees every row
-    ring: QueryRing | None = None  # where queries go; None: no decoded token is among the new ones
+    ring: QueryRing | None = None  # where queries are recorded; None: no new token is a decoded one
 
 
 class Sequences:
-    """A batch in blocks, with the ledger and the query ring of every engine. A sequence's name is its index.
+    """A batch in blocks, with the shim's ledger and query ring. A sequence is named by its index.
 
     Args:
-        policy: what to do.
+        policy: the compression settings.
         layers: ``L``.
         page: rows in a block.
         num_blocks, protected, scorer, backend: see :class:`.KaraCache`.
@@ -63,7 +63,7 @@ class Sequences:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all sequences; memory stays allocated."""
+        """Forgets all sequences. Memory stays allocated."""
         self._begin([])
         self.events.clear()
 
@@ -73,12 +73,12 @@ class Sequences:
         return [seen - self.ledger.dropped(str(s)) for s, seen in enumerate(self.seen)]
 
     def plan(self, query: Tensor, mask: Tensor | None, scale: float | None) -> Forward:
-        """Everything about a forward that its layers share. Lengths change only when it is through.
+        """Computes what the layers of a forward pass share. Lengths change only at its end.
 
-        ``query [S, H*G, q, D]`` of layer 0, ``mask`` as ``kara_mask`` makes it, ``scale`` of the logits.
+        ``query [S, H*G, q, D]`` of layer 0, ``mask`` from ``kara_mask``, ``scale`` of the logits.
         """
         batch, q, device = query.shape[0], query.shape[2], query.device
-        real = None if mask is None else mask[:, 0, -1, -q:]  # [S, q]: which new tokens the last of them sees
+        real = None if mask is None else mask[:, 0, -1, -q:]  # [S, q]: which new tokens the last one sees
         new = [q] * batch if real is None else real.sum(1).tolist()
         if min(new) == q:
             real = None
@@ -110,7 +110,7 @@ class Sequences:
             step.ring.record(layer, _take(query.transpose(1, 2).flatten(0, 1), step.rows))
 
     def commit(self, step: Forward) -> None:
-        """The forward is through: counts its tokens, then compresses what is due."""
+        """Ends a forward pass: counts its tokens, then compresses what is due."""
         self.seen = [seen + new for seen, new in zip(self.seen, step.new, strict=True)]
         self.logical += step.width
         while plans := self.ledger.plan(
@@ -119,14 +119,14 @@ class Sequences:
         ):
             self._compress(plans, step.scale)
 
-    # ------------------------------------------------------------------------------------- before a forward
+    # ------------------------------------------------------------------------------------- before a forward pass
 
     def _begin(self, prompts: Sequence[int]) -> None:
         """Starts sequences, each with the number of its tokens that are never compressed."""
         if self.ring is not None and prompts and len(prompts) != self.ring.max_sequences:
-            self.ring = None  # else the new sequences write over the rows of those that had their names
+            self.ring = None  # otherwise new sequences would reuse the rows of earlier ones with the same names
         self.blocks.begin(len(prompts))
-        # Every query behind the frontier is in the ring, which grows where a forward brings many.
+        # Every query after the frontier is in the ring, which grows if a forward pass adds many.
         self.ledger = Ledger(self.policy, self.blocks.page, query_rows=2**31 - 1)
         for s, prompt in enumerate(prompts):
             self.ledger.start(str(s), prompt, computed=0)
@@ -134,7 +134,7 @@ class Sequences:
         self.seen, self.logical = [0] * len(prompts), 0
 
     def _prompts_of(self, new: list[int]) -> list[int]:
-        """The first forward of a batch brings ``new`` real tokens of each sequence."""
+        """Prompt lengths. The first forward pass of a batch has ``new`` real tokens of each sequence."""
         batch, protected = len(new), self.protected
         if not any(new):
             raise ValueError("attention_mask: expected a token in the first forward, got only padding")
@@ -146,9 +146,9 @@ class Sequences:
             raise ValueError(f"protected: expected {batch} lengths, one per sequence, got {len(protected)}")
         return list(protected)
 
-    @torch.inference_mode(False)  # a ring born in inference mode could not be written to outside of it
+    @torch.inference_mode(False)  # a ring created in inference mode cannot be written outside of it
     def _room(self, new: list[int], query: Tensor) -> QueryRing | None:
-        """A ring with room for all uncompressed tokens after ``new`` ones, or None if there will be none."""
+        """A ring with room for all uncompressed tokens including ``new`` ones, or None if there are none."""
         batch, old = len(new), self.ring
         need = max(self._uncompressed(s, count) for s, count in enumerate(new))
         if need == 0:
@@ -172,7 +172,7 @@ class Sequences:
     # ------------------------------------------------------------------------------------- one compression
 
     def _compress(self, plans: list[Plan], scale: float | None) -> None:
-        """Compresses a window of each plan's sequence in all layers; gives empty blocks back."""
+        """Compresses a window of each plan's sequence in all layers and returns empty blocks."""
         assert self.ring is not None
         began = time.perf_counter()
         lists = execute(
@@ -195,7 +195,7 @@ class Sequences:
         ]
 
     def _scores(self, plans: list[Plan], ring: QueryRing) -> Tensor | None:
-        """What the scorer makes of the windows: float32 ``[L, S, H, W]``; None without one."""
+        """The scorer's scores of the windows, float32 ``[L, S, H, W]``. None without a scorer."""
         if self.scorer is None:
             return None
         queries, rows = ring.select(plans)

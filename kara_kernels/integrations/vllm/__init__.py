@@ -1,21 +1,21 @@
-"""Kara in vLLM: `vllm serve MODEL --additional-config '{"kara": {"window": 256, "keep": 128}}'`, nothing else.
+"""Kara in vLLM: `vllm serve MODEL --additional-config '{"kara": {"window": 256, "keep": 128}}'` enables it.
 
 vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in every process. It
 hooks one method, the end of vLLM's own configuration, and does nothing there unless the key ``kara`` is set.
 
-Shared by whatever runs in vLLM:
+Shared modules:
 
-- :mod:`.hook` is that method, and the order in which a configuration is completed;
-- :mod:`.settings` reads what is set under ``kara``;
+- :mod:`.hook` has that method, and the order in which a configuration is completed;
+- :mod:`.settings` reads the settings under ``kara``;
 - :mod:`.layout` finds out where a cache's rows lie;
-- :mod:`.stats` carries counters to the front end and shows them on vLLM's own ``/metrics``.
+- :mod:`.stats` sends counters to the front end and adds them to vLLM's own ``/metrics``.
 
 :mod:`.windows` compresses running requests:
 
-- :mod:`.windows.configure` refuses what cannot work, and names scheduler and worker to vLLM;
-- :mod:`.windows.scheduler` plans and commits, keeps the books of blocks, before vLLM's scheduler runs;
-- :mod:`.windows.runner` records queries, executes the plans before the step, and shifts lengths and slots, inside of
-  :mod:`.windows.worker`'s workers.
+- :mod:`.windows.configure` rejects unsupported configurations, and sets vLLM's scheduler and worker classes;
+- :mod:`.windows.scheduler` plans, commits and tracks blocks before vLLM's scheduler runs;
+- :mod:`.windows.runner` records queries, executes the plans before the step, and shifts lengths and slots, inside the
+  workers of :mod:`.windows.worker`.
 
 No file of vLLM is changed. Supported versions: see :data:`.settings.SUPPORTED`.
 """
@@ -24,7 +24,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Entry point of vLLM's plugin system; may be called any number of times."""
+    """Entry point of vLLM's plugin system. May be called any number of times."""
     from .hook import install
 
     install()

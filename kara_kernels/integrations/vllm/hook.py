@@ -1,6 +1,6 @@
-"""The one method of vLLM that is hooked: the end of its configuration, where all settings meet.
+"""The one hooked method of vLLM: the end of its configuration, where all settings are known.
 
-Every process of vLLM loads this module, configured or not, so it imports nothing before it has something to do.
+Every vLLM process loads this module, whether Kara is configured or not, so it imports nothing until it is needed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 
 def install() -> None:
-    """Wraps ``VllmConfig.__post_init__``; a second call changes nothing."""
+    """Wraps ``VllmConfig.__post_init__``. A second call changes nothing."""
     from vllm.config import VllmConfig
 
     finish = getattr(VllmConfig, "__post_init__", None)
-    if finish is None:  # vLLM must start all the same
+    if finish is None:  # vLLM must start anyway
         logging.getLogger(__name__).warning("Kara stays off: this vLLM's configuration cannot be hooked")
         return
     if hasattr(finish, "kara"):
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 def before(config: Any) -> None:
-    """While vLLM has resolved nothing yet: checks versions and settings, and names what vLLM resolves by name."""
+    """Before vLLM resolves anything: checks versions and settings, and sets the class names that vLLM resolves."""
     from .settings import check_version, settings_of
     from .windows import configure
 
@@ -47,7 +47,7 @@ def before(config: Any) -> None:
 
 
 def after(config: Any) -> None:
-    """With everything resolved: names what depends on it, and opens the channel of the counters."""
+    """After everything is resolved: sets what depends on it, and opens the channel for counters."""
     from .stats import observe_with_vllm
     from .windows import configure
 

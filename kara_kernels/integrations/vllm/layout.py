@@ -1,7 +1,7 @@
-"""Where the rows of a KV cache lie, measured by writing to it.
+"""Finds out where the rows of a KV cache lie by writing to it.
 
-The shape of vLLM's caches says little: on CPUs keys are transposed inside a block, and bfloat16 is packed for matrix
-instructions. So the attention backend itself writes numbered rows into one free block, and they are looked up there.
+The shape of vLLM's caches is not enough: on CPUs keys are transposed inside a block, and bfloat16 is packed for matrix
+instructions. So the attention backend writes numbered rows into one free block, and they are located there.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from kara_kernels.engine import PackedCache
 from kara_kernels.paged import PagedCache
 
-_BASE = 128  # digits that every dtype of a cache holds exactly
+_BASE = 128  # digits that every cache dtype represents exactly
 _PROBED = 1  # block 0 is vLLM's null block
 
 
 @torch.inference_mode()
 def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> PagedCache | PackedCache:
-    """The caches of all layers as strided views ``[B, P, H, D]`` where strides describe them, else by element offsets.
+    """The caches of all layers, as views ``[B, P, H, D]`` if strides can describe them, otherwise by element offsets.
 
     Args:
-        layers: vLLM's attention layers, their caches allocated and not in use yet.
+        layers: vLLM's attention layers, with caches allocated but not yet in use.
         num_blocks, block_size: of the cache.
 
     Raises:
-        ValueError: caches that differ between layers, or a backend that does not keep all of a row in its block.
+        ValueError: caches that differ between layers, or a backend that stores part of a row outside its block.
     """
     caches = [layer.kv_cache for layer in layers]
     first = caches[0]
@@ -75,14 +75,15 @@ def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> tu
     order = order[held > 0]
     if not torch.equal(held[held > 0], numbers.flatten()):
         raise ValueError(
-            "kara: expected every element of a row once in its block of the KV cache, found another layout"
+            f"kara: expected each of the {numbers.numel()} elements of a block's rows once in that block of the KV "
+            f"cache, got {len(order)} elements there"
         )
     k, v = where.flatten()[order].view(2, block_size, heads, size)
     return k, v
 
 
 def _strides(where: Tensor) -> tuple[int, ...] | None:
-    """Strides that lead to these offsets, None if there are none."""
+    """Strides that give these offsets, or None if no strides do."""
     strides = tuple(
         int(where.select(axis, 1).flatten()[0] - where.flatten()[0]) if where.shape[axis] > 1 else 1
         for axis in range(where.dim())
@@ -92,7 +93,7 @@ def _strides(where: Tensor) -> tuple[int, ...] | None:
 
 
 def _places(shape: Sequence[int], strides: Sequence[int], device: torch.device) -> Tensor:
-    """int64 of this shape: how far each element of a strided tensor lies behind its first."""
+    """int64 of this shape: the offset of each element of a strided tensor from its first."""
     where = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
     for axis, (extent, stride) in enumerate(zip(shape, strides, strict=True)):
         along = [1] * len(shape)

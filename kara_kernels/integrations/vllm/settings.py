@@ -1,4 +1,4 @@
-"""The settings under ``--additional-config '{"kara": ...}'``, and the versions of vLLM that they are for."""
+"""The settings under ``--additional-config '{"kara": ...}'``, and the supported versions of vLLM."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from kara_kernels.engine import Policy
 
 SUPPORTED = ("0.32",)
-"""Minor versions of vLLM that this plugin was written against and is tested with."""
+"""Minor versions of vLLM that this plugin is written for and tested with."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A policy, and where to write what was done."""
+    """A policy, and the file of the trace."""
 
     policy: Policy
     trace: str | None = None
-    """File to which one JSON line per compression and request is appended."""
+    """File to which one JSON line is appended per compressed request."""
 
     def check_trace(self) -> None:
-        """Raises a ValueError now for a file that cannot be written; the first compression would fail later."""
+        """Raises a ValueError if the file cannot be written, instead of failing at the first compression."""
         if self.trace is None:
             return
         try:
@@ -35,7 +35,7 @@ def settings_of(config: Any) -> Settings:
     """The settings in a VllmConfig.
 
     Raises:
-        ValueError: unknown keys, ill-typed or impossible values; one line that names key, expected and got.
+        ValueError: unknown keys, or values of the wrong type or range. One line names key, expected and got.
     """
     given = config.additional_config["kara"]
     # vLLM shows a ValueError of its configuration as one message, and a TypeError as a traceback.
@@ -52,12 +52,12 @@ def settings_of(config: Any) -> Settings:
 
 
 def is_supported(version: str) -> bool:
-    """Whether this version of vLLM is one of those that the plugin is tested with."""
+    """Whether the plugin is tested with this version of vLLM."""
     return version.startswith(tuple(f"{minor}." for minor in SUPPORTED))
 
 
 def check_version() -> None:
-    """One ValueError for a vLLM that the plugin was not written against."""
+    """Raises a ValueError for an unsupported version of vLLM."""
     import vllm
 
     if not is_supported(vllm.__version__):

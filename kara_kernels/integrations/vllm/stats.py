@@ -1,17 +1,17 @@
-"""Kara's counters, from the scheduler's process to the front end, and there on vLLM's own ``/metrics``.
+"""Sends Kara's counters from the scheduler's process to the front end and adds them to vLLM's own ``/metrics``.
 
 | metric | |
 |---|---|
 | ``kara:compressions_total`` | windows compressed |
-| ``kara:tokens_dropped_total``, ``kara:blocks_freed_total`` | what that saved |
-| ``kara:compress_seconds_total`` | host seconds that workers spent on it |
+| ``kara:tokens_dropped_total``, ``kara:blocks_freed_total`` | tokens and blocks that saved |
+| ``kara:compress_seconds_total`` | host seconds that workers spent compressing |
 | ``kara:skipped_total{reason}`` | windows that had to wait: ``cap``, ``gain``, ``shared``, ``queries`` |
-| ``kara:retention`` | physical by logical tokens of the running requests |
+| ``kara:retention`` | physical divided by logical tokens of the running requests |
 
-They travel in a field of their own, :attr:`KaraOutputs.kara`, behind those that vLLM puts into its outputs of a step.
-vLLM encodes these outputs as an array and appends fields at its end, so a decoder that expects fewer ignores ours (the
-coordinator of data-parallel engines is one). ``SchedulerStats`` holds no place for it: every field there has an owner,
-and attributes that are no fields are not encoded.
+They travel in a separate field, :attr:`KaraOutputs.kara`, after the fields of vLLM's step outputs. vLLM encodes these
+outputs as an array and appends fields at the end, so a decoder that expects fewer fields ignores ours. The coordinator
+of data-parallel engines is such a decoder. ``SchedulerStats`` has no room for the counters: every field there is used,
+and attributes that are not fields are not encoded.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from vllm.v1.engine import EngineCoreOutputs
 
 @dataclass
 class Report:
-    """What happened since the report before, and what holds now."""
+    """Counts since the last report, and the current retention."""
 
     counts: dict[str, float] = field(default_factory=dict)
-    """By the names of :data:`_COUNTERS`."""
+    """Counts by the names in :data:`_COUNTERS`."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """By reason."""
+    """Counts by reason."""
     retention: float = 1.0
-    """Physical by logical tokens of the running requests."""
+    """Physical divided by logical tokens of the running requests."""
 
 
-class KaraOutputs(EngineCoreOutputs):  # an array with defaults left out, like the class it extends
-    """vLLM's outputs of one step with a report behind its own fields."""
+class KaraOutputs(EngineCoreOutputs):  # encoded as an array without defaults, like its base class
+    """vLLM's outputs of one step, with a report after its own fields."""
 
     kara: Report | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # vLLM hands only the scheduler's statistics on to loggers, so the report rides on them as an attribute.
+        # vLLM passes only the scheduler's statistics to loggers, so the report is attached to them as an attribute.
         if self.kara is not None and self.scheduler_stats is not None:
             self.scheduler_stats.kara = self.kara
 
@@ -64,7 +64,7 @@ _COUNTERS = {
 
 @functools.cache
 def _metrics() -> dict[str, Any]:
-    """Made once per process: Prometheus refuses a name twice."""
+    """Created once per process, because Prometheus rejects duplicate names."""
     made: dict[str, Any] = {name: Counter(f"kara:{name}", text, _LABELS) for name, text in _COUNTERS.items()}
     made["skipped"] = Counter("kara:skipped", "Windows that had to wait, by reason.", (*_LABELS, "reason"))
     made["retention"] = Gauge(
@@ -77,11 +77,11 @@ def _metrics() -> dict[str, Any]:
 
 
 def observe_with_vllm(config: Any) -> None:
-    """In processes that serve ``/metrics``: receives what schedulers report, and shows it. Idempotent."""
+    """Receives and exposes the reports of schedulers, in processes that serve ``/metrics``. Idempotent."""
     from vllm.v1.engine import core_client
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    core_client.EngineCoreOutputs = KaraOutputs  # clients make their decoders of it
+    core_client.EngineCoreOutputs = KaraOutputs  # clients build their decoders from it
     record = StatLoggerManager.record
     if hasattr(record, "kara"):
         return

@@ -1,1 +1,1 @@
-"""Running requests, compressed while they decode: configuration, scheduler, runner and worker."""
+"""Compresses running requests while they decode: configuration, scheduler, runner and worker."""

@@ -1,6 +1,6 @@
-"""What vLLM must be told to compress running requests, and what that cannot be combined with.
+"""Configures vLLM to compress running requests, and rejects features that cannot be combined with that.
 
-Nothing of vLLM is imported before a configuration is there: the environment report reads the tables below.
+Nothing of vLLM is imported at module level, because the environment report reads the tables below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": f"{_ROOM}.worker.KaraCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": f"{_ROOM}.worker.KaraGPUWorker",
 }
-"""vLLM's workers, and those that stand in for them."""
+"""vLLM's workers, and the workers that replace them."""
 
 
 def _other_scheduler(config: Any) -> Any:
@@ -58,8 +58,8 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     "multi-head latent attention": lambda c: c.model_config.use_mla,
     "hybrid or attention-free models": lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
 }
-"""What of a configuration is refused at start-up, by the name an operator knows. What a test returns other than a
-bool is shown as what was given."""
+"""Features of a configuration that are rejected at start-up, named as an operator knows them. The error also shows the
+result of a test that is not a bool."""
 
 
 def _value_size(layer: Any) -> Any:
@@ -76,22 +76,22 @@ UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
     "attention other than a decoder's": lambda x: x.attn_type != "decoder" and x.attn_type,
     "values of another size than keys": _value_size,
 }
-"""The same of an attention layer, when its model is loaded."""
+"""The same for an attention layer, checked when its model is loaded."""
 
 
 def before(config: Any) -> None:
-    """Before vLLM completes its configuration: refuses what cannot work, names the scheduler."""
+    """Before vLLM completes its configuration: rejects unsupported features and sets the scheduler."""
     _refuse(config)
-    # The scheduler plans on tokens that are computed; those in flight of an asynchronous step are not.
+    # The scheduler plans with computed tokens. Those of an asynchronous step in flight are not computed yet.
     config.scheduler_config.async_scheduling = False
     config.scheduler_config.scheduler_cls = SCHEDULER
 
 
 def after(config: Any) -> None:
-    """After vLLM has completed its configuration: names the worker, says what is set."""
+    """After vLLM has completed its configuration: sets the worker and logs the settings."""
     from vllm.logger import init_logger
 
-    _refuse(config)  # once more: --kv-offloading-size has become a KV connector only now
+    _refuse(config)  # again, because --kv-offloading-size becomes a KV connector only now
     _resolve_query_stride(config)
     settings = settings_of(config)
     parallel = config.parallel_config
@@ -102,12 +102,12 @@ def after(config: Any) -> None:
     if config.cache_config.block_size is not None:
         check_block_size(settings.policy, config.cache_config.block_size)
     said = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(settings.policy).items())
-    # Below vLLM's own logger, so that its handlers and levels hold.
+    # A child of vLLM's logger, so that its handlers and levels apply.
     init_logger("vllm.kara").info_once(f"Kara compresses the KV cache while decoding: {said}, trace={settings.trace!r}")
 
 
 def check_block_size(policy: Policy, block_size: int) -> None:
-    """One ValueError for settings that could not free a block of this size."""
+    """Raises a ValueError for settings that could never free a block of this size."""
     try:
         policy.check_page_size(block_size)
     except ValueError as error:
@@ -115,21 +115,21 @@ def check_block_size(policy: Policy, block_size: int) -> None:
 
 
 def found_in(thing: Any, unsupported: dict[str, Callable[[Any], Any]]) -> list[str]:
-    """What of a table applies to a configuration or a layer, in words."""
+    """The entries of a table that apply to a configuration or a layer, in words."""
     found = ((what, test(thing)) for what, test in unsupported.items())
-    return [what if isinstance(value, bool) else f"{what}, got {value}" for what, value in found if value]
+    return [what if isinstance(value, bool) else f"{what}: {value}" for what, value in found if value]
 
 
 def _refuse(config: Any) -> None:
     if refused := found_in(config, UNSUPPORTED):
-        raise ValueError(f"kara: not supported together with {'; '.join(refused)}")
+        raise ValueError(f"kara: expected only supported features, got {'; '.join(refused)}")
 
 
 def _resolve_query_stride(config: Any) -> None:
-    """Where the operator has not set it: the first of 2, 4, 8, ... whose query ring fits ``max_query_gib``.
+    """Unless the operator set it, picks the first stride of 2, 4, 8, ... whose query ring fits ``max_query_gib``.
 
-    vLLM lets up to 1,024 requests run at once, and their queries by the default stride may be more memory than anybody
-    wants to give. The stride is part of the plan, so it is settled here, once for all processes.
+    vLLM runs up to 1,024 requests at once. With the default stride their queries may take too much memory. The stride
+    is part of the plan, so it is fixed here, once for all processes.
     """
     kara, model = config.additional_config["kara"], config.model_config
     if "query_stride" in kara:

@@ -1,8 +1,8 @@
-"""vLLM's model runners with Kara: queries recorded, plans executed before the step, lengths and slots shifted.
+"""vLLM's model runners with Kara: they record queries, execute plans before the step, and shift lengths and slots.
 
-A step with plans first moves rows and forgets the freed blocks. Then it does what vLLM does: block zeroing, copies,
-inputs, forward. Compression runs outside captured CUDA graphs, on the stream of the forward. Recording runs inside them
-and reads its indices from a fixed address. **Untested on a GPU**, like all of this library.
+A step with plans first moves rows and forgets the freed blocks. Then it continues as in vLLM: block zeroing, copies,
+inputs, forward pass. Compression runs outside captured CUDA graphs, on the stream of the forward pass. Recording runs
+inside them and reads its indices from a fixed address. **Untested on a GPU**, like all of this library.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .scheduler import KaraSpec, Step
 
 logger = init_logger("vllm.kara")
 
-_Mixin: Any = Any if TYPE_CHECKING else object  # what stands behind a mixin is one of several classes of vLLM
+_Mixin: Any = Any if TYPE_CHECKING else object  # the class after the mixin is one of several classes of vLLM
 
 
 class KaraRunner(_Mixin):
-    """What every model runner of vLLM does differently. It is mixed in before the runner's class."""
+    """Kara's changes to every model runner of vLLM. It is mixed in before the runner's class."""
 
     def kara_init(self) -> None:
-        """After the runner's own construction."""
+        """Called after the runner's own constructor."""
         self.kara = settings_of(self.vllm_config)
         self.kara_step = Step()
         self.kara_seconds = 0.0
@@ -50,7 +50,7 @@ class KaraRunner(_Mixin):
         loaded = super().load_model(*args, **kwargs)
         self.kara_layers = self._attention_layers()
         first = next(iter(self.kara_layers.values()))
-        # Allocated before vLLM measures what memory is left for blocks.
+        # Allocated before vLLM measures the memory left for blocks.
         self.kara_ring = QueryRing(
             self.kara.policy,
             layers=len(self.kara_layers),
@@ -98,11 +98,11 @@ class KaraRunner(_Mixin):
         warm_up(self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options())
 
     def _attention_layers(self) -> dict[str, Any]:
-        """The attention layers in the order of the model, all plain, or one error that names what is not."""
+        """The attention layers in model order. Raises an error that names the first one that is not plain attention."""
         layers = {name: x for name, x in self.compilation_config.static_forward_context.items() if hasattr(x, "impl")}
         for name, layer in layers.items():
             if refused := found_in(layer, UNSUPPORTED_LAYERS):
-                raise ValueError(f"kara: not supported: {'; '.join(refused)} (layer {name})")
+                raise ValueError(f"kara: expected plain attention in layer {name}, got {'; '.join(refused)}")
         shapes = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.scale) for x in layers.values()}
         if len(shapes) != 1:
             raise ValueError(
@@ -130,7 +130,7 @@ class KaraRunner(_Mixin):
 
     @property
     def kara_records(self) -> bool:
-        """A captured graph always records, to nowhere where there is nothing; else only steps with a query to keep."""
+        """Captured graphs always record, possibly into a dummy row. Other steps record only if a query must be kept."""
         return self._kara_records or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
     _kara_records = False
@@ -148,7 +148,7 @@ class KaraRunner(_Mixin):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
         if output is not None and self.kara_seconds:
-            # An output that is still on its way to the host wraps the one that the scheduler gets.
+            # An output still being copied to the host wraps the one that the scheduler gets.
             getattr(output, "model_runner_output", output).kara_seconds = self.kara_seconds
             self.kara_seconds = 0.0
         return output
@@ -186,13 +186,13 @@ class KaraRunner(_Mixin):
                 plan, self.kara.policy, kept, seconds=seconds, request_id=name, recomputed_len=recomputed
             )
             line = json.dumps(record.as_dict(), separators=(",", ":")) + "\n"
-            # One unbuffered write: lines of data-parallel engines do not mix.
+            # One unbuffered write, so that lines of data-parallel engines do not mix.
             with open(path, "ab", buffering=0) as file:
                 file.write(line.encode())
 
 
 def _of_all_ranks(kept: Tensor) -> Tensor:
-    """A keep list ``[L, H, K]`` on the CPU with the heads of all tensor-parallel ranks, in their order."""
+    """A keep list ``[L, H, K]`` on the CPU with the heads of all tensor-parallel ranks, in rank order."""
     group = get_tp_group()
     if group.world_size == 1:
         return kept
@@ -203,7 +203,7 @@ def _of_all_ranks(kept: Tensor) -> Tensor:
 
 
 class KaraRunnerV1(KaraRunner):
-    """On top of vLLM's V1 model runner: the one for CPUs, and for GPUs with VLLM_USE_V2_MODEL_RUNNER=0."""
+    """Extends vLLM's V1 model runner, used on CPUs, and on GPUs with VLLM_USE_V2_MODEL_RUNNER=0."""
 
     def kara_init(self) -> None:
         super().kara_init()
@@ -213,7 +213,7 @@ class KaraRunnerV1(KaraRunner):
         return self._kernel_block_sizes
 
     def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
-        """The worker's own copies of a block table end where the scheduler's does."""
+        """Cuts the worker's copies of a block table to the length of the scheduler's."""
         del self.requests[request_id].block_ids[0][kept:]
         row = self.input_batch.req_id_to_index.get(request_id)
         if row is not None:
@@ -243,11 +243,11 @@ class KaraRunnerV1(KaraRunner):
         return prepared
 
     def _kara_shift(self, num_reqs: int, num_tokens: int) -> None:
-        """Lengths and slots from logical to physical; positions stay logical."""
+        """Converts lengths and slots from logical to physical. Positions stay logical."""
         dropped = self.kara_dropped
         dropped.np[:num_reqs] = [self.kara_step.dropped.get(name, 0) for name in self.input_batch.req_ids[:num_reqs]]
         dropped.copy_to_gpu(num_reqs)
-        self.optimistic_seq_lens_cpu[:num_reqs] -= dropped.cpu[:num_reqs]  # an upper bound, for kernels' grids
+        self.optimistic_seq_lens_cpu[:num_reqs] -= dropped.cpu[:num_reqs]  # an upper bound, used for kernel grids
         self.seq_lens[:num_reqs] -= dropped.gpu[:num_reqs]
         rows = self.req_indices.gpu[:num_tokens]
         self.input_batch.block_table.compute_slot_mapping(
@@ -258,7 +258,7 @@ class KaraRunnerV1(KaraRunner):
 
 
 class KaraRunnerV2(KaraRunner):
-    """On top of vLLM's V2 model runner, the default on GPUs. Written by reading it: **it has never run**."""
+    """Extends vLLM's V2 model runner, the default on GPUs. Written from its source: **it has never run**."""
 
     def _kara_kernel_blocks(self) -> list[int]:
         return self.kernel_block_sizes
@@ -266,7 +266,7 @@ class KaraRunnerV2(KaraRunner):
     def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
         row = self.req_states.req_id_to_index.get(request_id)
         if row is not None:
-            # Blocks appended next go there. The count reaches the device with vLLM's own staged writes.
+            # The next blocks are appended there. The count reaches the device with vLLM's own staged writes.
             self.block_tables.num_blocks.np[0, row] = kept
 
     def prepare_attn(self, input_batch: Any) -> Any:
@@ -284,7 +284,7 @@ class KaraRunnerV2(KaraRunner):
         input_batch.seq_lens[:n] -= async_tensor_h2d(dropped, device=self.device)
         input_batch.seq_lens_cpu_upper_bound[:n] -= torch.from_numpy(dropped)
         logical = input_batch.positions
-        # vLLM computes slots from positions; the model must see the logical ones again.
+        # vLLM computes slots from positions. The model must then see logical positions again.
         input_batch.positions = logical.clone()
         of_tokens = np.repeat(dropped, counts)
         input_batch.positions[: len(of_tokens)] -= async_tensor_h2d(of_tokens, device=self.device)

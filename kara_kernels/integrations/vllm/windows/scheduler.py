@@ -1,4 +1,4 @@
-"""vLLM's scheduler with a plan before each step, and its KV cache manager with two lengths instead of one."""
+"""vLLM's scheduler with a plan before each step, and its KV cache manager with logical and physical lengths."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from .configure import check_block_size
 
 @dataclass
 class Step:
-    """What workers must know of one step. It travels as the attribute ``kara`` of a SchedulerOutput."""
+    """What workers must know about one step. It is sent as the attribute ``kara`` of a SchedulerOutput."""
 
     plans: list[Plan] = field(default_factory=list)
-    """To be executed before the step touches a block."""
+    """To be executed before the step touches any block."""
     clients: list[tuple[str, int]] = field(default_factory=list)
-    """Per plan the request id that the client knows, and the tokens recomputed at its last resumption, else 0."""
+    """For each plan: the client's request id, and the tokens recomputed when it last resumed, else 0."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Logical minus physical length of scheduled requests, where not 0, these plans included."""
+    """Logical minus physical length of scheduled requests if not 0, after these plans."""
     preempted: list[str] = field(default_factory=list)
     """Requests that lost their blocks."""
 
 
 class KaraManager(FullAttentionManager):
-    """Full attention whose block tables are indexed by physical tokens. The scheduler sets ``ledger``."""
+    """A manager for full attention that indexes block tables by physical tokens. The scheduler sets ``ledger``."""
 
     ledger: Ledger
 
@@ -58,17 +58,17 @@ class KaraManager(FullAttentionManager):
         return super().allocate_new_blocks(request_id, num_tokens - dropped, num_tokens_main_model - dropped)
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        # A compressed block no longer holds the tokens that its place in the text stands for, so its hash would lie.
+        # A compressed block no longer holds the tokens of its place in the text, so its hash would be wrong.
         if not self.ledger.windows(request.request_id):
             super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        # Finish, abort and preemption all pass through here.
+        # Finish, abort and preemption all end here.
         self.ledger.forget(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def shrink(self, plan: Plan) -> None:
-        """The blocks' side of a plan: hashes of what is rewritten go, empty blocks return to the pool."""
+        """Applies a plan to the blocks: removes hashes of rewritten blocks and returns empty blocks to the pool."""
         blocks = self.req_to_blocks[plan.request_id]
         freed = blocks[plan.kept_blocks :]
         if self.enable_caching:
@@ -80,11 +80,11 @@ class KaraManager(FullAttentionManager):
 @register_kv_cache_spec(manager_class=KaraManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class KaraSpec(FullAttentionSpec):
-    """Full attention that vLLM gives to a :class:`KaraManager`. Workers report it instead of FullAttentionSpec."""
+    """The spec that makes vLLM use a :class:`KaraManager`. Workers report it instead of FullAttentionSpec."""
 
 
 class KaraScheduler(Scheduler):
-    """Plans and commits before vLLM schedules, and tells the workers."""
+    """Plans and commits before vLLM schedules, and sends the plans to the workers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,7 +110,7 @@ class KaraScheduler(Scheduler):
             self._ledger.commit(plan)
             self._manager.shrink(plan)
         output = super().schedule(*args, **kwargs)
-        # A request that vLLM preempts in this step has lost the blocks that its plan names.
+        # A request that vLLM preempts in this step has lost the blocks of its plan.
         plans = [plan for plan in plans if self._ledger.windows(plan.request_id)]
         self._start(output)
         dropped = {name: n for name in output.num_scheduled_tokens if (n := self._ledger.dropped(name))}
@@ -124,20 +124,20 @@ class KaraScheduler(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._seconds += getattr(model_runner_output, "kara_seconds", 0.0)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        # vLLM gives its statistics to one of several front ends, and the report goes along.
+        # vLLM sends its statistics to one of several front ends. The report goes with them.
         for client, output in outputs.items():
             if output.scheduler_stats is not None:
                 outputs[client] = with_report(output, self._report())
         return outputs
 
     def _held(self) -> Sequence[Held]:
-        """Running requests with enough to compress whose prompt is through and of which nothing is in flight."""
+        """Running requests that are due, whose prompt is fully computed and that have no tokens in flight."""
         held = []
         for request in self.running:
             name, computed = request.request_id, request.num_computed_tokens
             if not self._ledger.is_due(name, computed):
                 continue
-            # A session's next prompt would land behind its frontier.
+            # The next prompt of a session would come after its frontier.
             if request.is_prefill_chunk or request.num_in_flight_tokens or request.resumable:
                 continue
             blocks = self._manager.req_to_blocks[name]
@@ -148,7 +148,7 @@ class KaraScheduler(Scheduler):
         return held
 
     def _start(self, output: SchedulerOutput) -> None:
-        """Requests that begin, or begin anew after preemption, with what the prefix cache served."""
+        """Registers requests that start, or restart after preemption, with the tokens from the prefix cache."""
         cached = output.scheduled_cached_reqs
         begun = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
         begun += [
@@ -160,14 +160,14 @@ class KaraScheduler(Scheduler):
             self._ledger.start(name, request.num_prompt_tokens, computed)
 
     def _client(self, request_id: str) -> tuple[str, int]:
-        """The id that a client gave or got, which vLLM makes unique by eight random digits, and what was recomputed."""
+        """The client's request id, without the eight random digits that vLLM appends, and the recomputed tokens."""
         recomputed = self.requests[request_id].kara_recomputed
         if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
             return request_id, recomputed
         return re.sub(r"-[0-9a-f]{8}$", "", request_id), recomputed
 
     def _report(self) -> Report:
-        """Counts since the last report, and what holds now."""
+        """Counts since the last report, and the current retention."""
         running = [r for r in self.running if r.status == RequestStatus.RUNNING]
         logical = sum(r.num_computed_tokens for r in running)
         dropped = sum(self._ledger.dropped(r.request_id) for r in running)

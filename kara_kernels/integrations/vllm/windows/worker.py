@@ -1,4 +1,4 @@
-"""vLLM's workers with Kara: each gives the model runner that vLLM has made Kara's methods on top of its own."""
+"""vLLM's workers with Kara. Each adds Kara's methods to the model runner that vLLM created."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .runner import KaraRunnerV1, KaraRunnerV2
 
 try:
     from vllm.v1.worker.cpu_worker import CPUWorker
-except ImportError:  # wheels for GPUs may lack what it imports; then nobody asks for it
+except ImportError:  # GPU wheels may lack its dependencies, and then it is not used
     CPUWorker = Worker
 
-_Mixin: Any = Any if TYPE_CHECKING else object  # what stands behind it is one of vLLM's workers
+_Mixin: Any = Any if TYPE_CHECKING else object  # the class after it is one of vLLM's workers
 
 
 class _KaraWorker(_Mixin):
@@ -30,4 +30,4 @@ class KaraCPUWorker(_KaraWorker, CPUWorker):
 
 
 class KaraGPUWorker(_KaraWorker, Worker):
-    """vLLM's worker for GPUs, with Kara. Untested: no GPU was at hand."""
+    """vLLM's worker for GPUs, with Kara. Untested: no GPU was available."""
