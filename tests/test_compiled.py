@@ -42,6 +42,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, torch.dtype, dict[str, Any]]] =
     "wide window, pooled": (1024, 128, 128, 8, 32, torch.float16, {"pool": "layer"}),
     "widest window": (4096, 64, 64, 1, 256, torch.bfloat16, {}),
     "latent": (512, 576, 0, 16, 64, torch.bfloat16, {}),
+    "latent, one pass": (256, 576, 0, 16, 64, torch.bfloat16, {"redundancy": 1.0}),
+    "latent of fp8, causal": (256, 576, 0, 16, 64, torch.float8_e4m3fn, {"attention": "causal", "k_scale": 0.5}),
     "different values, causal": (256, 192, 128, 1, 16, torch.bfloat16, {"attention": "causal"}),
     "heads of 256": (256, 256, 256, 4, 16, torch.bfloat16, {}),  # wanted more shared memory than sm_90 has
     "narrow window, heads of 256": (128, 256, 256, 4, 16, torch.bfloat16, {}),
@@ -94,7 +96,8 @@ def test_every_kernel_compiles_well(shape: str, target: str) -> None:
     if SHAPES[shape][4] > 1 or SHAPES[shape][1] % 64 == 0:
         for name in ("score_kernel", "compact_kernel"):
             assert re.search(
-                r"ld\.global\.[^ ]*v4\.b32|cp\.async\.cg.*, 0x10|(global|buffer)_load_dwordx4", builds[name].assembly
+                r"ld\.global\.[^ ]*v4\.b32|cp\.async\.cg.*, 0x10|(global|buffer)_load_(lds_)?dwordx4",
+                builds[name].assembly,
             ), name
 
 

@@ -46,6 +46,12 @@ WORLDS: dict[str, tuple[Plan, dict[str, object], int]] = {
         Plan(MIXED, 1, 2, 4, 128, 100, 128, 128, 16, "stacked", FP8, BF16),
         {"k_scale": 0.5, "value_norm": True, "redundancy": 0.5}, 64),
     "latent cache": (Plan(ONE, 1, 1, 16, 128, 20, 576, 0, 64, dtype=BF16, query_dtype=BF16), {}, 50),
+    "latent cache, two programs, all options": (
+        Plan(ONE, 1, 1, 16, 150, 40, 576, 0, 64, dtype=BF16, query_dtype=BF16),
+        {"reduction": "rms", "redundancy": 0.5}, 70),
+    "sliced keys, causal, fp8": (
+        Plan(ONE, 1, 1, 2, 256, 70, 288, 40, 16, dtype=FP8, query_dtype=FP16),
+        {"attention": "causal", "k_scale": 0.5}, 128),
     "wide window, streamed": (Plan(ONE, 1, 1, 2, 2048, 70, 64, 64, 256, dtype=BF16, query_dtype=BF16), {}, 1024),
     "widest window": (Plan(ONE, 1, 1, 1, 4096, 20, 64, 64, 256, dtype=FP16, query_dtype=FP16), {}, 2000),
     "float32, pages of one": (Plan(MIXED, 1, 2, 3, 100, 40, 64, 64, 1), {"chunk_fraction": 0.0}, 50),
@@ -92,7 +98,9 @@ def compress(world: World, keep: int, **options: object):
 # Lockstep for every world; where warps share memory or move rows in place, every order.
 CASES = [(name, "together") for name in WORLDS]
 CASES += [
-    (name, order) for name in ("llama", "pooled over the model", "fp8 cache", "equal scores") for order in ORDERS[1:]
+    (name, order)
+    for name in ("llama", "pooled over the model", "fp8 cache", "equal scores", "latent cache")
+    for order in ORDERS[1:]
 ]
 # Where rows are so narrow that a lane holds one element of a sum, and several lanes store that sum.
 NARROW = ("float32 streamed, odd head dimension", "misaligned, padded rows", "misaligned by one element",

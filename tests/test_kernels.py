@@ -76,6 +76,7 @@ WAYS = {
     "whole, two programs": (256, 256, 3, 64, torch.bfloat16, True),
     "whole, head dimension of two parts": (60, 64, 2, 80, torch.float16, True),
     "whole, head dimension not of sixteens": (33, 33, 1, 72, torch.bfloat16, True),
+    "whole, sliced": (140, 140, 4, 576, torch.bfloat16, True),
     "streamed, several key and query tiles": (200, 256, 3, 24, torch.float32, False),
     "streamed, latent cache": (70, 40, 4, 576, torch.float32, False),
     "streamed for width": (1500, 70, 2, 16, torch.bfloat16, False),

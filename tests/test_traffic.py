@@ -71,7 +71,7 @@ def test_an_excuse_that_excuses_nothing_is_an_error(monkeypatch: pytest.MonkeyPa
         missed(row(1.0))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5]], ids=lambda case: case.name)
 def test_goals_hold(case: Case) -> None:
     row = measure(case)
     for name, (ratio, limit) in goals(row).items():

@@ -230,10 +230,7 @@ def goals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 # What a case cannot meet, and why. One that excuses nothing is an error of `missed`: it would outlive its reason.
-EXCUSES = {
-    ("DeepSeek-V3, latent", "matrix operations"): "192 recorded queries of a single KV head fill one and a half of the "
-    "streamed kernel's tiles of 128 rows; what the rest multiplies is padding.",
-}  # fmt: skip
+EXCUSES: dict[tuple[str, str], str] = {}
 
 
 def missed(row: dict[str, Any]) -> list[str]:

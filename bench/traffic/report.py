@@ -21,8 +21,8 @@ queries of every token and head.
 - **floor**: what cannot be left out. Scoring: queries and keys once (values too where their lengths weigh), partial
   rows once. Selection: partial rows, scores, keep lists. Compaction: rows that change place, read and written once.
 - **compulsory**: every 32-byte sector that a launch touches, once: what DRAM sees while L2 holds a window.
-- **requested**: what threads ask for. Scoring asks for keys once per 512 query rows, and, where a window does not fit
-  in one pass, twice per 128 query rows; caches answer that.
+- **requested**: what threads ask for. Scoring asks for keys once per 512 query rows; once per 64 where heads are too
+  wide to stay on chip; and, where a window does not fit in one pass, twice per 128 query rows. Caches answer that.
 - **sectors**: 32-byte sectors of all requests, added up, beside requested bytes / 32. Below 1 where lanes of a warp ask
   for the same address.
 - **matrix operations** beside 2 N G W D: 1 where a window fits in one pass, 2 where key tiles stream twice.

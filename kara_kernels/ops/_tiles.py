@@ -10,10 +10,11 @@ from ._triton import Architecture, triton
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    whole: bool  # all keys of the window on chip, one pass; else streamed in tiles, two passes
+    whole: bool  # a tile has all keys of the window, one pass; else keys are streamed in tiles, two passes
+    sliced: bool  # products are sums over slices of the head dimension; else all of the keys stays on chip
     block_m: int  # query rows of a tile
     block_w: int  # keys of a tile
-    d0: int  # whole: the head dimension as one power of two ... streamed: a slice of it
+    d0: int  # sliced: a slice of the head dimension; else all of it as one power of two ...
     d1: int  # ... and the rest as another (0: none), since padding 192 to 256 would cost a third more work
     rows: int  # query rows of a program
     num_warps: int
@@ -33,7 +34,7 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
     # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
     block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
     if target.slice_dims == 32 and block_w == 256:
-        block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64, without fused multiply-adds
+        block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
 
     def fits(block_m: int) -> bool:
         needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize
@@ -45,9 +46,13 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
             block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
         if fits(block_m):
             # 4 warps for D = 256 and more filled a sixteenth of a multiprocessor, and spilled at 576.
-            return ScoreConfig(True, block_m, block_w, d0, d1, rows, 4 if block_w <= 128 and d0 + d1 <= 128 else 8)
+            num_warps = 4 if block_w <= 128 and d0 + d1 <= 128 else 8
+            return ScoreConfig(True, False, block_m, block_w, d0, d1, rows, num_warps)
     slice_ = 32 if dtype == torch.float32 else target.slice_dims
     while dim % slice_ and slice_ > 16:
         slice_ //= 2
+    # Heads too wide to keep: 64 accumulators a thread, as above, and half the products and exponentials of two passes.
+    if dtype != torch.float32 and block_w <= 256:
+        return ScoreConfig(True, True, 64, block_w, slice_, 0, rows, 8)
     # 64 keys: two programs fit a multiprocessor, and 128 spilled on sm_100.
-    return ScoreConfig(False, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)
+    return ScoreConfig(False, True, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)

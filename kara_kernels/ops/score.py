@@ -7,8 +7,9 @@
 One program owns some of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand a softmax
 row is local to a tile. So the program keeps the keys on chip, walks its query tiles and adds up columns; the ``N x W``
 logits never leave registers. Each program leaves one partial row, and whoever needs the scores adds the partial rows in
-fixed order, without atomics and with the same bits every time. Wider windows stream key tiles twice, once for each
-row's log-sum-exp and once for the columns.
+fixed order, without atomics and with the same bits every time. Where heads are too wide for that, keys pass once per
+query tile in slices of the head dimension. Wider windows stream key tiles twice, once for each row's log-sum-exp and
+once for the columns.
 
 Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133); weights by
 the length of values as in Compactor (arXiv 2507.08143); root mean squares are this library's choice.
@@ -113,10 +114,31 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
             q1 = _load_queries(queries, scale, offs_m, d1, row_last, D, FORM)
             logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
-        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
-        columns += tl.sum(p * p if FORM.squares else p, 0)
+        columns += _column_sums(logits, offs_m, row_last, FORM)
     tl.store(out + offs_w, columns, mask=offs_w < W)
+
+
+@triton.jit
+def _column_sums(logits, offs_m, row_last, FORM: tl.constexpr):
+    """Of the softmax of whole rows."""
+    p = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
+    return tl.sum(p * p if FORM.squares else p, 0)
+
+
+@triton.jit
+def _columns_sliced(out, queries, keys, scale, row_first, row_last,
+                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
+    """The logits of all keys stay on chip, the keys pass in slices of the head dimension: one pass too."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_W: tl.constexpr = CONFIG.block_w
+    offs_w = tl.arange(0, BLOCK_W)
+    columns = tl.zeros([BLOCK_W], tl.float32)
+    for first in range(row_first, row_last, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
+        columns += _column_sums(logits, offs_m, row_last, FORM)
+    tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -219,7 +241,9 @@ def score_kernel(
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
             row_first = tile * CONFIG.rows
             row_last = tl.minimum(row_first + CONFIG.rows, num_queries * FORM.group)
-            if CONFIG.whole:
+            if CONFIG.whole and CONFIG.sliced:
+                _columns_sliced(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
+            elif CONFIG.whole:
                 _columns_whole(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
             else:
                 _columns_streamed(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
