@@ -23,7 +23,7 @@ from .methods import Method
 
 BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
 VLLM = ("integrations/vllm/*", "integrations/__init__.py")
-SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py")  # idle where others score
+SCORES = ("*/score.py", "ops/_columns.py", "ops/_norms.py", "ops/_tiles.py")  # idle where others score
 # Idle where no engine runs: replays call compress_window themselves.
 SHIM = (
     "__main__.py", "engine/*", "windows/events.py", "windows/execute.py", "windows/plan.py", "windows/policy.py",
