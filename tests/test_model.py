@@ -59,8 +59,11 @@ def test_an_event_by_hand() -> None:
 def test_streaming_doubles_matrix_work(monkeypatch: pytest.MonkeyPatch) -> None:
     counted, fast = Measured(1.0, 1.0), replace(GPU, bandwidth=1e30, clock=1e30)
     monkeypatch.setattr(m, "ARCHITECTURES", {"roomy": Architecture(1 << 20), "tiny": Architecture(1 << 10)})
-    whole, streamed = (m.event(MODEL, replace(fast, target=name), POLICY, counted, 10) for name in ("roomy", "tiny"))
+    wide = replace(POLICY, window=512, keep=256)
+    whole, streamed = (m.event(MODEL, replace(fast, target=name), wide, counted, 10) for name in ("roomy", "tiny"))
     assert streamed.scoring == pytest.approx(2 * whole.scoring)
+    whole, sliced = (m.event(MODEL, replace(fast, target=name), POLICY, counted, 10) for name in ("roomy", "tiny"))
+    assert sliced.scoring == pytest.approx(whole.scoring)
 
 
 def test_memory_decides_how_many_sequences() -> None:

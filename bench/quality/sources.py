@@ -23,8 +23,8 @@ from .methods import Method
 
 BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
 OTHERS = ("integrations/vllm/*", "integrations/__init__.py", "integrations/[ef]*.py")  # no measurement uses these
-KERNELS = ("ops/[!_]*.py", "ops/_[cnr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
-SCORES = ("*/score.py", "ops/_columns.py", "ops/_norms.py", "ops/_tiles.py")  # unused if another scorer is used
+KERNELS = ("ops/[!_]*.py", "ops/_[nr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
+SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py")  # unused if another scorer is used
 # Unused if no engine runs, because replays call compress_window themselves.
 SHIM = (
     "__main__.py", "engine/*", "windows/events.py", "windows/execute.py", "windows/plan.py", "windows/policy.py",
