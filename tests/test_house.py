@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kara_kernels"
 FILES = sorted(path for room in ("kara_kernels", "demos", "bench") for path in (ROOT / room).rglob("*.py"))
 MOST_LINES, MOST_OF_CLASS, MOST_OF_FUNCTION = 400, 250, 60
-MOST_OF_CORE = 2600  # the goal is 2,200; lower this whenever the core shrinks, never raise it
+MOST_OF_CORE = 2440  # the aim is 2,200; lower this with every line that goes, never raise it
 
 
 def code_lines(source: str) -> set[int]:

@@ -91,32 +91,28 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """All keys stay on chip, so a softmax row is whole in one tile: one pass."""
     # Triton 3.6 takes shapes of blocks from names alone, not from fields.
-    W: tl.constexpr = FORM.window
-    D: tl.constexpr = FORMAT.dim
-    DTYPE: tl.constexpr = FORM.dtype
-    PRECISION: tl.constexpr = FORM.precision
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     D0: tl.constexpr = CONFIG.d0
     D1: tl.constexpr = CONFIG.d1
     offs_w = tl.arange(0, BLOCK_W)
     d0 = tl.arange(0, D0)
-    k0 = load_rows(keys, offs_w, d0, W, FORMAT, DTYPE)
+    k0 = load_rows(keys, offs_w, d0, FORM.window, FORMAT, FORM.dtype)
     k1 = k0  # unused where one power of two is all of D
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
-        k1 = load_rows(keys, offs_w, d1, W, FORMAT, DTYPE)
+        k1 = load_rows(keys, offs_w, d1, FORM.window, FORMAT, FORM.dtype)
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(queries, scale, offs_m, d0, row_last, D, FORM)
-        logits = tl.dot(q0, k0, input_precision=PRECISION)
+        q0 = _load_queries(queries, scale, offs_m, d0, row_last, FORMAT.dim, FORM)
+        logits = tl.dot(q0, k0, input_precision=FORM.precision)
         if D1 > 0:
-            q1 = _load_queries(queries, scale, offs_m, d1, row_last, D, FORM)
-            logits = tl.dot(q1, k1, logits, input_precision=PRECISION)
+            q1 = _load_queries(queries, scale, offs_m, d1, row_last, FORMAT.dim, FORM)
+            logits = tl.dot(q1, k1, logits, input_precision=FORM.precision)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
         columns += _column_sums(logits, offs_m, row_last, FORM)
-    tl.store(out + offs_w, columns, mask=offs_w < W)
+    tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -146,17 +142,15 @@ def _columns_sliced(out, queries, keys, scale, row_first, row_last,
 def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
                  FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """One tile of masked logits, as a matrix product over slices of the head dimension."""
-    D: tl.constexpr = FORMAT.dim
-    PRECISION: tl.constexpr = FORM.precision
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     BLOCK_D: tl.constexpr = CONFIG.d0
     logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    for d in range(0, D, BLOCK_D):
+    for d in range(0, FORMAT.dim, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(queries, scale, offs_m, offs_d, row_last, D, FORM)
+        q = _load_queries(queries, scale, offs_m, offs_d, row_last, FORMAT.dim, FORM)
         k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
-        logits = tl.dot(q, k, logits, input_precision=PRECISION)
+        logits = tl.dot(q, k, logits, input_precision=FORM.precision)
     return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
 
 
@@ -164,7 +158,6 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
 def _columns_streamed(out, queries, keys, scale, row_first, row_last,
                       FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """Key tiles pass twice per query tile: for each row's log-sum-exp, then for the columns."""
-    W: tl.constexpr = FORM.window
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     for first in range(row_first, row_last, BLOCK_M):
@@ -172,14 +165,14 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
         # A causal row may see nothing of a tile: a finite start, the lowest, keeps -inf - -inf out of the recurrence.
         peak = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        for tile in range(0, W, BLOCK_W):
+        for tile in range(0, FORM.window, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
             logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
             higher = tl.maximum(peak, tl.max(logits, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
             peak = higher
         weight = tl.where(offs_m < row_last, 1.0 / total, 0.0)
-        for tile in range(0, W, BLOCK_W):
+        for tile in range(0, FORM.window, BLOCK_W):
             offs_w = tile + tl.arange(0, BLOCK_W)
             logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
             p = tl.exp2(logits - peak[:, None]) * weight[:, None]
@@ -187,9 +180,9 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
             if first > row_first:
                 # The program's own partial row is its accumulator. Another thread of it stored what this one loads.
                 tl.debug_barrier()
-                columns += tl.load(out + offs_w, mask=offs_w < W, other=0.0)
+                columns += tl.load(out + offs_w, mask=offs_w < FORM.window, other=0.0)
                 tl.debug_barrier()
-            tl.store(out + offs_w, columns, mask=offs_w < W)
+            tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @kernel
