@@ -60,12 +60,13 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(Replay, "compressed", counted)
 
-    def go(checkout: str, home: str = "home", stop: int = 0) -> int:
+    def go(checkout: str, home: str = "home", stop: int = 0, *options: str) -> int:
         cells.clear()
         counted.stop = stop  # type: ignore[attr-defined]
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
         out = str(tmp_path / checkout / "bench/results")
-        assert command.main(["--quick", "--threads", "1", "--device", "cpu", "--out", out]) == (130 if stop else 0)
+        run = ["--quick", "--threads", "1", "--device", "cpu", "--out", out, *options]
+        assert command.main(run) == (130 if stop else 0)
         return len(cells) - bool(stop)
 
     return go
@@ -231,6 +232,23 @@ def test_files_that_a_record_depends_on(tmp_path: Path, path: str, changed: set[
 def test_a_stopped_run_goes_on(measured: Any) -> None:
     assert measured("clone", stop=17) == 16
     assert measured("clone") == CELLS + WITH_ALL - 16
+
+
+def test_two_runs_share_the_work(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forwards, one backwards: what the other has measured since is left out."""
+    fidelity = run.fidelity
+    met: list[str] = []
+
+    def beside(model: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        met.append(name)
+        if len(met) == 1:  # while the first run measures its first text, the other does all the rest
+            monkeypatch.setattr(run, "fidelity", fidelity)
+            assert measured("other", "home", 0, "--backwards") == CELLS + WITH_ALL
+        return fidelity(model, name, *arguments, **options)
+
+    monkeypatch.setattr(run, "fidelity", beside)
+    assert measured("clone") == CELLS + WITH_ALL + 3 * 2  # the text that both had begun
+    assert len(met) == 1
 
 
 # ---- the report ---------------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a directory or a Hugging Face name (default: the small packaged model)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="seed for texts, needles and random selection (default: 0)")
+    parser.add_argument(
+        "--backwards",
+        action="store_true",
+        help="start with the last text: a second process shares the work of a first",
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (default: 2)")
     parser.add_argument(
         "--out", type=Path, help=f"folder of the results (default: {RESULTS.parent.name}/{RESULTS.name})"
@@ -62,7 +67,7 @@ def _run(options: argparse.Namespace) -> None:
     screen, store = Screen(), Store()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(options.model, dtype="float32", device=device, say=screen.say)
-    plan = Plan(options.model or "packaged", options.quick, options.seed)
+    plan = Plan(options.model or "packaged", options.quick, options.seed, options.backwards)
     head = facts(plan, model)
     records = Run(model, tokenizer, plan, store, screen).records()
     tables.write(options.out / "quality.csv", records, **head)

@@ -43,6 +43,7 @@ class Plan:
     model: str
     quick: bool
     seed: int
+    backwards: bool = False  # from the last text to the first
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Item:
 def facts(plan: Plan, model: Any) -> dict[str, Any]:
     """Facts about the run, the versions and the machine for readers of the figures."""
     return {
-        "plan": asdict(plan),
+        "plan": {"model": plan.model, "quick": plan.quick, "seed": plan.seed},
         "kara_kernels": kara_kernels.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -121,9 +122,11 @@ class Run:
             self.screen.say(f"{task}: {held:,} measurements of an earlier run still hold, {total:,} are missing")
         if total:
             with self.screen.phase(self.phases, task, total, "measurements") as advance:
-                for item, some in zip(items, missing, strict=True):
-                    found = item.measure([cell for _, cell in some]) if some else ()
-                    for (key, _), record in zip(some, found, strict=True):
+                for item, some in list(zip(items, missing, strict=True))[:: -1 if self.plan.backwards else 1]:
+                    left = [(key, cell) for key, cell in some if self.store.get(key) is None]
+                    advance(len(some) - len(left))  # another process has measured these since
+                    found = item.measure([cell for _, cell in left]) if left else ()
+                    for (key, _), record in zip(left, found, strict=True):
                         self.store.put(key, record)
                         advance(1, item.name)
         records = [self.store.get(key) for own in wanted for key, _ in own]
