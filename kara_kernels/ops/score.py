@@ -125,7 +125,7 @@ def _column_sums(logits, offs_m, row_last, FORM: tl.constexpr):
 @triton.jit
 def _columns_sliced(out, queries, keys, scale, row_first, row_last,
                     FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """The logits of all keys stay on chip, keys are streamed in slices of the head dimension. One pass is enough."""
+    """All logits stay on chip, and keys are streamed in slices of the head dimension. One pass is enough."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     offs_w = tl.arange(0, BLOCK_W)

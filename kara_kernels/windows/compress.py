@@ -88,9 +88,9 @@ def compress_window(
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
         **options: ``attention``, ``reduction``, ``value_norm``, ``redundancy`` of
             :class:`~kara_kernels.options.Scoring` and ``pool``, ``chunk_fraction``, ``max_chunk`` of
-            :class:`~kara_kernels.options.Selection`. The defaults are ``kara_kernels.options.RECOMMENDED``, which
-            stayed closest to the full cache in this library's quality bench. ``**kara_kernels.options.PAPER`` gives the
-            published method.
+            :class:`~kara_kernels.options.Selection`. The defaults are ``kara_kernels.options.RECOMMENDED``,
+            chosen to stay close to the full cache in this library's quality bench. ``**kara_kernels.options.PAPER``
+            gives the published method.
 
     Returns:
         :class:`CompressedWindow`. A sequence is skipped if its window does not fit: ``window_start < protected_len`` or

@@ -1,4 +1,4 @@
-"""Decides which sequence is compressed when, and the effect on blocks and lengths. Host logic that uses only counts.
+"""Decides which sequence is compressed when, and tracks blocks and lengths. Host logic that uses only counts.
 
 A compression has three parts. To **plan**, the scheduler chooses a window from counts that it already has. To
 **execute** (:mod:`.execute`), every worker moves rows before the step writes into freed blocks. To **commit**, the
