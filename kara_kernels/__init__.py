@@ -1,6 +1,6 @@
 """Shrink the paged KV cache of a reasoning LLM while it decodes. Start at :func:`compress_window`.
 
-Names are imported on first use: the package's own command line answers before torch is there.
+Names are imported on first use, so that ``python -m kara_kernels`` works without torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The arguments of operations on windows: checked, and in one form whether they came for one layer or for many."""
+"""Checks the arguments of operations on windows, and brings those for one and many layers into a common form."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .paged import Layers, PagedCache, per_layer
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """A pool, and where in it the window of each sequence lies."""
+    """A pool, and the position of each sequence's window in it."""
 
     cache: PagedCache
     block_tables: Tensor  # int32 [S, max_blocks]
     window: int
-    many: bool  # whether results carry a leading L
+    many: bool  # whether results have a leading L
     window_starts: Tensor | None = None  # int32 [S]; None: the newest W tokens
     seq_lens: Tensor | None = None  # int32 [S]; None: every window fits
     protected_lens: Tensor | None = None  # int32 [S]
@@ -39,9 +39,9 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreArguments(Windows):
-    """Windows and what scores them."""
+    """Windows, and the queries and options that score them."""
 
-    query: Layers | None  # None where scores are given
+    query: Layers | None  # None if scores are given
     query_rows: Tensor | None
     scoring: Scoring
     scale: float
@@ -49,11 +49,11 @@ class ScoreArguments(Windows):
 
     @property
     def value_norm(self) -> bool:
-        """Whether scores are weighed by the length of values."""
+        """Whether scores are multiplied by value norms."""
         return self.cache.v is not None if self.scoring.value_norm is None else self.scoring.value_norm
 
     def require_kernel_layout(self) -> None:
-        """Refuses strides that kernels cannot read."""
+        """Raises an error for strides that kernels cannot read."""
         self.cache.require_kernel_layout()
         if self.query is not None:
             self.query.require_kernel_layout("query")
@@ -61,7 +61,7 @@ class ScoreArguments(Windows):
 
 @dataclass(frozen=True, kw_only=True)
 class CompactArguments(Windows):
-    """Windows and what stays of them."""
+    """Windows, and the tokens kept of them."""
 
     window_starts: Tensor
     seq_lens: Tensor
@@ -72,7 +72,7 @@ def check_windows(
     query: Any, k_cache: Any, v_cache: Any, block_tables: object, window: int, query_rows: Tensor | None = None,
     **lengths: Any,
 ) -> tuple[Layers | None, dict[str, Any]]:  # fmt: skip
-    """The query by layer, and the fields of :class:`Windows`; ``lengths`` those of them that are given."""
+    """The query by layer, and the fields of :class:`Windows`. ``lengths`` are the given length tensors."""
     queries, cache, many = per_layer(query, k_cache, v_cache, query_rows)
     device = cache.k[0].device
     check_window(window)
@@ -86,7 +86,7 @@ def check_scoring(
     query: Layers | None, where: dict[str, Any], query_rows: Tensor | None, scale: object,
     k_scale: float | Tensor | None, scoring: Scoring, scores: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The fields of :class:`ScoreArguments` beside those of the windows, ``where``. Given ``scores`` need no query."""
+    """The fields of :class:`ScoreArguments` that are not in ``where``. With ``scores`` no query is needed."""
     cache: PagedCache = where["cache"]
     _, _, heads, dim = cache.shape
     if scores is None:
@@ -102,7 +102,7 @@ def check_scoring(
 
 
 def _check_values(cache: PagedCache, needed: bool) -> None:
-    """Values whose length can be taken, if there are any or they are ``needed``."""
+    """Checks that value norms can be computed, if there are values or they are ``needed``."""
     if cache.v is None and needed:
         raise ValueError("value_norm: expected False without a v_cache, got True")
     if cache.v is not None and cache.v[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
@@ -115,7 +115,7 @@ def check_score_window(
     query: Any, k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, window: int,
     query_rows: Tensor | None, scale: object, k_scale: float | Tensor | None, **scoring: Any,
 ) -> ScoreArguments:  # fmt: skip
-    """Arguments of ``score_window``; ``scoring``: attention, reduction, redundancy."""
+    """Checks the arguments of ``score_window``. ``scoring`` has attention, reduction and redundancy."""
     queries, where = check_windows(
         query, k_cache, v_cache, block_tables, window, query_rows, window_starts=window_starts
     )
@@ -132,7 +132,7 @@ def check_compact_blocks(
     k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, seq_lens: object, keep_indices: object,
     window: int,
 ) -> CompactArguments:  # fmt: skip
-    """Arguments of ``compact_blocks``."""
+    """Checks the arguments of ``compact_blocks``."""
     _, where = check_windows(
         None, k_cache, v_cache, block_tables, window, window_starts=window_starts, seq_lens=seq_lens
     )
@@ -144,7 +144,7 @@ def check_compact_blocks(
 
 
 def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, window: int, many: bool) -> Tensor:
-    """int32 ``[S, H, K]``, or ``[L, S, H, K]`` for many layers, as ``[L, S, H, K]``."""
+    """Checks int32 ``[S, H, K]``, or ``[L, S, H, K]`` for many layers. Returns ``[L, S, H, K]``."""
     layers, heads = len(cache.k), cache.shape[2]
     shape = (layers, sequences, heads, None) if many else (sequences, heads, None)
     keep = check_tensor("keep_indices", keep_indices, shape, (torch.int32,), cache.k[0].device)
@@ -163,10 +163,10 @@ def check_keep_indices(keep_indices: object, cache: PagedCache, sequences: int, 
 def check_query(
     query: Layers | None, cache: PagedCache, sequences: int, query_rows: object, window: int, attention: str
 ) -> None:
-    """``L`` tensors ``[S, N, H*G, D]`` of a dtype that can be scored, matching the pool.
+    """Checks for ``L`` tensors ``[S, N, H*G, D]`` of a dtype that can be scored, matching the pool.
 
-    With ``query_rows`` int32 ``[S, N]`` they are ``[1, R, H*G, D]``, as ``per_layer`` hands them over, and the rows
-    are checked too. ``attention="causal"`` takes at most ``window`` queries.
+    With ``query_rows`` int32 ``[S, N]`` they are ``[1, R, H*G, D]``, as ``per_layer`` returns them, and the rows are
+    checked too. ``attention="causal"`` takes at most ``window`` queries.
     """
     _, _, heads, dim = cache.shape
     if query is None:
@@ -177,7 +177,7 @@ def check_query(
     if query_rows is None:
         judges = check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, device)
     else:
-        if first.dim() != 4 or first.shape[0] != 1:  # Layers that the caller made
+        if first.dim() != 4 or first.shape[0] != 1:  # the caller's own Layers
             raise ValueError(f"query: expected layers of [1, R, H*G, D] with query_rows, got shape {list(first.shape)}")
         check_tensor("query", first[0], (None, None, dim), SCORED_DTYPES, device)
         if first.shape[1] < 1 and sequences:
@@ -201,7 +201,7 @@ def check_query(
 
 
 def check_query_rows(query_rows: object, rows: int, sequences: int, device: torch.device) -> Tensor:
-    """int32 ``[S, N]``, stride 1 along ``N``, of rows in ``0..rows-1`` where contents are checked."""
+    """Checks int32 ``[S, N]`` with stride 1 along ``N``. Rows must be in ``0..rows-1`` if contents are checked."""
     chosen = check_tensor("query_rows", query_rows, (sequences, None), (torch.int32,), device)
     check_unit_stride("query_rows", chosen, " along queries")
     if contents_are_checked(device):
@@ -210,7 +210,7 @@ def check_query_rows(query_rows: object, rows: int, sequences: int, device: torc
 
 
 def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: torch.device) -> float | Tensor:
-    """``k_scale`` as a float, or as a float view ``[L, H]``; one dimension means layers, or heads of one layer."""
+    """``k_scale`` as a float or a float view ``[L, H]``. A 1-D tensor is per layer, or per head of a single layer."""
     if k_scale is None:
         return 1.0
     if not isinstance(k_scale, Tensor):
@@ -232,11 +232,11 @@ def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: 
 
 
 def check_contents(w: Windows, starts: Tensor, ends: Tensor, active: Tensor, *, written: bool = True) -> None:
-    """Block ids and lengths that lead to tokens ``starts..ends`` of the ``active`` sequences.
+    """Checks the block ids and lengths needed to reach tokens ``starts..ends`` of the ``active`` sequences.
 
     ``starts``, ``ends`` int ``[S]``, ``active`` bool ``[S]``. A window must fit between start and end. With ``written``
-    no two sequences may share a block: only blocks that one sequence owns alone may be rewritten. Only called where
-    reading contents is free or asked for.
+    no two sequences may share a block, because only blocks that one sequence owns alone may be rewritten. Call it only
+    if reading contents is free or was requested.
     """
     (blocks, page, _, _), columns, window = w.cache.shape, w.block_tables.shape[1], w.window
     within = f"at most {columns * page} (the block table's capacity)"

@@ -1,8 +1,8 @@
-"""Checks of values and tensors: the ground of the house. Nothing here knows what a cache is.
+"""Checks of values and tensors. Nothing here depends on caches.
 
-Every check raises before anything is written, naming argument, expected and got. Contents of tensors (block ids,
-lengths) are checked on the CPU, where reading them is free. On a GPU that would stall the stream, so there they are the
-caller's promise unless ``KARA_KERNELS_DEBUG=1``.
+Every check raises before anything is written. The message names the argument, what was expected and what it got.
+Contents of tensors (block ids, lengths) are checked on the CPU, where reading them is free. On a GPU that would stall
+the stream, so the caller must guarantee them unless ``KARA_KERNELS_DEBUG=1``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_WINDOW = 4096  # the selection kernel holds a whole row in registers; 4096 is what fits without spills
+MAX_WINDOW = 4096  # the selection kernel keeps a row in registers, and 4096 is the largest that does not spill
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SCORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_count(name: str, value: object, low: int, high: int) -> int:
-    """An int (no bool) in ``low..high``."""
+    """Checks for an int, not a bool, in ``low..high``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not low <= value <= high:
@@ -53,7 +53,7 @@ def check_flag(name: str, value: object) -> None:
 def check_tensor(
     name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> Tensor:
-    """A tensor of this shape (None: any extent), one of these dtypes, on this device."""
+    """Checks shape (None: any extent), dtype and device of a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -67,7 +67,7 @@ def check_tensor(
 
 
 def check_alike(name: str, tensors: Sequence[Tensor]) -> None:
-    """Tensors, at least one, of one shape, dtype and device."""
+    """Checks for at least one tensor, all of one shape, dtype and device."""
     if not tensors:
         raise ValueError(f"{name}: expected at least one layer, got an empty sequence")
     for i, tensor in enumerate(tensors):
@@ -79,27 +79,27 @@ def check_alike(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def check_unit_stride(name: str, tensor: Tensor, where: str = " in the last dimension") -> None:
-    """Strides of what holds nothing do not count: NumPy's empty arrays have stride 0."""
+    """Checks for stride 1 in the last dimension. Empty tensors may have any stride, because NumPy's have stride 0."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():
         raise ValueError(f"{name}: expected stride 1{where}, got {tensor.stride(-1)}")
 
 
 def check_block_tables(block_tables: object, device: torch.device) -> Tensor:
-    """int32 ``[S, max_blocks]``, stride 1 along blocks."""
+    """Checks int32 ``[S, max_blocks]`` with stride 1 along blocks."""
     table = check_tensor("block_tables", block_tables, (None, None), (torch.int32,), device)
     check_unit_stride("block_tables", table, " along blocks")
     return table
 
 
 def check_lengths(name: str, value: object, sequences: int, device: torch.device) -> Tensor:
-    """int32 ``[S]``, stride 1."""
+    """Checks int32 ``[S]`` with stride 1."""
     lengths = check_tensor(name, value, (sequences,), (torch.int32,), device)
     check_unit_stride(name, lengths, "")
     return lengths
 
 
 def check_scores(scores: object) -> Tensor:
-    """float32 ``[..., W]`` with ``1 <= W <= MAX_WINDOW``."""
+    """Checks float32 ``[..., W]`` with ``1 <= W <= MAX_WINDOW``."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores: expected a tensor, got {type(scores).__name__}")
     if scores.dtype != torch.float32:
@@ -110,7 +110,7 @@ def check_scores(scores: object) -> Tensor:
 
 
 def require_rows(name: str, scores: Tensor) -> Tensor:
-    """``scores [..., W]`` as a view ``[rows, W]`` with its last dimension at stride 1."""
+    """``scores [..., W]`` as a view ``[rows, W]`` whose last dimension has stride 1."""
     try:
         rows = scores.view(-1, scores.shape[-1])
     except RuntimeError:
@@ -130,12 +130,12 @@ def check_chunks(window: int, keep: int, chunk_budget: int, max_chunk: int) -> N
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    """``0..total`` in pieces of ``size``: how the PyTorch path bounds its memory."""
+    """Splits ``0..total`` into slices of ``size``, which bounds the memory of the PyTorch path."""
     return (slice(i, min(i + size, total)) for i in range(0, total, size))
 
 
 def refuse(bad: Tensor, name: str, expected: str | Callable[..., str], got: Tensor) -> None:
-    """ValueError for the first place where ``bad`` holds; ``expected`` may be told from the place's indices."""
+    """Raises ValueError for the first element where ``bad`` is true. ``expected`` may be a function of its indices."""
     if bool(bad.any()):
         place: list[Any] = bad.nonzero()[0].tolist()
         told = expected if isinstance(expected, str) else expected(*place)
@@ -143,5 +143,5 @@ def refuse(bad: Tensor, name: str, expected: str | Callable[..., str], got: Tens
 
 
 def contents_are_checked(device: torch.device) -> bool:
-    """Always on the CPU. Elsewhere it costs a stream synchronisation, and KARA_KERNELS_DEBUG=1 asks for it."""
+    """True on the CPU. Elsewhere, where it costs a stream synchronisation, true only with KARA_KERNELS_DEBUG=1."""
     return device.type == "cpu" or os.environ.get("KARA_KERNELS_DEBUG", "0") == "1"

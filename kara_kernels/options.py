@@ -1,7 +1,7 @@
-"""The one list of options: how keys are scored, how tokens are selected, and two sets of their defaults.
+"""The single list of options for scoring and selection, with two named sets of values.
 
-Every field is declared, documented and checked here and nowhere else. :func:`kara_kernels.compress_window` takes them
-as keywords, :class:`kara_kernels.engine.Policy` inherits them, integrations and benches pass them on unread.
+Every field is declared, documented and checked only here. :func:`kara_kernels.compress_window` takes them as keywords,
+:class:`kara_kernels.engine.Policy` inherits them, and integrations and benches pass them through.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How the keys of a window are scored; the formulas are those of :func:`kara_kernels.ops.score_window`.
+    """How the keys of a window are scored. :func:`kara_kernels.ops.score_window` has the formulas.
 
     Raises:
         TypeError, ValueError: naming field, expected and got.
@@ -52,13 +52,13 @@ class Scoring:
         check_choice("reduction", self.reduction, REDUCTIONS)
         if self.value_norm is not None:
             check_flag("value_norm", self.value_norm)
-        # Always a float: Triton would compile once more for an int.
+        # Always a float, because Triton would compile again for an int.
         object.__setattr__(self, "redundancy", check_number("redundancy", self.redundancy, 0.0, 3.4e38))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which tokens stay, given their scores.
+    """Which tokens are kept, given their scores.
 
     Raises:
         TypeError, ValueError: naming field, expected and got.
@@ -79,7 +79,7 @@ class Selection:
         check_count("max_chunk", self.max_chunk, 1, 2**31 - 1)
 
     def chunk_budget(self, keep: int) -> int:
-        """Tokens of ``keep`` that may fill gaps; at least one is left to be a candidate."""
+        """The number of the ``keep`` tokens that may fill gaps. At least one token stays a candidate."""
         return min(round(self.chunk_fraction * keep), keep - 1)
 
 
@@ -98,7 +98,7 @@ _DEFAULTS = Scoring(), Selection()
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[Scoring, Selection]:
-    """Keywords, split into their two parts. What is not given takes its default.
+    """Splits keywords into scoring and selection. Missing ones take their defaults.
 
     Raises:
         TypeError: an unknown name.

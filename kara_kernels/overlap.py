@@ -1,9 +1,9 @@
-"""Whether strided views of memory share bytes: exactly, and in near linear time for pools as engines cut them.
+"""Decides exactly whether strided views share bytes, in near-linear time for the pool layouts of engines.
 
-Pools of one allocation interleave: keys and values of a block lie side by side, often with all layers inside the
-block. Ranges of addresses would refuse such caches, and comparing all pairs of 160 views takes a second. But views
-that repeat at one stride meet only where their places within that stride meet, so a group is folded to its outermost
-stride, and what is still together to the next one, until only views that truly look alike are compared.
+Pools in one allocation interleave. Keys and values of a block are adjacent, often with all layers inside the block.
+Comparing address ranges would reject such caches, and comparing all pairs of 160 views takes a second. Views that
+repeat with the same stride overlap only if their offsets within that stride overlap. So each group is folded to its
+outermost stride, and what still overlaps to the next one, until few pairs are left to compare.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class View(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def dims_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Dims:
-    """Dimensions in bytes, with those merged that continue each other."""
+    """Dimensions in bytes, with contiguous ones merged."""
     dims = [(1, itemsize)]
     for stride, extent in sorted((s * itemsize, n) for s, n in zip(strides, shape, strict=True) if n > 1):
         inner, count = dims[-1]
@@ -43,13 +43,13 @@ def reaches_twice(dims: Dims) -> bool:
         return False
     if any(stride == 0 for stride, _ in dims):
         return True
-    # Two elements meet where a difference of their indices leads nowhere. Its outermost part may be called positive.
+    # Two elements meet if a nonzero index difference has offset 0. Its outermost component can be taken as positive.
     steps = [(stride, 1 - extent, extent - 1) for stride, extent in dims]
     return any(_reachable([*steps[:i], (stride, 1, high)], 0) for i, (stride, _, high) in enumerate(steps))
 
 
 def first_meeting(views: Sequence[View]) -> tuple[int, int] | None:
-    """Two views that share a byte, the one at the lower address first, or None. None of them may reach a byte twice."""
+    """Two views that share a byte, lower address first, or None. No view may itself reach a byte twice."""
     order = sorted(range(len(views)), key=lambda i: views[i].base)
     for i, j in _candidates([(views[i].base, views[i].dims, place) for place, i in enumerate(order)]):
         a, b = order[min(i, j)], order[max(i, j)]
@@ -58,11 +58,11 @@ def first_meeting(views: Sequence[View]) -> tuple[int, int] | None:
     return None
 
 
-_Part = tuple[int, Dims, int]  # where it begins, how it repeats, whose it is
+_Part = tuple[int, Dims, int]  # (start, dimensions, owner)
 
 
 def _candidates(parts: list[_Part]) -> Iterator[tuple[int, int]]:
-    """Pairs of owners that may share bytes; every pair that does is among them."""
+    """Pairs of owners that may share bytes. Every pair that does is included."""
     for group in _groups(parts):
         stride = group[0][1][-1][0]
         if stride > 1 and all(dims[-1][0] == stride and _span(dims[:-1]) <= stride for _, dims, _ in group):
@@ -78,7 +78,7 @@ def _candidates(parts: list[_Part]) -> Iterator[tuple[int, int]]:
 
 
 def _groups(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Parts whose ranges of addresses hang together, in order of address; single ones are left out."""
+    """Groups of parts whose address ranges overlap, in address order. Groups of one are left out."""
     group: list[_Part] = []
     end = 0
     for part in sorted(parts):
@@ -93,7 +93,7 @@ def _groups(parts: list[_Part]) -> Iterator[list[_Part]]:
 
 
 def _folded(group: list[_Part], stride: int) -> Iterator[_Part]:
-    """Places within the stride. A part that runs over its end is there twice: at its begin, and a stride before."""
+    """Offsets within the stride. A part that crosses the end of the stride appears again one stride earlier."""
     origin = group[0][0]
     for begin, dims, owner in group:
         place, inner = (begin - origin) % stride, dims[:-1]
@@ -104,12 +104,12 @@ def _folded(group: list[_Part], stride: int) -> Iterator[_Part]:
 
 @functools.lru_cache(maxsize=64)
 def _span(dims: Dims) -> int:
-    """Bytes from the first to the last."""
+    """Bytes from the first to the last, both included."""
     return 1 + sum((extent - 1) * stride for stride, extent in dims)
 
 
 def _nested(dims: Dims) -> bool:
-    """Whether every stride steps over all that smaller strides reach."""
+    """Whether every stride is at least the span of all smaller strides."""
     return all(stride >= _span(dims[:i]) for i, (stride, _) in enumerate(dims))
 
 
@@ -126,7 +126,7 @@ def _share_bytes(a: View, b: View) -> bool:
 def _reachable(steps: list[tuple[int, int, int]], distance: int) -> bool:
     """Whether ``sum(stride * k) == distance`` for some ``low <= k <= high`` of each ``(stride, low, high)``.
 
-    ``steps`` ascend by stride. The largest stride first leaves two or three candidates per dimension.
+    ``steps`` are in ascending order of stride. Trying the largest first leaves two or three candidates per dimension.
     """
     reach = [(0, 0)]
     for stride, low, high in steps:

@@ -1,7 +1,7 @@
-"""What a paged KV cache is to this library: layers, their addresses, the pool, and memory that no two of them share.
+"""The paged KV cache: layers, their addresses, and checks that no two of them share memory.
 
-Shapes use the letters of ``docs/method.md``: ``L`` layers, ``S`` sequences, ``H`` KV heads, ``G`` query heads per KV
-head, ``W`` window, ``K`` kept of it, ``N`` queries, ``D``/``Dv`` head dimensions, ``B`` blocks of ``P`` tokens.
+Shapes use the symbols of ``docs/method.md``: ``L`` layers, ``S`` sequences, ``H`` KV heads, ``G`` query heads per KV
+head, ``W`` window length, ``K`` tokens kept, ``N`` queries, ``D``/``Dv`` head dimensions, ``B`` blocks of ``P`` tokens.
 
 Physical token ``t`` of sequence ``s`` lives in block ``block_tables[s, t // P]``, row ``t % P``.
 """
@@ -19,16 +19,16 @@ from torch import Tensor
 from .checks import check_alike, check_unit_stride
 from .overlap import View, dims_of, first_meeting, reaches_twice
 
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what rows of an element size are moved as
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer type for moving each element size
 
 
 def row_alignment(tensor: Tensor) -> int:
-    """Bytes, up to 16, that the address of every row (along the last dimension) is a multiple of.
+    """The largest power of two, up to 16 bytes, that divides the address of every row (along the last dimension).
 
-    It decides how wide loads may be. Strides count and not the base alone, so that it is the same for all slices of a
-    buffer: kernels are compiled for it.
+    It limits the width of loads. It depends on strides as well as the base, so it is the same for all slices of a
+    buffer, and kernels are compiled for it.
     """
-    if tensor.is_contiguous():  # rows one behind the other: a batch of one has the alignment of any batch
+    if tensor.is_contiguous():  # rows are consecutive, so a batch of one is aligned like any batch
         strides = tensor.shape[-1]
     else:
         strides = 0
@@ -39,11 +39,11 @@ def row_alignment(tensor: Tensor) -> int:
 
 
 class Layers(Sequence[Tensor]):
-    """``L`` tensors of one shape, stride, dtype and device, one per layer, that a single launch can reach.
+    """``L`` tensors, one per layer, of one shape, dtype and device. One launch processes all of them.
 
-    A kernel finds a layer through ``table``, an int64 tensor of base addresses on the device. It is built on
-    first use and kept, so an engine makes this object once per cache and not per call: building it on a GPU is a
-    small upload, which a CUDA graph cannot capture. Layers cut from one stacked tensor need no table.
+    A kernel finds a layer through ``table``, an int64 tensor of base addresses on the device. It is built on first use
+    and kept. An engine therefore creates this object once per cache, not per call. Building the table on a GPU needs a
+    small upload, which a CUDA graph cannot capture. Layers of one stacked tensor need no table.
     """
 
     def __init__(self, name: str, tensors: Tensor | Sequence[Tensor]):
@@ -57,12 +57,12 @@ class Layers(Sequence[Tensor]):
             check_alike(name, self._listed)
         elif not self.stacked.shape[0]:
             raise ValueError(f"{name}: expected at least one layer, got shape {list(self.stacked.shape)}")
-        # Layers of a stacked tensor are cut when they are asked for: 36 views take longer than a launch.
+        # Layers of a stacked tensor are created on demand, because creating 36 views takes longer than a launch.
         self._first = self._listed[0] if self.stacked is None else self.stacked[0]
         self._table: Tensor | None = None
         self._kernels_can_read = False
-        self.arguments: dict[tuple[str, bool], dict[str, Any]] = {}  # of kernels, which are the same for every call
-        self.pool: PagedCache | None = None  # the pool whose keys these are, checked
+        self.arguments: dict[tuple[str, bool], dict[str, Any]] = {}  # kernel arguments that are the same in every call
+        self.pool: PagedCache | None = None  # the checked pool whose keys these are
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -83,14 +83,14 @@ class Layers(Sequence[Tensor]):
 
     @property
     def table(self) -> Tensor | None:
-        """int64 ``[L]`` base addresses, or None where ``stride_layer`` from the first layer does."""
+        """int64 ``[L]`` base addresses, or None if ``stride_layer`` reaches all layers from the first."""
         if self.stacked is None and len(self.tensors) > 1 and self._table is None:
             addresses = [tensor.data_ptr() for tensor in self.tensors]
             self._table = torch.tensor(addresses, dtype=torch.int64, device=self.tensors[0].device)
         return self._table
 
     def views(self) -> list[View]:
-        """Where the bytes of each layer lie."""
+        """The bytes of each layer as views."""
         first, size = self._first, self._first.element_size()
         if self.stacked is None:
             return [View(x.data_ptr(), dims_of(x.shape, x.stride(), size)) for x in self._listed]
@@ -99,7 +99,7 @@ class Layers(Sequence[Tensor]):
 
     @functools.cached_property
     def alignment(self) -> int:
-        """Bytes, up to 16, that the address of every row of every layer is a multiple of."""
+        """The largest power of two, up to 16 bytes, that divides the address of every row of every layer."""
         bits = row_alignment(self._first)
         if len(self) > 1:
             bits |= self.stride_layer * self._first.element_size()
@@ -113,18 +113,18 @@ class Layers(Sequence[Tensor]):
 
     @functools.cached_property
     def strides(self) -> tuple[int, int, int, int]:
-        """In elements: from layer to layer, and along all dimensions of a layer but the last."""
+        """Strides in elements: between layers, and along all dimensions of a layer except the last."""
         first, second, third, _ = self._first.stride()
         return self.stride_layer, first, second, third
 
     @functools.cached_property
     def words(self) -> Tensor:
-        """The first layer as integers of its element size: rows that are moved, or fp8 that a kernel decodes."""
+        """The first layer as integers of its element size, for moving rows or decoding fp8 in a kernel."""
         return self._first.view(WORDS[self._first.element_size()])
 
     def require_kernel_layout(self, name: str) -> None:
-        """Kernels read rows of ``D`` contiguous elements and one set of strides for all layers."""
-        if self._kernels_can_read:  # a pool's answer does not change, and asking 36 tensors takes longer than a launch
+        """Checks what kernels need: rows of ``D`` contiguous elements, and the same strides in all layers."""
+        if self._kernels_can_read:  # the answer does not change, and checking 36 tensors takes longer than a launch
             return
         first = self._first
         check_unit_stride(name, first)
@@ -137,7 +137,7 @@ class Layers(Sequence[Tensor]):
 
 
 class PagedCache:
-    """The block pools of all layers, checked and addressed once, for many calls.
+    """The block pools of all layers. Checks them and stores their addresses once for many calls.
 
     Pass ``cache.k`` and ``cache.v`` where an operation takes ``k_cache`` and ``v_cache``. The tensors must keep their
     storage while this object is used.
@@ -145,7 +145,7 @@ class PagedCache:
     Args:
         k_caches: ``L`` tensors ``[B, P, H, D]``, or one ``[L, B, P, H, D]``, of any strides. Pass an HND pool as a
             permuted view.
-        v_caches: the same with ``Dv``, or None where one latent tensor holds both (MLA).
+        v_caches: the same with ``Dv``, or None if one latent tensor holds both (MLA).
 
     Raises:
         TypeError, ValueError: wrong shapes, dtypes or devices; caches that overlap.
@@ -157,18 +157,18 @@ class PagedCache:
         if v_caches is not None:
             self.v = v_caches if isinstance(v_caches, Layers) else Layers("v_cache", v_caches)
         _check_pools(self.k, self.v)
-        self.k.pool = self  # a pair that was checked together is recognised without a new check
+        self.k.pool = self  # lets a pair that was checked together pass without another check
 
     @functools.cached_property
     def keys_alone(self) -> PagedCache:
-        """The keys alone: they were checked beside the values."""
+        """The keys alone, already checked together with the values."""
         alone = copy.copy(self)
         alone.v = None
         return alone
 
     @staticmethod
     def of(k_cache: Tensor | Sequence[Tensor], v_cache: Tensor | Sequence[Tensor] | None) -> PagedCache:
-        """The pool that both arguments belong to, or a new one (checked now) around them."""
+        """The pool that both arguments belong to, or a new, checked one that contains them."""
         if isinstance(k_cache, Layers) and k_cache.pool is not None:
             if k_cache.pool.v is v_cache:
                 return k_cache.pool
@@ -194,12 +194,12 @@ def per_layer(
     v_cache: Tensor | Sequence[Tensor] | None,
     query_rows: Tensor | None = None,
 ) -> tuple[Layers | None, PagedCache, bool]:
-    """The arguments of one or of many layers in one form: queries, pool, and whether results carry a leading L.
+    """Arguments for one or many layers in a common form: queries, pool, and whether results have a leading ``L``.
 
     ``[B, P, H, D]`` caches with a ``[S, N, H*G, D]`` query are one layer. Sequences, or tensors with a leading
-    ``L``, are many. With ``query_rows`` a layer's query is ``[R, H*G, D]`` and is handed back as ``[1, R, H*G, D]``.
+    ``L``, are many. With ``query_rows`` a layer's query is ``[R, H*G, D]`` and is returned as ``[1, R, H*G, D]``.
     """
-    if not isinstance(k_cache, Layers):  # first what decides how the rest is read
+    if not isinstance(k_cache, Layers):  # k_cache first, because it decides how the rest is read
         k_cache = k_cache if isinstance(k_cache, Tensor) and k_cache.dim() == 4 else Layers("k_cache", k_cache)
     many = isinstance(k_cache, Layers)
     if isinstance(k_cache, Tensor):
@@ -212,7 +212,7 @@ def per_layer(
 
 
 def _query_layers(query: Tensor | Sequence[Tensor] | None, many: bool, by_row: bool) -> Layers | None:
-    """Queries as ``L`` tensors ``[S, N, H*G, D]``, or ``[1, R, H*G, D]`` where ``query_rows`` picks from them."""
+    """Queries as ``L`` tensors ``[S, N, H*G, D]``, or ``[1, R, H*G, D]`` if ``query_rows`` picks from them."""
     if query is None or isinstance(query, Layers):
         return query
     letters, lead = ("R, H*G, D", 3) if by_row else ("S, N, H*G, D", 4)
@@ -229,7 +229,7 @@ def _query_layers(query: Tensor | Sequence[Tensor] | None, many: bool, by_row: b
         for layer, rows in enumerate(query):
             if isinstance(rows, Tensor) and rows.dim() != lead:
                 raise ValueError(f"query[{layer}]: expected [{letters}]{with_rows}, got shape {list(rows.shape)}")
-        query = [rows[None] if isinstance(rows, Tensor) else rows for rows in query]  # what is no tensor Layers names
+        query = [rows[None] if isinstance(rows, Tensor) else rows for rows in query]  # Layers reports non-tensors
     return Layers("query", query)
 
 
@@ -254,7 +254,7 @@ def _check_pools(k: Layers, v: Layers | None) -> None:
 
 
 def _check_overlap(k: Layers, v: Layers | None) -> None:
-    """No element may be reachable twice: an in-place move through one name would destroy the other."""
+    """Checks that no element is reachable twice, because a move through one view would corrupt the other."""
     halves = [("k_cache", k)] if v is None else [("k_cache", k), ("v_cache", v)]
     views = [view for _, layers in halves for view in layers.views()]
     names = [f"{half}[{i}]" if len(k) > 1 else half for half, layers in halves for i in range(len(layers))]

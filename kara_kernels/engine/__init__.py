@@ -1,17 +1,17 @@
-"""The engine-neutral shim: what a serving engine needs to switch Kara on. It imports no engine.
+"""The engine-neutral shim: everything a serving engine needs to use Kara. It imports no engine.
 
 - :class:`Policy` holds the settings and checks them.
-- :class:`Ledger` decides who is compressed when, and what happens to blocks and lengths (plan, commit).
-- :class:`QueryRing` keeps the queries that score, in bounded memory.
-- :func:`execute` moves the rows on any paged view. :class:`PackedCache` serves layouts that no strides describe, and
-  :func:`warm_up` compiles the kernels beforehand.
-- :class:`Compression` is the record of what one compression did.
+- :class:`Ledger` decides which sequence is compressed when, and tracks blocks and lengths (plan, commit).
+- :class:`QueryRing` records the queries used for scoring, in bounded memory.
+- :func:`execute` moves the rows in any paged view. :class:`PackedCache` supports layouts that strides cannot describe,
+  and :func:`warm_up` compiles the kernels in advance.
+- :class:`Compression` is the record of one compression.
 
 An engine calls ``ledger.start`` when it first schedules a sequence, and ``ledger.forget`` when the sequence finishes,
-is aborted or is preempted. Before every step it calls ``ledger.plan``, takes ``plan.touched`` out of its prefix cache,
-calls ``ledger.commit``, returns ``plan.freed`` to its pool, and has every worker ``execute`` before anything is written
-to a block. From then on a sequence's lengths and slots are its logical ones minus ``ledger.dropped``. Positions stay
-logical. ``docs/engine.md`` shows it in thirty lines.
+is aborted or is preempted. Before every step it calls ``ledger.plan``, removes ``plan.touched`` from its prefix cache,
+calls ``ledger.commit``, returns ``plan.freed`` to its pool, and has every worker call ``execute`` before anything is
+written to a block. From then on a sequence's lengths and slots are its logical ones minus ``ledger.dropped``. Positions
+stay logical. ``docs/engine.md`` shows this in thirty lines.
 """
 
 from ..windows.events import Compression

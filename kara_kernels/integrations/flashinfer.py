@@ -1,4 +1,4 @@
-"""Block tables in CSR form, as FlashInfer plans attention with, made the rectangular tables of this library."""
+"""Converts block tables in CSR form, as FlashInfer uses them, to the rectangular tables of this library."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ..checks import check_count, check_tensor, contents_are_checked, refuse
 def block_tables_from_csr(
     indptr: Tensor, indices: Tensor, last_page_len: Tensor, *, page_size: int, max_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Block tables and lengths of sequences whose pages are listed one after another.
+    """Convert CSR page lists to block tables and sequence lengths.
 
-    Nothing is read back to the host: the width of the tables is given, because only the device knows the longest
-    sequence. It may be captured in a CUDA graph.
+    Nothing is read back to the host. The caller gives the width of the tables, because only the device knows the
+    longest sequence. The call can be captured in a CUDA graph.
 
     Args:
         indptr: int32 ``[S + 1]``. Sequence ``s`` owns the pages ``indices[indptr[s] : indptr[s + 1]]``.
-        indices: int32 ``[nnz]`` block ids; entries behind ``indptr[S]`` are ignored.
-        last_page_len: int32 ``[S]``, tokens in the last page of each sequence, ``1..page_size``; of a sequence
-            without pages it is ignored.
-        page_size: ``P``, tokens of a block.
-        max_blocks: columns of the tables, at least the pages of the longest sequence.
+        indices: int32 ``[nnz]`` block ids. Entries after ``indptr[S]`` are ignored.
+        last_page_len: int32 ``[S]``, tokens in the last page of each sequence, ``1..page_size``. Ignored for a
+            sequence without pages.
+        page_size: ``P``, tokens per block.
+        max_blocks: columns of the block table, at least the number of pages of the longest sequence.
 
     Returns:
-        ``(block_tables [S, max_blocks], seq_lens [S])``, both int32: what :func:`kara_kernels.compress_window` takes.
-        Unused columns are 0; a sequence without pages has length 0.
+        ``(block_tables [S, max_blocks], seq_lens [S])``, both int32, as :func:`kara_kernels.compress_window` takes
+        them. Unused columns are 0. A sequence without pages has length 0.
 
     Raises:
         TypeError, ValueError: naming argument, expected and got.
 
-    Not checked on a GPU, unless ``KARA_KERNELS_DEBUG=1`` (it costs a synchronisation): that ``indptr`` begins at 0,
-    never falls and ends within ``indices``; that no sequence has more than ``max_blocks`` pages; that ids are 0 or
-    more; the range of ``last_page_len``. No memory outside of ``indices`` is read in any case.
+    On a GPU the contents are checked only with ``KARA_KERNELS_DEBUG=1``, because it costs a synchronisation:
+    ``indptr`` starts at 0, never decreases and ends within ``indices``; no sequence has more than ``max_blocks`` pages;
+    ids are 0 or more; ``last_page_len`` is in range. Memory outside ``indices`` is never read.
     """
     device = indptr.device if isinstance(indptr, Tensor) else torch.device("cpu")
     check_tensor("indptr", indptr, (None,), (torch.int32,), device)

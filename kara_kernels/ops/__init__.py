@@ -1,4 +1,4 @@
-"""The four operations, each with a Triton kernel and the PyTorch twin of :mod:`kara_kernels.reference`."""
+"""The four operations, each with a Triton kernel and a PyTorch counterpart in :mod:`kara_kernels.reference`."""
 
 from .chunks import expand_chunks
 from .compact import compact_blocks

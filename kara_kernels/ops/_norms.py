@@ -1,4 +1,4 @@
-"""Device code of scoring: lengths of values, and how alike a key is to the others of its window."""
+"""Device code of scoring: value norms, and the similarity of each key to the others in its window."""
 
 from ._rows import load_rows
 from ._triton import tl, triton
@@ -6,7 +6,7 @@ from ._triton import tl, triton
 
 @triton.jit
 def mean_cosines(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Write softmax_j of the mean cosine of key j to all keys: three walks over the keys, nothing kept but a mean."""
+    """Write softmax_j of the mean cosine of key j to all keys. Reads the keys three times and keeps only a mean."""
     offs_d = tl.arange(0, BLOCK_D)
     mean = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, W, BLOCK_R):
@@ -32,7 +32,7 @@ def mean_cosines(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def _unit(keys):
-    """Columns of ``[dims, tokens]`` at length 1, zero columns left zero; safe where squares would leave float32."""
+    """Columns of ``[dims, tokens]`` at norm 1. Zero columns stay zero. Safe if squares would leave float32's range."""
     largest = tl.max(tl.abs(keys), 0)
     keys = keys / tl.where(largest > 0, largest, 1.0)[None, :]
     norm = tl.sqrt(tl.sum(keys * keys, 0))
@@ -41,7 +41,7 @@ def _unit(keys):
 
 @triton.jit
 def value_norms(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Write the Euclidean length of every value of the window."""
+    """Write the Euclidean norm of every value of the window."""
     offs_d = tl.arange(0, BLOCK_D)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)

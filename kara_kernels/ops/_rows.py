@@ -1,4 +1,4 @@
-"""Rows of a window, found through the block table, fp8 decoded on the way."""
+"""Loads rows of a window through the block table and decodes fp8."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class QueryRows(NamedTuple):
     """Where the query rows of one sequence and KV head are, in a kernel."""
 
     base: Any
-    places: Any  # rows of the queries; None: they lie one behind the other
+    places: Any  # rows of the queries; None: they are consecutive
     stride_query: Any
     stride_head: Any
     count: Any  # of queries
@@ -32,16 +32,16 @@ class QueryRows(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What a kernel is compiled to know of rows."""
+    """Compile-time constants about rows."""
 
     page: int
     dim: int
-    align: int  # bytes that every row's address is a multiple of: it decides how wide accesses are
+    align: int  # bytes that divide every row's address; limits the width of accesses
     fp8: str | None = None
 
     @staticmethod
     def of(layers: Layers, decoded: bool = True) -> "RowFormat":
-        """Of pools whose rows are read as numbers, or moved as they are."""
+        """The format of rows that are decoded to numbers, or moved as raw bytes."""
         first = layers[0]
         fp8 = FP8_NAMES.get(first.dtype) if decoded else None
         return RowFormat(first.shape[1], first.shape[3], layers.alignment, fp8)
@@ -52,9 +52,9 @@ class RowFormat:
 
 
 def pool_arguments(name: str, layers: Layers, decoded: bool = True) -> dict[str, Any]:
-    """A kernel's arguments of a pool: ``k_ptr``, ``k_table``, ``stride_k_l`` ... ``stride_k_h`` and the format ``K``.
+    """A kernel's arguments for a pool: ``k_ptr``, ``k_table``, ``stride_k_l`` ... ``stride_k_h`` and the format ``K``.
 
-    ``decoded``: rows are read as numbers; else they are moved as they are.
+    ``decoded``: rows are decoded to numbers. Otherwise they are moved as raw bytes.
     """
     if (name, decoded) not in layers.arguments:
         layer, block, token, head = layers.strides
@@ -68,28 +68,28 @@ def pool_arguments(name: str, layers: Layers, decoded: bool = True) -> dict[str,
 
 @triton.jit
 def fp8_to_float(bits, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """fp8 bytes to ``DTYPE``, exactly: placed in a wider float whose exponent bias differs by a power of two.
+    """Converts fp8 bytes to ``DTYPE`` exactly. Places them in a wider float and scales by a power of two.
 
-    Decoding by hand runs on every target, also on those without fp8 instructions (sm_80).
+    Decoding in code works on every target, including those without fp8 instructions (sm_80).
     """
     bits = bits.to(tl.int32)
     if FP8 == "e5m2":
         half = (bits << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)  # float16's own top byte
-    elif FP8 == "e5m2fnuz":  # its largest exponent is a number where float16's is not: by way of float32
+    elif FP8 == "e5m2fnuz":  # its largest exponent holds numbers and float16's does not, so go through float32
         half = (((bits & 0x80) << 24) | ((bits & 0x7F) << 21)).to(tl.float32, bitcast=True) * 2.596148429267414e33
     else:
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         half = half * (256.0 if FP8 == "e4m3fn" else 128.0)  # float16's bias of 15 against 7 and 8
     if FP8 == "e4m3fn":
         half = tl.where((bits & 0x7F) == 0x7F, float("nan"), half)
-    if FP8 == "e4m3fnuz" or FP8 == "e5m2fnuz":  # no negative zero: that pattern is the NaN
+    if FP8 == "e4m3fnuz" or FP8 == "e5m2fnuz":  # no negative zero; that pattern is NaN
         half = tl.where(bits == 0x80, float("nan"), half)
     return half.to(DTYPE)
 
 
 @triton.jit
 def load_rows(rows, offs_w, offs_d, W: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """Keys or values of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside of window and ``FORMAT.dim``.
+    """Keys or values of window tokens ``offs_w`` as ``[dims, tokens]``, zero outside the window and ``FORMAT.dim``.
 
     ``rows`` are PagedRows, ``FORMAT`` their RowFormat.
     """
@@ -108,6 +108,6 @@ def load_rows(rows, offs_w, offs_d, W: tl.constexpr, FORMAT: tl.constexpr, DTYPE
 def row_pointer(rows, block, place, FORMAT: tl.constexpr):
     """Addresses of rows ``place`` of the blocks ``block``."""
     ALIGN: tl.constexpr = FORMAT.align
-    # One addition to the base: the hint belongs to it, and one of a place that is always 0 would be folded away.
+    # One addition to the base, so that the hint applies to the sum. A hint on a constant 0 would be folded away.
     offset = block.to(tl.int64) * rows.stride_block + place.to(tl.int64) * rows.stride_token
     return tl.multiple_of(rows.base + offset, ALIGN)

@@ -1,4 +1,4 @@
-"""Which tiles scoring works on: a function of shape, dtype and target."""
+"""Tile sizes of scoring, as a function of shape, dtype and target."""
 
 import functools
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from ._triton import Architecture, triton
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    whole: bool  # a tile has all keys of the window, one pass; else keys are streamed in tiles, two passes
-    sliced: bool  # products are sums over slices of the head dimension; else all of the keys stays on chip
+    whole: bool  # True: a tile has all keys of the window, one pass. False: keys are streamed in tiles, two passes
+    sliced: bool  # True: products are summed over slices of the head dimension. False: whole keys stay on chip
     block_m: int  # query rows of a tile
     block_w: int  # keys of a tile
-    d0: int  # sliced: a slice of the head dimension; else all of it as one power of two ...
-    d1: int  # ... and the rest as another (0: none), since padding 192 to 256 would cost a third more work
+    d0: int  # sliced: a slice of the head dimension. Otherwise all of it, as one power of two ...
+    d1: int  # ... and a second one for the rest (0: none), because padding 192 to 256 would cost a third more work
     rows: int  # query rows of a program
     num_warps: int
 
 
 @functools.lru_cache(maxsize=256)
 def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture) -> ScoreConfig:
-    """Launch configuration from shape and target alone: a choice that saw the batch would change last bits.
+    """Launch configuration from shape and target alone. A choice that depended on the batch would change last bits.
 
-    ``dtype`` is what the matrix products take.
+    ``dtype`` is the input type of the matrix products.
     """
-    rows = 512  # keys are read once and one partial row written per 512 query rows: under 2 % of the bytes at W = 256
+    rows = 512  # keys are read and a partial row is written once per 512 query rows: under 2 % of the bytes at W = 256
     block_w = max(16, triton.next_power_of_2(window))
     d0 = max(16, 1 << (dim.bit_length() - 1))
     d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
-    # 64 accumulators a thread at 8 warps; 128 reached 255 registers and spilled beside a second query tile.
-    # Two products a tile (d1) need more: 32 rows still spilled on sm_90 and sm_100.
+    # 64 accumulators per thread at 8 warps. 128 reached 255 registers, and spilled with a second query tile.
+    # Two products per tile (d1) need more registers: 32 rows still spilled on sm_90 and sm_100.
     block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
     if target.slice_dims == 32 and block_w == 256:
         block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
@@ -40,19 +40,20 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
         needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize
         return needed + (0 if target.amd else 16384) <= target.shared_memory
 
-    # float32 runs as three TF32 products, whose fragments only leave registers for a slice of 32 dimensions.
+    # float32 runs as three TF32 products. Their fragments leave registers only for a slice of 32 dimensions.
     if dtype != torch.float32 and block_w <= 1024:
         if d0 == 256 and block_w == 256 and (target.amd or not fits(block_m)):
             block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
         if fits(block_m):
-            # 4 warps for D = 256 and more filled a sixteenth of a multiprocessor, and spilled at 576.
+            # For D >= 256, 4 warps filled only a sixteenth of a multiprocessor, and spilled at D = 576.
             num_warps = 4 if block_w <= 128 and d0 + d1 <= 128 else 8
             return ScoreConfig(True, False, block_m, block_w, d0, d1, rows, num_warps)
     slice_ = 32 if dtype == torch.float32 else target.slice_dims
     while dim % slice_ and slice_ > 16:
         slice_ //= 2
-    # Heads too wide to keep: 64 accumulators a thread, as above, and half the products and exponentials of two passes.
+    # Heads too wide to keep on chip. One pass takes half the products and exponentials of two. There are 64
+    # accumulators per thread, as above.
     if dtype != torch.float32 and block_w <= 256:
         return ScoreConfig(True, True, 64, block_w, slice_, 0, rows, 8)
-    # 64 keys: two programs fit a multiprocessor, and 128 spilled on sm_100.
+    # With 64 keys two programs fit a multiprocessor. 128 spilled on sm_100.
     return ScoreConfig(False, True, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)

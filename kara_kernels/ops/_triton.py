@@ -1,4 +1,4 @@
-"""What every kernel needs: Triton where it is installed, how kernels are compiled and launched, what a GPU can do."""
+"""Shared by all kernels: Triton if it is installed, compilation and launch, and properties of GPUs."""
 
 import functools
 import inspect
@@ -15,10 +15,10 @@ from ..checks import check_choice
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: kernels can be read and imported, the PyTorch path runs
+except ImportError:  # macOS and Windows: kernels can be imported, and the PyTorch path runs
 
     class _Absent:
-        """Stands for ``triton`` and ``triton.language`` in decorators and annotations."""
+        """Replaces ``triton`` and ``triton.language`` in decorators and annotations."""
 
         def __getattr__(self, name: str) -> Any:
             return self
@@ -34,12 +34,12 @@ else:
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """``triton.jit`` for kernels that are compiled for types and constexprs alone.
+    """``triton.jit`` without specialisation on values: kernels are compiled only for types and constexprs.
 
-    Left to itself Triton compiles anew for pointers at multiples of 16 bytes, for integers that are multiples of 16 and
-    for ones, so that a batch of four would stall a server that was warmed up with a batch of one. What the width of
-    loads rests on is a constexpr that the launcher knows: the alignment of rows. Arguments stand side by side because
-    Triton specialises on whatever lies in a tuple.
+    By default Triton recompiles for pointers aligned to 16 bytes, for integers that are multiples of 16, and for ones.
+    A batch of four would then stall a server that was warmed up with a batch of one. Instead, the width of loads
+    depends on the alignment of rows, a constexpr that the launcher knows. Arguments are passed one by one, because
+    Triton specialises on everything inside a tuple.
     """
     parameters = inspect.signature(function).parameters.values()
     return triton.jit(do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])(function)
@@ -47,7 +47,7 @@ def kernel(function: Callable[..., None]) -> Any:
 
 @triton.jit
 def layer_pointer(ptr, table_ptr, stride_layer, layer):
-    """Base of a layer: from the address table where there is one, else ``layer`` strides behind the first."""
+    """Base of a layer, from the address table if there is one, otherwise ``layer`` strides after the first layer."""
     if table_ptr is None:
         return ptr + layer * stride_layer
     else:
@@ -70,13 +70,13 @@ def window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W: tl.constexpr):
     return start, fits
 
 
-# With TRITON_INTERPRET=1 at import time the decorator made Python functions of the kernels.
+# With TRITON_INTERPRET=1 at import time, the decorator turned kernels into Python functions.
 INTERPRETED = HAS_TRITON and not isinstance(layer_pointer, triton.runtime.JITFunction)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What launch configurations ask of a GPU."""
+    """Properties of a GPU that launch configurations depend on."""
 
     shared_memory: int
     """Bytes that one program may use: CUDA programming guide, table of compute capabilities (less the 1 KB that CUDA
@@ -97,7 +97,7 @@ def _amd(shared_memory: int) -> Architecture:
     return Architecture(shared_memory, amd=True, query_tiles=0, float32_products="ieee")
 
 
-# By Triton's name of the target.
+# Keys are Triton's names of the targets.
 ARCHITECTURES: Mapping[int | str, Architecture] = MappingProxyType({
     80: Architecture(166912),
     86: Architecture(101376, slice_dims=32),
@@ -110,14 +110,14 @@ ARCHITECTURES: Mapping[int | str, Architecture] = MappingProxyType({
     "gfx942": _amd(65536),
     "gfx950": _amd(163840),
 })  # fmt: skip
-# Others get the least of any target of Triton, 64 KB (sm_75, gfx90a): slower perhaps, but it launches.
+# Other targets get the minimum of any Triton target, 64 KB (sm_75, gfx90a). That may be slower, but it launches.
 UNKNOWN, UNKNOWN_AMD = Architecture(65536, slice_dims=32), _amd(65536)
-INTERPRETER = Architecture(166912, float32_products="ieee")  # tiles as on sm_80, products as NumPy takes them
+INTERPRETER = Architecture(166912, float32_products="ieee")  # tiles as on sm_80, products as NumPy computes them
 
 
 @functools.cache
 def architecture(device: torch.device) -> Architecture:
-    """Of ``device``, whichever is the current one."""
+    """The architecture of ``device``, whichever device is current."""
     if INTERPRETED:
         return INTERPRETER
     with _current(device):
@@ -127,7 +127,7 @@ def architecture(device: torch.device) -> Architecture:
 
 @contextmanager
 def _current(device: torch.device) -> Iterator[None]:
-    """Makes ``device`` the current one for a while. One without an index is."""
+    """Makes ``device`` current inside the context. A device without an index is current already."""
     driver = triton.runtime.driver.active
     before = driver.get_current_device()
     if device.index is None or device.index == before:
@@ -141,12 +141,12 @@ def _current(device: torch.device) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], device: torch.device, **arguments: Any) -> None:
-    """Every launch goes through here: on ``device``, where its tensors are, and on the current stream of it.
+    """Launches on ``device``, where the tensors are, and on its current stream. Every launch goes through here.
 
-    Triton asks for the current device and launches there, whatever the tensors say.
+    Triton itself launches on the current device, wherever the tensors are.
     """
     if device.index is None or device.index == triton.runtime.driver.active.get_current_device():
-        kernel[grid](**arguments)  # nearly always; entering a context costs more than this comparison
+        kernel[grid](**arguments)  # the usual case; entering a context costs more than this comparison
         return
     with _current(device):
         kernel[grid](**arguments)

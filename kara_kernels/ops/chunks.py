@@ -1,11 +1,12 @@
-"""Token2Chunk: spend part of the budget on the interiors of short gaps between good tokens.
+"""Token2Chunk: spends part of the budget on filling short gaps between good tokens.
 
-Candidates, chunks and fill are three uses of one primitive, :func:`kara_kernels.ops.select.take_best`, on different
-keys and weights, so one program does a whole row in registers. Inside :func:`kara_kernels.compress_window` the same
-kernel first adds up the partial rows of scoring, so that selection costs one launch.
+Choosing candidates, buying chunks and filling up use one primitive, :func:`kara_kernels.ops.select.take_best`, on
+different keys and weights. One program therefore processes a whole row in registers. Inside
+:func:`kara_kernels.compress_window` the same kernel first sums the partial rows of scoring, so that selection costs
+one launch.
 
-Method: Token2Chunk of Kara (arXiv 2607.01237). A chunk's worth (the lower end), buying best first until one does not
-fit, and filling up to exactly ``keep`` are this library's choice.
+Method: Token2Chunk of Kara (arXiv 2607.01237). The worth of a chunk (the lower of its two scores), the buying order
+(best first, until one does not fit) and filling up to exactly ``keep`` are this library's choices.
 """
 
 import torch
@@ -23,7 +24,7 @@ from .select import order_keys, row_warps, store_positions, take_best
 
 @triton.jit
 def _later(pos_a, key_a, pos_b, key_b):
-    """Scan operator: the candidate furthest to the right, with its key."""
+    """Scan operator: the rightmost candidate, with its key."""
     right = pos_b > pos_a
     return tl.where(right, pos_b, pos_a), tl.where(right, key_b, key_a)
 
@@ -39,14 +40,14 @@ def chunk_mask(keys, inside, offs_w, keep, chunk_budget, max_chunk, W: tl.conste
     """Mask of exactly ``keep`` kept positions."""
     kept = take_best(keys, inside.to(tl.int32), keep - chunk_budget)
     if chunk_budget > 0:
-        # Nearest candidate on either side of each position, and its key.
+        # The nearest candidate on either side of each position, and its key.
         left, left_key = tl.associative_scan((tl.where(kept, offs_w, -1), keys), 0, _later)
         right, right_key = tl.associative_scan((tl.where(kept, offs_w, W), keys), 0, _earlier, reverse=True)
-        # The pair is represented by the first position of its gap, which orders pairs by position.
+        # The first position of a gap stands for its pair, so pairs are in position order.
         pair = inside & (left >= 0) & (right < W) & (right - left < max_chunk)
         first = pair & (offs_w == left + 1) & (right > offs_w)
         bought = take_best(tl.minimum(left_key, right_key), tl.where(first, right - left - 1, 0), chunk_budget)
-        # A bought first position speaks for its whole gap: the latest one on the left, if no candidate came since.
+        # A position is bought if no candidate lies between it and the latest bought first position to its left.
         opened = tl.associative_scan(tl.where(bought, offs_w, -1), 0, _maximum)
         kept = kept | (inside & (opened > left))
         missing = keep - tl.sum(kept.to(tl.int32), 0)
@@ -66,11 +67,11 @@ def keep_kernel(
     COMPUTED: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
     W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, -1 where the window does not
+    """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, or -1 if the window does not
     fit. Rows that belong to no window have neither starts nor lengths.
 
-    With ``COMPUTED`` the row is first added up from partial rows and written to ``scores``, zero where the window does
-    not fit. Without, ``partials`` are the scores.
+    With ``COMPUTED`` the row is first summed from partial rows and written to ``scores``, as zeros if the window does
+    not fit. Without it, ``partials`` are the scores.
     """
     list_ = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1).to(tl.int64)
@@ -107,10 +108,10 @@ def launch_keep(
     indices: Tensor, scores: Tensor, partials: Tensor, w: Windows | None, rows: PartialRows | None, chunk_budget: int,
     max_chunk: int,
 ) -> None:  # fmt: skip
-    """``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and ``scores [l, S, h, W]``.
+    """Selects from ``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and ``scores [l, S, h, W]``.
 
-    ``rows`` says what the partials are; None: one tile, the scores, which are not written then. Without ``w`` all of
-    them are selected from. Checks nothing.
+    ``rows`` describes the partials. None means one tile, the scores themselves, and ``scores`` is not written. Without
+    ``w`` every row is selected from. Checks nothing.
     """
     layers, sequences, lists, _, window = partials.shape
     launch(
@@ -125,14 +126,14 @@ def launch_keep(
 
 
 def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, *, backend: str = "auto") -> Tensor:
-    """``keep`` positions of each row: the best tokens, with the short gaps between them filled as far as a budget
-    goes.
+    """Select ``keep`` positions of each row: the best tokens, plus the short gaps between them as far as a budget
+    allows.
 
-    1. Candidates: the best ``keep - chunk_budget`` tokens, as :func:`select_topk` ranks them.
-    2. Two neighbouring candidates with a gap between them and at most ``max_chunk`` tokens from end to end are a
-       possible chunk, worth the lower of their two scores.
-    3. Chunks are bought best first (ties: the lower position) while their gaps sum up to at most ``chunk_budget``,
-       stopping at the first that does not fit. Neighbouring chunks share an end, so chains form longer ones.
+    1. The best ``keep - chunk_budget`` tokens are candidates, ranked as in :func:`select_topk`.
+    2. Two neighbouring candidates with a gap between them are a possible chunk if they span at most ``max_chunk``
+       tokens, both ends included. It is worth the lower of their two scores.
+    3. Chunks are bought best first (ties: the lower position) while their gaps sum to at most ``chunk_budget``. Buying
+       stops at the first chunk that does not fit. Neighbouring chunks share an end, so they can form longer ones.
     4. The best tokens not yet kept fill up to ``keep``.
 
     Args:
@@ -143,8 +144,8 @@ def expand_chunks(scores: Tensor, keep: int, chunk_budget: int, max_chunk: int, 
         backend: as in :func:`select_topk`.
 
     Returns:
-        int32 ``[..., keep]``, ascending, always exactly ``keep`` different positions. All layers and heads share a
-        block table, so equal counts are what a paged engine can free.
+        int32 ``[..., keep]``, ascending, always exactly ``keep`` distinct positions. All layers and heads share a
+        block table, so a paged engine can only free blocks if their counts are equal.
 
     Raises:
         TypeError, ValueError: wrong dtype or range, a backend that cannot run.

@@ -1,9 +1,9 @@
-"""Move the survivors of a window together, in place, through the block table; the tail follows.
+"""Moves the survivors of a window together, in place, through the block table. The tail follows.
 
-Row ``window_start + r`` takes row ``window_start + keep_indices[r]``. Sources ascend and no destination is behind its
-source, so rows move upward tile by tile without a second buffer: what a tile overwrites, no later tile reads. Within
-a tile a barrier stands between loads and stores, because a warp may store a row that another has yet to load.
-Bytes are moved and never recomputed, so any dtype will do.
+Row ``window_start + r`` receives row ``window_start + keep_indices[r]``. Sources ascend and no destination comes after
+its source. No later tile reads what a tile overwrites, so rows move in ascending order without a second buffer. Within
+a tile a barrier separates loads from stores, because a warp may store a row that another has not loaded yet. Bytes are
+moved and never recomputed, so any dtype works.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ from ._triton import kernel, launch, layer_pointer, resolve_backend, tl, triton
 @triton.jit
 def _move_rows(rows, keep_list, length, keep, W: tl.constexpr, FORMAT: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """All rows of one head from the window's start to ``length``, upward, ``BLOCK_R`` at a time."""
+    """Moves all rows of one head from the window's start to ``length``, in ascending order, ``BLOCK_R`` at a time."""
     P: tl.constexpr = FORMAT.page
     D: tl.constexpr = FORMAT.dim
-    count = length - rows.start - W + keep  # rows at their new place: survivors, then the tail
+    count = length - rows.start - W + keep  # rows after the move: survivors, then the tail
     for first in range(0, count, BLOCK_R):
         offs_r = first + tl.arange(0, BLOCK_R)
         survivor = tl.load(keep_list + offs_r, mask=offs_r < keep, other=0)
         source = rows.start + tl.where(offs_r < keep, survivor, offs_r - keep + W)
         target = rows.start + offs_r
-        moves = (offs_r < count) & (source != target)  # a row that stays costs nothing
+        moves = (offs_r < count) & (source != target)  # a row that stays in place costs nothing
         from_block = tl.load(rows.table + source // P, mask=moves, other=0)
         to_block = tl.load(rows.table + target // P, mask=moves, other=0)
         from_row = row_pointer(rows, from_block, source % P, FORMAT)
@@ -41,7 +41,7 @@ def _move_rows(rows, keep_list, length, keep, W: tl.constexpr, FORMAT: tl.conste
             offs_d = slice_ + tl.arange(0, BLOCK_D)
             mask = moves[:, None] & (offs_d < D)[None, :]
             words = tl.load(from_row[:, None] + offs_d[None, :], mask=mask)
-            tl.debug_barrier()  # every warp has its rows before any is overwritten
+            tl.debug_barrier()  # all warps have loaded their rows before any is overwritten
             tl.store(to_row[:, None] + offs_d[None, :], words, mask=mask)
 
 
@@ -56,8 +56,8 @@ def compact_kernel(
     H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RV: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, caches, L)``: one program moves one head of one cache. A keep list of -1 leaves its sequence
-    alone."""
+    """Grid ``(S*H, caches, L)``: one program moves one head of one cache. A keep list of -1 skips its
+    sequence."""
     seq = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     layer = tl.program_id(2).to(tl.int64)
@@ -77,7 +77,7 @@ def compact_kernel(
             tl.store(frontiers_ptr + seq, tl.where(alive, start + keep, untouched))
     if alive:
         table = block_tables_ptr + seq * stride_t_s
-        # Keys and values may be of different types, so that no name can stand for both.
+        # Keys and values may have different types, so one variable cannot hold both.
         if tl.program_id(1) == 0:
             k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer) + head * stride_k_h
             keys = PagedRows(k_base, table, start, stride_k_b, stride_k_p)
@@ -94,10 +94,10 @@ def compact_kernel(
 def row_block(dim: int, itemsize: int) -> tuple[int, int]:
     """``(BLOCK_D, rows of a tile)``.
 
-    Rows go in slices of up to 256 bytes, a power of two that divides the row where one of 32 bytes or more does, so
-    that no lane of a row of 192 or 576 idles. 128 rows, one for each thread: block ids are then loaded once each and
-    handed around in shared memory; with fewer rows than threads every thread of a row loads them for itself, 35 % more
-    bytes asked for at D = 128.
+    Rows are moved in slices of up to 256 bytes. A slice is a power of two, and divides the row if one of at least 32
+    bytes does, so that no lane idles for rows of 192 or 576 elements. A tile has 128 rows, one per thread. Block ids
+    are then loaded once each and passed on through shared memory. With fewer rows than threads, every thread of a row
+    loads its block ids itself, which requests 35 % more bytes at D = 128.
     """
     block_d = dim & -dim  # the largest power of two that divides it
     if block_d * itemsize < 32:
@@ -108,8 +108,8 @@ def row_block(dim: int, itemsize: int) -> tuple[int, int]:
 def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_indices: Tensor) -> None:
     """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``.
 
-    ``frontiers`` (int32 ``[S]``) takes where the kept rows of each sequence end: ``start + K``, or for one that is left
-    alone its protected length, at least 0. Checks nothing.
+    ``frontiers`` (int32 ``[S]``) receives the end of the kept rows of each sequence. It is ``start + K``, or for a
+    skipped sequence its protected length, at least 0. Checks nothing.
     """
     layers, sequences, heads, keep = keep_indices.shape
     keys, values = w.cache.k, w.cache.v or w.cache.k
@@ -141,7 +141,7 @@ def compact_blocks(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Keep ``keep_indices`` of every window and move the tail up behind them, in place, for every layer and head.
+    """Keep ``keep_indices`` of every window and move the tail up after them, in place, for every layer and head.
 
     Args:
         k_cache: ``[B, P, H, D]`` of any dtype of 1, 2, 4 or 8 bytes and any strides (the last 1 on the Triton path), or
@@ -151,13 +151,13 @@ def compact_blocks(
         window_starts: int32 ``[S]``, physical index of the first window token.
         seq_lens: int32 ``[S]``, physical lengths.
         keep_indices: int32 ``[S, H, K]``, for many layers ``[L, S, H, K]``: positions relative to the window,
-            ascending. All -1 leaves a sequence alone, and its window start is not read.
+            ascending. All -1 skips a sequence, and its window start is not read.
         window: window length ``W`` in tokens.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
-        int32 ``[S]``: ``seq_lens - W + K``, unchanged where a sequence is left alone. Rows past the new length, other
-        sequences' blocks and all below the window keep their bits.
+        int32 ``[S]``: ``seq_lens - W + K``, unchanged for a skipped sequence. Rows after the new length, other
+        sequences' blocks and everything before the window keep their bits.
 
     Raises:
         TypeError, ValueError: before anything is written. Contents (block ids, lengths, order of ``keep_indices``,

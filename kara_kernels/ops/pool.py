@@ -1,4 +1,4 @@
-"""Scores of a KV head from its partial rows, and means of them where heads or layers share a keep list."""
+"""Computes the scores of a KV head from its partial rows, and averages them if heads or layers share a keep list."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -79,19 +79,19 @@ def pool_kernel(
 
 @dataclass(frozen=True)
 class PartialRows:
-    """What lies in the partial rows of a KV head and how they become its scores; see ``row_scores``."""
+    """What the partial rows of a KV head contain, and how they become its scores. See ``row_scores``."""
 
     tiles: int = 1
-    inverse: float = 1.0  # of how many rows a column sum is the mean
+    inverse: float = 1.0  # 1 / the number of softmax rows in a column sum
     squares: bool = False
     value_norm: bool = False
     redundancy: float = 0.0
 
 
 def launch_pool(scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows | None) -> None:
-    """``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged where the extent is 1.
+    """Pools ``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged if the extent is 1.
 
-    ``rows`` says what the partials are; None: one tile, the scores.
+    ``rows`` describes the partials. None means one tile, the scores themselves.
     """
     layers, sequences, heads, _, window = partials.shape
     pooled_layers, _, lists, _ = scores.shape
@@ -106,7 +106,7 @@ def launch_pool(scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows 
 def partial_arguments(
     partials: Tensor, scores: Tensor, w: Windows | None, rows: PartialRows | None
 ) -> dict[str, Any]:  # fmt: skip
-    """What kernels take that make ``scores`` of ``partials``."""
+    """Arguments shared by the kernels that compute ``scores`` from ``partials``."""
     _, _, _, tiles, window = partials.shape
     stride_layer, stride_sequence, stride_head, _, _ = partials.stride()
     of = rows or PartialRows()

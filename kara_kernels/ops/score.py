@@ -1,18 +1,17 @@
-"""Attention mass that every key of a window receives from all window queries, in one pass where the window fits.
+"""Attention mass that every key of a window receives from all window queries, in one pass if the window fits on chip.
 
     a[s,h,g,i,j] = scale * <query[s,i,h*G+g], key[s,h,j]>
     p[s,h,g,i,:] = softmax_j(a[s,h,g,i,:])
     scores[s,h,j] = mean over g and i of p[s,h,g,i,j], or the root of the mean of its square
 
-One program owns some of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys at hand a softmax
-row is local to a tile. So the program keeps the keys on chip, walks its query tiles and adds up columns; the ``N x W``
-logits never leave registers. Each program leaves one partial row, and whoever needs the scores adds the partial rows in
-fixed order, without atomics and with the same bits every time. Where heads are too wide for that, keys pass once per
-query tile in slices of the head dimension. Wider windows stream key tiles twice, once for each row's log-sum-exp and
-once for the columns.
+One program owns some of the ``N*G`` query rows of one (layer, sequence, KV head). With all ``W`` keys on chip, softmax
+rows are local to a tile. The program walks over its query tiles and sums columns, and the ``N x W`` logits never leave
+registers. It writes one partial row. The next kernel sums the partial rows in a fixed order, without atomics and with
+the same bits every time. If heads are too wide to keep on chip, keys are streamed once per query tile in slices of the
+head dimension. Wider windows stream key tiles twice, first for each row's log-sum-exp and then for the columns.
 
-Method: bidirectional attention scores of Kara (arXiv 2607.01237); redundancy after R-KV (arXiv 2505.24133); weights by
-the length of values as in Compactor (arXiv 2507.08143); root mean squares are this library's choice.
+Method: bidirectional attention scores of Kara (arXiv 2607.01237), redundancy after R-KV (arXiv 2505.24133), and value
+norms as in Compactor (arXiv 2507.08143). Root mean squares are this library's choice.
 """
 
 from collections.abc import Sequence
@@ -43,12 +42,12 @@ PARTIAL_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class ScoreForm:
-    """What the kernel is compiled to know of queries and options; ``ScoreConfig`` is how it goes about it."""
+    """Compile-time constants about queries and options. ``ScoreConfig`` has the tile sizes."""
 
     heads: int  # KV heads
     group: int
     window: int
-    align: int  # bytes that every query row's address is a multiple of
+    align: int  # bytes that divide every query row's address
     align_partials: int  # ... partial row's
     causal: bool
     squares: bool
@@ -56,14 +55,14 @@ class ScoreForm:
     redundancy: int  # ... the softmax of mean cosines
     dtype: Any  # Triton's, of the products
     precision: str
-    scale_first: bool  # queries are scaled before the product, else the product
+    scale_first: bool  # True: queries are scaled before the product. False: the product is scaled
 
 
 @triton.jit
 def _load_queries(queries, scale, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
     """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it.
 
-    With ``scale`` if products are float32: so they stay within its range where the logits do. Keys that are scaled
+    Float32 queries are scaled here, so that products stay within float32's range if the logits do. Scaling the keys
     instead spilled on sm_120.
     """
     ALIGN: tl.constexpr = FORM.align
@@ -79,7 +78,7 @@ def _load_queries(queries, scale, offs_m, offs_d, row_last, DIM: tl.constexpr, F
 
 @triton.jit
 def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
-    """Logits in units of log2, -inf where a query may not look."""
+    """Logits in units of log2, -inf for keys that a query may not see."""
     seen = (offs_w < FORM.window)[None, :]
     if FORM.causal:  # query i is window token W - N + i
         seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
@@ -89,8 +88,8 @@ def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
 @triton.jit
 def _columns_whole(out, queries, keys, scale, row_first, row_last,
                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """All keys stay on chip, so a softmax row is whole in one tile: one pass."""
-    # Triton 3.6 takes shapes of blocks from names alone, not from fields.
+    """All keys stay on chip. A tile has whole softmax rows, so one pass is enough."""
+    # Triton 3.6 takes block shapes only from names, not from fields.
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     D0: tl.constexpr = CONFIG.d0
@@ -98,7 +97,7 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     offs_w = tl.arange(0, BLOCK_W)
     d0 = tl.arange(0, D0)
     k0 = load_rows(keys, offs_w, d0, FORM.window, FORMAT, FORM.dtype)
-    k1 = k0  # unused where one power of two is all of D
+    k1 = k0  # unused if one power of two covers D
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
         k1 = load_rows(keys, offs_w, d1, FORM.window, FORMAT, FORM.dtype)
@@ -117,7 +116,7 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
 
 @triton.jit
 def _column_sums(logits, offs_m, row_last, FORM: tl.constexpr):
-    """Of the softmax of whole rows."""
+    """Column sums of the softmax of whole rows."""
     p = tl.exp2(logits - tl.max(logits, 1)[:, None])
     p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
     return tl.sum(p * p if FORM.squares else p, 0)
@@ -126,7 +125,7 @@ def _column_sums(logits, offs_m, row_last, FORM: tl.constexpr):
 @triton.jit
 def _columns_sliced(out, queries, keys, scale, row_first, row_last,
                     FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """The logits of all keys stay on chip, the keys pass in slices of the head dimension: one pass too."""
+    """All logits stay on chip, and keys are streamed in slices of the head dimension. One pass is enough."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     offs_w = tl.arange(0, BLOCK_W)
@@ -157,12 +156,12 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
 @triton.jit
 def _columns_streamed(out, queries, keys, scale, row_first, row_last,
                       FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """Key tiles pass twice per query tile: for each row's log-sum-exp, then for the columns."""
+    """Streams key tiles twice per query tile: first for each row's log-sum-exp, then for the columns."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        # A causal row may see nothing of a tile: a finite start, the lowest, keeps -inf - -inf out of the recurrence.
+        # A causal row may see no key of a tile. Starting from the lowest finite value avoids -inf - -inf.
         peak = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for tile in range(0, FORM.window, BLOCK_W):
@@ -178,7 +177,7 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
             p = tl.exp2(logits - peak[:, None]) * weight[:, None]
             columns = tl.sum(p * p if FORM.squares else p, 0)
             if first > row_first:
-                # The program's own partial row is its accumulator. Another thread of it stored what this one loads.
+                # The program's own partial row is its accumulator. A thread may load what another thread stored.
                 tl.debug_barrier()
                 columns += tl.load(out + offs_w, mask=offs_w < FORM.window, other=0.0)
                 tl.debug_barrier()
@@ -195,14 +194,14 @@ def score_kernel(
     stride_t_s: tl.int64, stride_ks_l: tl.int64, stride_ks_h: tl.int64,
     FORM: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, tiles, L)``: partial rows ``[L, S, H, tiles, W]``: column sums, of squares with ``FORM.squares``;
-    then a row of value norms with ``FORM.value_norm``; last one of redundancy's softmax with ``FORM.redundancy``.
-    ``L`` counts from ``first_layer`` of the pools.
+    """Grid ``(S*H, tiles, L)``: writes partial rows ``[L, S, H, tiles, W]``. They are column sums (of squares with
+    ``FORM.squares``), then a row of value norms with ``FORM.value_norm``, and last a row of redundancy's softmax with
+    ``FORM.redundancy``. ``L`` counts from ``first_layer`` of the pools.
 
-    A sequence whose window does not fit is left out; nobody reads its partial rows.
+    A sequence whose window does not fit is skipped, and its partial rows are never read.
     """
     ALIGN: tl.constexpr = FORM.align_partials
-    BLOCK_R: tl.constexpr = 16  # tokens that norms and cosines are taken of at a time
+    BLOCK_R: tl.constexpr = 16  # tokens per step of norms and cosines
     seq = (tl.program_id(0) // FORM.heads).to(tl.int64)
     head = (tl.program_id(0) % FORM.heads).to(tl.int64)
     tile = tl.program_id(1)
@@ -244,7 +243,7 @@ def score_kernel(
 
 
 def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
-    """The launch configuration and the partial rows that it leaves per KV head."""
+    """The launch configuration, and the partial rows that it writes per KV head."""
     assert a.query is not None
     q, k, how = a.query[0], a.cache.k[0], a.scoring
     config = score_config(a.window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
@@ -254,13 +253,13 @@ def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
 
 
 def _count(a: ScoreArguments) -> int:
-    """``N``, queries of a sequence."""
+    """``N``, the number of queries per sequence."""
     assert a.query is not None
     return a.query[0].shape[1] if a.query_rows is None else a.query_rows.shape[1]
 
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
-    """What products are taken in: the query's dtype, which holds any fp8 key exactly; float32 where dtypes mix."""
+    """The dtype of products: the query's, which represents any fp8 key exactly, or float32 if dtypes are mixed."""
     mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES
     return torch.float32 if mixed else query.dtype
 
@@ -268,28 +267,28 @@ def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
 def launch_score(
     partials: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows, first_layer: int = 0
 ) -> None:
-    """Partial rows of all sequences in layers ``first_layer`` ... of the pools into ``partials [L, S, H, tiles, W]``.
+    """Writes the partial rows of all sequences in ``L`` layers of the pools from ``first_layer`` on into ``partials``.
 
-    Checks nothing.
+    ``partials`` is ``[L, S, H, tiles, W]``. Checks nothing.
     """
     assert a.query is not None
     layers, sequences, heads, tiles, window = partials.shape
-    values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys stand in: none are read
+    values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys are a placeholder
     q, device = a.query[0], partials.device
     dtype = _matrix_dtype(q, a.cache.k[0])
     stride_layer, stride_sequence, stride_query, stride_head = a.query.strides
     form = ScoreForm(
         heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
         a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
-        # The interpreter's bfloat16 arithmetic is wrong; there products are taken in float32.
+        # The interpreter's bfloat16 arithmetic is wrong, so it takes products in float32.
         tl.float32 if INTERPRETED else TRITON_DTYPES[dtype], architecture(device).float32_products,
         dtype == torch.float32,
     )  # fmt: skip
     by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
-    # No fused multiply-add but those that are written as such. Where a lane holds one term of a sum across lanes, the
-    # compiler makes `shfl y, x*x; fma x, x, y` of it: the lane rounds its partner's product and not its own, the
-    # partner does the opposite, and the two store different last bits of one sum to one address. It happened to the
-    # sums of narrow or misaligned rows everywhere, and to all columns on sm_100, whose lanes hold one query row each.
+    # Allow only explicit fused multiply-adds. If a lane holds one term of a sum across lanes, the compiler produces
+    # `shfl y, x*x; fma x, x, y`. The lane then rounds its partner's product but not its own, the partner does the
+    # opposite, and the two store different last bits of one sum to the same address. This affected sums of narrow or
+    # misaligned rows on all targets, and all columns on sm_100, where each lane holds one query row.
     launch(
         score_kernel, (sequences * heads, tiles, layers), device,
         partials_ptr=partials, query_ptr=q, query_table=a.query.table, query_rows_ptr=a.query_rows,
@@ -306,12 +305,12 @@ def launch_score(
 
 
 def layers_at_once(sequences: int, heads: int, window: int, rows: PartialRows) -> int:
-    """Layers whose partial rows may be there together; at least one."""
+    """The number of layers whose partial rows may exist at once, at least one."""
     return max(1, PARTIAL_BYTES // (4 * sequences * heads * rows.tiles * window))
 
 
 def launch_scores(scores: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows) -> None:
-    """Scores of every head into ``scores [L, S, H, W]``, some layers at a time so that partial rows stay bounded.
+    """Writes the scores of all heads to ``scores [L, S, H, W]``, some layers at a time to bound the partial rows.
 
     Zero for a sequence whose window does not fit. Checks nothing.
     """
@@ -347,7 +346,7 @@ def score_window(
 
     Args:
         query: ``[S, N, H*G, D]`` float16, bfloat16 or float32, post-RoPE, in any order (a ring buffer needs no
-            rotation). Queries of tokens behind the window may be among them. Or ``L`` such tensors, or one ``[L, S,
+            rotation). They may include queries of tokens after the window. Or ``L`` such tensors, or one ``[L, S,
             N, H*G, D]``.
         k_cache: ``[B, P, H, D]`` of those dtypes or float8, any strides (the last 1 on the Triton path); or ``L`` of
             them.
@@ -357,28 +356,28 @@ def score_window(
         scale: of the logits; ``1/sqrt(D)`` by default.
         k_scale: factor on the keys of an fp8 cache: a float, or a tensor of one element, ``[H]`` (``[L]`` for many
             layers), or ``[L, H]``. On the Triton path it is read on the device.
-        attention: ``"bidirectional"``; ``"causal"`` restricts query ``i``, then window token ``W - N + i``, to what
-            is not after it (an ablation; needs ``N <= W``).
+        attention: ``"bidirectional"`` or ``"causal"``. With ``"causal"``, query ``i`` is window token ``W - N + i`` and
+            sees no later token (an ablation; needs ``N <= W``).
         reduction: ``"mean"`` over queries and group, or ``"rms"``, the root of their mean square. With ``"rms"`` a key
-            that few queries need much counts more than one that all need little.
-        v_cache: ``[B, P, H, Dv]``, or ``L`` of them. With it each score is multiplied by the Euclidean length of the
-            value. In an fp8 cache the stored value counts, without its scale.
+            that few queries need a lot scores higher than one that all queries need a little.
+        v_cache: ``[B, P, H, Dv]``, or ``L`` of them. With it each score is multiplied by the Euclidean norm of the
+            value. In an fp8 cache this is the stored value, without its scale.
         redundancy: ``rho >= 0`` subtracts ``rho * softmax_j(mean_i cos(key_i, key_j))``, after all of the above.
         query_rows: int32 ``[S, N]``, stride 1 along ``N``. ``query`` is then ``[R, H*G, D]``, or ``L`` such tensors, or
-            ``[L, R, H*G, D]``; query ``i`` of sequence ``s`` is row ``query_rows[s, i]``, of every layer. So sequences
-            share a buffer of queries that is read where it lies. A row may be named more than once.
+            ``[L, R, H*G, D]``. Query ``i`` of sequence ``s`` is row ``query_rows[s, i]`` in every layer. Sequences can
+            thus share a query buffer that is read in place. A row may be named more than once.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
-        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Rows of plain means sum to 1. A row is the same to
-        the bit whatever else is in the batch. Products are taken in the query's dtype and summed in float32;
-        float32 on NVIDIA GPUs as three TF32 products. Float32 queries are scaled before the product. Kernels scale
-        bfloat16 products: one beyond float32's range, the largest of its row, makes every score of its head NaN.
+        float32 ``[S, H, W]`` (``[L, S, H, W]`` for many layers). Rows of plain means sum to 1. A row has the same
+        bits whatever else is in the batch. Products are taken in the query's dtype and summed in float32; float32 on
+        NVIDIA GPUs takes three TF32 products. Float32 queries are scaled before the product. Kernels scale bfloat16
+        products afterwards: if the largest of a row exceeds float32's range, every score of its head is NaN.
 
     Raises:
         TypeError, ValueError: before anything is launched. Contents (block ids, starts, ``query_rows`` in ``0..R-1``)
-            are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only. A window that runs past its sequence cannot
-            be noticed here.
+            are checked on the CPU and with ``KARA_KERNELS_DEBUG=1`` only. A window that exceeds its sequence cannot be
+            detected here.
     """
     given = check_score_window(
         query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,

@@ -1,8 +1,8 @@
-"""Exact top-k of a row of scores, in position order, one program per row and everything in registers.
+"""Exact top-k of a row of scores, in position order. One program handles a row, entirely in registers.
 
-Halving the range of a row's integer keys finds its k-th largest in at most 32 counts. Ties and output slots come from
-prefix sums. No sort, no atomics: the same bits in give the same indices out, on every device. A search
-costs about a third of the instructions of a bitonic top-k at ``W`` = 1024 to 4096.
+Bisection over a row's integer keys finds the k-th largest in at most 32 counting passes. Ties and output slots come
+from prefix sums. Without sorts and atomics, equal input bits give equal indices on every device. A search costs about a
+third of the instructions of a bitonic top-k at ``W`` = 1024 to 4096.
 """
 
 import torch
@@ -18,9 +18,9 @@ from ._triton import kernel, launch, resolve_backend, tl, triton
 
 @triton.jit
 def order_keys(scores):
-    """int32 keys that order as float32 scores do, with NaN as -inf and one zero.
+    """int32 keys that order like the float32 scores, with NaN as -inf and a single zero.
 
-    Flipping all bits but the sign of a negative float's pattern makes patterns order as signed integers do.
+    Flipping all bits except the sign of negative floats makes bit patterns order like signed integers.
     """
     scores = tl.where(scores != scores, float("-inf"), scores)
     scores = tl.where(scores == 0, 0.0, scores)
@@ -33,11 +33,11 @@ def take_best(keys, weights, budget):
     """Mask of the elements taken by descending key, ties to the lower index, while the sum of weights fits
     ``budget``.
 
-    Elements of weight 0 are no candidates, padding among them: no key of it could tie with a real -inf. Taking stops
-    at the first that does not fit. With weights of one this is the exact top-``budget``.
+    Elements of weight 0, including padding, are not candidates, so padding cannot tie with a real -inf. Taking stops
+    at the first element that does not fit. With weights of one this is the exact top-``budget``.
     """
     candidate = weights > 0
-    # The smallest threshold whose strictly greater keys fit. At the greatest key nothing is greater: it always fits.
+    # Find the smallest threshold such that all strictly greater keys fit. The greatest key always qualifies.
     low = tl.min(tl.where(candidate, keys, 2147483647), 0)
     high = tl.max(tl.where(candidate, keys, -2147483648), 0)
     low = tl.where(budget > 0, low, high)
@@ -46,7 +46,7 @@ def take_best(keys, weights, budget):
         total = tl.sum(tl.where(keys > middle, weights, 0), 0)
         if total <= budget:
             high = middle
-            low = tl.where(total == budget, middle, low)  # exact: nothing lower can fit
+            low = tl.where(total == budget, middle, low)  # exact, so nothing lower can fit
         else:
             low = middle + 1
     above = candidate & (keys > high)
@@ -57,7 +57,7 @@ def take_best(keys, weights, budget):
 
 @triton.jit
 def store_positions(out, kept, offs_w):
-    """Positions of the kept elements, ascending, into consecutive slots."""
+    """Store the positions of the kept elements, ascending, in consecutive slots."""
     slot = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(out + slot, offs_w, mask=kept)
 
@@ -79,15 +79,17 @@ def topk_kernel(
 
 
 def row_warps(window: int) -> int:
-    """256 elements a warp: one warp counts without barriers, and wider rows stay in registers without a spill (at 512
-    a warp, W = 4096 spilled scalar registers on gfx942). 128 at W = 2048: 256 spilled on sm_100 and sm_120.
+    """256 elements per warp. A single warp counts without barriers, and wider rows stay in registers without spills.
+
+    With 512 per warp, W = 4096 spilled scalar registers on gfx942. At W = 2048 it is 128 per warp, because 256 spilled
+    on sm_100 and sm_120.
     """
     block = triton.next_power_of_2(window)
     return 16 if block >= 2048 else max(1, block // 256)
 
 
 def launch_topk(indices: Tensor, scores: Tensor, k: int) -> None:
-    """``scores [rows, W]`` into ``indices [rows, k]``. Checks nothing."""
+    """Selects from ``scores [rows, W]`` into ``indices [rows, k]``. Checks nothing."""
     rows, window = scores.shape
     launch(
         topk_kernel, (rows, 1, 1), scores.device, indices_ptr=indices, scores_ptr=scores, k=k,
@@ -103,14 +105,14 @@ def select_topk(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     """The ``k`` best positions of each row, in ascending position order.
 
     Args:
-        scores: float32 ``[..., W]``, ``W`` up to 4096. On the Triton path rows must lie at one stride and the last
-            dimension at stride 1; other rows are a ValueError and never a silent copy.
+        scores: float32 ``[..., W]``, ``W`` up to 4096. On the Triton path rows must have a common stride, and the
+            last dimension stride 1. Other layouts raise ValueError and are never copied silently.
         k: how many, ``1 <= k <= W``.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
         int32 ``[..., k]``. Exact for any bit pattern: higher score first, ties to the lowest position, NaN ranks as
-        -inf, -0.0 equals +0.0. The same bits in give the same indices out on every device and in every batch.
+        -inf, -0.0 equals +0.0. Equal input bits give equal indices on every device and in every batch.
 
     Raises:
         TypeError, ValueError: wrong dtype, ``k`` outside ``1..W``, a backend that cannot run.

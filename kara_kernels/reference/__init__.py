@@ -1,8 +1,8 @@
-"""The four operations in plain PyTorch: the truth that the kernels are held to, and what CPUs run.
+"""The four operations in plain PyTorch: the ground truth for the kernels, and the path that runs on CPUs.
 
-Same names and signatures as :mod:`kara_kernels.ops`, without ``backend``. Nothing here imports Triton or any kernel.
-Work is done per layer and sequence, in slices, with shapes that do not depend on the rest of the batch: that is what
-keeps the extra memory bounded and a sequence's result the same to the bit whatever it is batched with.
+Names and signatures are those of :mod:`kara_kernels.ops`, without ``backend``. Nothing here imports Triton or a kernel.
+Work is done per layer and sequence, in slices whose shapes do not depend on the rest of the batch. This bounds the
+extra memory, and gives a sequence the same bits in every batch.
 """
 
 from .chunks import expand_chunks

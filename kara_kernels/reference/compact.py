@@ -1,4 +1,4 @@
-"""Move the survivors of a window together, in place, through the block table; see Compact in ``docs/method.md``."""
+"""Moves the survivors of a window together, in place, through the block table. See Compact in ``docs/method.md``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arguments import CompactArguments, Windows, check_compact_blocks
 from ..paged import WORDS
 
-TILE_BYTES = 8 << 20  # rows in flight: bounds the extra memory whatever the tail's length, and stays in cache
+TILE_BYTES = 8 << 20  # rows copied at a time; bounds the extra memory for any tail, and fits in the CPU's cache
 
 
 def compact_blocks(
@@ -22,11 +22,11 @@ def compact_blocks(
     keep_indices: Tensor,
     window: int,
 ) -> Tensor:
-    """Keep ``keep_indices`` of each window and move the tail up behind them; see
+    """Keep ``keep_indices`` of each window and move the tail up after them. See
     :func:`kara_kernels.ops.compact_blocks`.
 
-    ``keep_indices`` int32 ``[S, H, K]`` (``[L, S, H, K]`` for ``L`` layers), window-relative, ascending, or all -1
-    for a sequence to leave alone. Returns the new lengths, int32 ``[S]``. Both caches are changed in place.
+    ``keep_indices`` is int32 ``[S, H, K]`` (``[L, S, H, K]`` for ``L`` layers), window-relative and ascending, or all
+    -1 for a skipped sequence. Returns the new lengths, int32 ``[S]``. Both caches are changed in place.
     """
     return compact_windows(
         check_compact_blocks(k_cache, v_cache, block_tables, window_starts, seq_lens, keep_indices, window)
@@ -35,7 +35,7 @@ def compact_blocks(
 
 @torch.no_grad()
 def compact_windows(a: CompactArguments) -> Tensor:
-    """New lengths int32 ``[S]``, with checked arguments."""
+    """Moves rows by checked arguments. Returns the new lengths, int32 ``[S]``."""
     active = a.keep_indices[0, :, 0, 0] >= 0
     for s in active.nonzero().flatten().tolist():
         compact_sequence(a, s, int(a.window_starts[s]), int(a.seq_lens[s]), a.keep_indices[:, s])
@@ -43,16 +43,16 @@ def compact_windows(a: CompactArguments) -> Tensor:
 
 
 def compact_sequence(w: Windows, s: int, start: int, length: int, keep: Tensor) -> None:
-    """All layers of sequence ``s``, unchecked: ``keep [L, H, K]``."""
+    """Moves the rows of sequence ``s`` in all layers by ``keep [L, H, K]``. Checks nothing."""
     for layer, keys in enumerate(w.cache.k):
         pools = (keys,) if w.cache.v is None else (keys, w.cache.v[layer])
         _move_rows(pools, w.block_tables[s], start, length, keep[layer], w.window)
 
 
 def _move_rows(pools: Sequence[Tensor], blocks: Tensor, start: int, length: int, keep: Tensor, window: int) -> None:
-    """Row ``start + r`` takes row ``start + keep[h, r]``, then the tail follows, a tile of rows at a time.
+    """Row ``start + r`` receives row ``start + keep[h, r]``, then the tail follows, a tile of rows at a time.
 
-    Sources ascend and no destination is behind its source, so a tile never overwrites what a later tile reads.
+    Sources ascend and no destination comes after its source, so a tile never overwrites what a later tile reads.
     """
     words = [pool.view(WORDS[pool.element_size()]) for pool in pools]
     page, heads = words[0].shape[1:3]

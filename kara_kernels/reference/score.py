@@ -1,4 +1,4 @@
-"""Attention that every key of a window receives from all window queries; ``docs/method.md`` calls it Score."""
+"""Attention mass that every key of a window receives from all window queries. See Score in ``docs/method.md``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES, slices
 
-# Slices bound the memory for any window. 1 MB of logits stays in a core's cache: a 256-token window of 9 heads took
-# 37 ms instead of 42 over 30 layers. Keys become float32 some heads at a time.
+# Slices bound the memory for any window. 1 MB of logits fits in a core's cache, so a 256-token window of 9 heads took
+# 37 ms instead of 42 over 30 layers. Keys are converted to float32 some heads at a time.
 SLICE_BYTES = 1 << 20
 KEY_BYTES = 32 << 20
 
@@ -22,11 +22,11 @@ def score_window(
     attention: str = "bidirectional", reduction: str = "mean", v_cache: Tensor | Sequence[Tensor] | None = None,
     redundancy: float = 0.0, query_rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Scores of the ``W = window`` tokens from ``window_starts`` on; see :func:`kara_kernels.ops.score_window`.
+    """Scores of the ``W = window`` tokens from ``window_starts`` on. See :func:`kara_kernels.ops.score_window`.
 
-    ``query`` ``[S, N, H*G, D]``, ``k_cache`` ``[B, P, H, D]`` -> float32 ``[S, H, W]``; sequences of ``L`` of both,
-    or tensors with a leading ``L``, -> ``[L, S, H, W]``. With ``query_rows`` ``[S, N]``, ``query`` is ``[R, H*G, D]``.
-    Computed in float32.
+    ``query`` ``[S, N, H*G, D]`` and ``k_cache`` ``[B, P, H, D]`` give float32 ``[S, H, W]``. Sequences of ``L`` of
+    both, or tensors with a leading ``L``, give ``[L, S, H, W]``. With ``query_rows`` ``[S, N]``, ``query`` is
+    ``[R, H*G, D]``. All arithmetic is in float32.
     """
     arguments = check_score_window(
         query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
@@ -38,7 +38,7 @@ def score_window(
 
 @torch.no_grad()
 def score_windows(a: ScoreArguments) -> Tensor:
-    """float32 ``[L, S, H, W]`` of checked arguments with ``window_starts``."""
+    """float32 ``[L, S, H, W]`` for checked arguments with ``window_starts``."""
     assert a.window_starts is not None
     shape = len(a.cache.k), len(a.window_starts), a.cache.shape[2], a.window
     scores = a.window_starts.new_empty(shape, dtype=torch.float32)
@@ -48,7 +48,7 @@ def score_windows(a: ScoreArguments) -> Tensor:
 
 
 def score_sequence(a: ScoreArguments, s: int, start: int) -> Tensor:
-    """All layers of sequence ``s``, whose window begins at ``start``, unchecked -> float32 ``[L, H, W]``."""
+    """float32 ``[L, H, W]`` of sequence ``s``, whose window starts at ``start``. Checks nothing."""
     return torch.stack([_score_layer(a, layer, s, start) for layer in range(len(a.cache.k))])
 
 
@@ -74,15 +74,15 @@ def _score_layer(a: ScoreArguments, layer: int, s: int, start: int) -> Tensor:
 
 
 def _gather(cache: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
-    """float32 ``[h, W, D]``. fp8 travels as bytes: indexing is not defined for every float8 type."""
+    """float32 ``[h, W, D]``. fp8 is gathered as bytes, because indexing is not implemented for every float8 type."""
     if cache.dtype in FP8_DTYPES:
         return cache.view(torch.uint8)[blocks, rows].view(cache.dtype).float().transpose(0, 1)
     return cache[blocks, rows].float().transpose(0, 1)
 
 
 def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention: str, reduction: str) -> Tensor:
-    """``query [N, h, G, D]``, ``keys [h, W, D]`` -> ``[h, W]``: of softmax rows the mean over queries and group, or the
-    root mean square."""
+    """``query [N, h, G, D]``, ``keys [h, W, D]`` -> ``[h, W]``: mean or root mean square of the softmax rows over
+    queries and group."""
     count, heads, group, dim = query.shape
     window = keys.shape[1]
     keys_t = (keys * factor).transpose(1, 2)
@@ -90,7 +90,7 @@ def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention
     for some in slices(count, max(1, SLICE_BYTES // (4 * heads * group * window))):
         rows = query[some].float().permute(1, 0, 2, 3).reshape(heads, -1, dim)
         logits = torch.bmm(rows, keys_t)  # [h, n*G, W]
-        if attention == "causal":  # query i is window token W - N + i and sees itself and what is before it
+        if attention == "causal":  # query i is window token W - N + i and sees no later token
             token = torch.arange(some.start, some.stop, device=keys.device) + window - count
             hidden = torch.arange(window, device=keys.device) > token.repeat_interleave(group)[:, None]
             logits.masked_fill_(hidden, -torch.inf)
@@ -101,20 +101,20 @@ def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention
 
 
 def _norms(values: Tensor) -> Tensor:
-    """``[h, W, Dv]`` -> ``[h, W]``: Euclidean lengths."""
+    """``[h, W, Dv]`` -> ``[h, W]``: Euclidean norms."""
     largest = values.abs().amax(-1)
-    unit = values / torch.where(largest > 0, largest, 1.0)[..., None]  # squares of tiny and huge ones leave float32
+    unit = values / torch.where(largest > 0, largest, 1.0)[..., None]  # tiny or huge squares would leave float32
     return largest * unit.square().sum(-1).sqrt()
 
 
 def _mean_cosines(keys: Tensor) -> Tensor:
-    """``keys [h, W, D]`` -> ``[h, W]``: mean cosine of each key to all keys of the window; a zero key has cosine 0.
+    """``keys [h, W, D]`` -> ``[h, W]``: mean cosine of each key to all keys of the window. A zero key has cosine 0.
 
-    ``mean_i cos(k_i, k_j) = <k_j/|k_j|, mean_i k_i/|k_i|>``: O(W D) instead of the O(W^2 D) matrix (after R-KV,
-    arXiv 2505.24133).
+    ``mean_i cos(k_i, k_j) = <k_j/|k_j|, mean_i k_i/|k_i|>`` takes O(W D) instead of O(W^2 D) for the matrix (after
+    R-KV, arXiv 2505.24133).
     """
     largest = keys.abs().amax(-1, keepdim=True)
-    unit = keys / torch.where(largest > 0, largest, 1.0)  # squares of tiny and huge keys would leave float32
+    unit = keys / torch.where(largest > 0, largest, 1.0)  # tiny or huge squares would leave float32's range
     norm = unit.square().sum(-1, keepdim=True).sqrt()
     unit = unit / torch.where(norm > 0, norm, 1.0)
     return (unit * unit.mean(1, keepdim=True)).sum(-1)

@@ -1,4 +1,4 @@
-"""Exact top-k of a row of scores, in position order; ``docs/method.md`` calls it Select."""
+"""Exact top-k of a row of scores, in position order. See Select in ``docs/method.md``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ..checks import check_count, check_scores, slices
 
-SLICE_ELEMENTS = 1 << 20  # scores handled at once; a dozen int64 temporaries of that size take 100 MB
+SLICE_ELEMENTS = 1 << 20  # scores per slice; a dozen int64 temporaries of this size take 100 MB
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:
     """The ``k`` best positions of each row, ascending.
 
-    ``scores`` float32 ``[..., W]``, ``1 <= k <= W``; returns int32 ``[..., k]``. Exact for any bit pattern: the
-    higher score first, ties to the lower position, NaN ranks as -inf and -0.0 equals +0.0. Raises TypeError /
-    ValueError for a wrong dtype or ``k``.
+    ``scores`` is float32 ``[..., W]``, ``1 <= k <= W``. Returns int32 ``[..., k]``. Exact for any bit pattern: higher
+    score first, ties to the lower position, NaN ranks as -inf, -0.0 equals +0.0. Raises TypeError or ValueError for a
+    wrong dtype or ``k``.
     """
     check_scores(scores)
     check_count("k", k, 1, scores.shape[-1])
@@ -25,12 +25,12 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
 
 
 def best_positions(scores: Tensor, k: int) -> Tensor:
-    """:func:`select_topk` unchecked."""
+    """:func:`select_topk` without checks."""
     return by_rows(lambda rows: positions_of_best(unique_rank(order_keys(rows)), k), scores, k)
 
 
 def by_rows(select: Callable[[Tensor], Tensor], scores: Tensor, k: int) -> Tensor:
-    """``select`` applied to ``scores [..., W]`` some rows at a time, which bounds the extra memory for any batch."""
+    """Applies ``select`` to ``scores [..., W]`` some rows at a time, which bounds the extra memory for any batch."""
     rows = scores.reshape(-1, scores.shape[-1])
     indices = torch.empty(len(rows), k, dtype=torch.int32, device=scores.device)
     for some in slices(len(rows), max(1, SLICE_ELEMENTS // rows.shape[1])):
@@ -39,7 +39,7 @@ def by_rows(select: Callable[[Tensor], Tensor], scores: Tensor, k: int) -> Tenso
 
 
 def order_keys(scores: Tensor) -> Tensor:
-    """int32 keys that order as the scores do, with NaN as -inf and one zero."""
+    """int32 keys that order like the scores, with NaN as -inf and a single zero."""
     clean = torch.where(scores.isnan(), -torch.inf, scores)
     clean = torch.where(clean == 0, 0.0, clean)
     bits = clean.view(torch.int32)
@@ -47,7 +47,7 @@ def order_keys(scores: Tensor) -> Tensor:
 
 
 def unique_rank(keys: Tensor) -> Tensor:
-    """int64 ``[..., W]``, all different within a row: by key, and within equal keys the lower position is higher."""
+    """int64 ``[..., W]``, distinct within a row: ordered by key, and of equal keys the lower position ranks higher."""
     width = keys.shape[-1]
     return (keys.long() << 32) | torch.arange(width - 1, -1, -1, device=keys.device)
 

@@ -1,4 +1,4 @@
-"""Kara: windows of running sequences, compressed while they decode.
+"""Kara: compresses windows of running sequences while they decode.
 
 The public names are in :mod:`kara_kernels` and :mod:`kara_kernels.engine`.
 """

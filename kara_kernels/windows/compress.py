@@ -15,7 +15,7 @@ from .run import run
 
 
 class CompressedWindow(NamedTuple):
-    """What :func:`compress_window` did. With many layers ``keep_indices`` and ``scores`` carry a leading ``L``."""
+    """The result of :func:`compress_window`. With many layers ``keep_indices`` and ``scores`` have a leading ``L``."""
 
     seq_lens: Tensor
     """int32 ``[S]``: new physical lengths; unchanged for a skipped sequence."""
@@ -48,71 +48,73 @@ def compress_window(
     backend: str = "auto",
     **options: Unpack[Options],
 ) -> CompressedWindow:
-    """Score a window of every sequence, keep ``keep`` of its tokens, and move what follows up behind them, in place.
+    """Score a window of every sequence, keep ``keep`` of its tokens, and move the tokens after it up, in place.
 
-    For a paged KV cache of one layer or of all layers at once: three kernel launches whatever ``L`` and ``S`` (a
-    fourth where scores are pooled or reduced), no device-to-host synchronisation, no allocation that depends on
-    contents. Beside the result it allocates at most 256 MB, or what one layer takes if that is more: on a GPU, long
-    windows with many queries are scored some layers at a time, two launches each; on the CPU, PyTorch works in slices.
+    It works on the paged KV cache of one layer or of all layers at once. It takes three kernel launches whatever ``L``
+    and ``S`` are, and a fourth if scores are pooled or reduced. There is no device-to-host synchronisation, and no
+    allocation that depends on contents. Apart from the result it allocates at most 256 MB, or what one layer needs if
+    that is more. To stay within that, a GPU scores long windows with many queries some layers at a time, with two
+    launches each. On the CPU, PyTorch works in slices.
 
     Args:
-        query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16 or float32, in any order. Queries of tokens
-            behind the window may be among them and make good judges. For many layers ``[L, S, N, H*G, D]`` or ``L``
-            tensors. None with ``scores``.
-        k_cache: ``[B, P, H, D]``, or ``L`` of them, or ``PagedCache.k``. Any strides; the Triton path needs the last
-            to be 1 and one set of strides for all layers. float16, bfloat16, float32 or float8; with ``scores`` any
+        query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16 or float32, in any order. They may include queries
+            of tokens after the window, which score well. For many layers ``[L, S, N, H*G, D]`` or ``L`` tensors. None
+            with ``scores``.
+        k_cache: ``[B, P, H, D]``, or ``L`` of them, or ``PagedCache.k``. Any strides. On the Triton path the last must
+            be 1, and all layers must have the same strides. float16, bfloat16, float32 or float8; with ``scores`` any
             dtype of 1, 2, 4 or 8 bytes.
         v_cache: the same with ``Dv``, or None for caches with one latent tensor (MLA). Its dtype may differ.
         block_tables: int32 ``[S, max_blocks]``: physical token ``t`` of sequence ``s`` lies in block
             ``block_tables[s, t // P]``, row ``t % P``. May be a narrowed view. For tables in CSR form see
             :func:`kara_kernels.block_tables_from_csr`.
         seq_lens: int32 ``[S]``, **physical** lengths in tokens.
-        window: ``W``, tokens that are compressed, up to 4096.
-        keep: ``K``, tokens of them that stay, ``1 <= keep <= window``.
-        scores: float32 ``[S, H, W]`` (``[L, S, H, W]``) to select by instead of scoring, so that any policy can be
-            plugged in.
+        window: ``W``, tokens in the window, up to 4096.
+        keep: ``K``, tokens of the window that are kept, ``1 <= keep <= window``.
+        scores: float32 ``[S, H, W]`` (``[L, S, H, W]``) to select by instead of computing scores, so that any policy
+            can be plugged in.
         window_starts: int32 ``[S]``, physical index of the first window token; ``seq_lens - window`` by default.
-            What lies behind the window is the tail, which stays whole and moves up.
+            Everything after the window is the tail, which is kept whole and moves up.
         protected_lens: int32 ``[S]``, physical tokens that may not be compressed: the prompt at first, then the
-            ``frontiers`` of the call before; 0 by default.
-        query_rows: int32 ``[S, N]``: where the queries lie in a buffer that all sequences share. ``query`` is then
+            ``frontiers`` of the previous call. 0 by default.
+        query_rows: int32 ``[S, N]``, rows of the queries in a buffer that all sequences share. ``query`` is then
             ``[R, H*G, D]`` (many layers: ``[L, R, H*G, D]`` or ``L`` tensors), and query ``i`` of sequence ``s`` is
-            its row ``query_rows[s, i]``. So a ring of queries is read where it lies.
-        scale: of the logits, ``1/sqrt(D)`` by default.
+            its row ``query_rows[s, i]``. A query ring is thus read in place.
+        scale: factor on the logits, ``1/sqrt(D)`` by default.
         k_scale: factor on the keys of an fp8 cache; float or tensor, see :func:`kara_kernels.ops.score_window`.
         reduce_scores: called with the pooled scores before selection, for example to all-reduce them over
-            tensor-parallel ranks. Gets and returns float32 ``[L, S, H, W]`` with extent 1 where pooled, without
-            ``L`` for one layer. May work in place and return None; with ``scores`` and ``pool="head"`` it is handed
+            tensor-parallel ranks. Gets and returns float32 ``[L, S, H, W]`` with extent 1 in pooled dimensions,
+            without ``L`` for one layer. May work in place and return None. With ``scores`` and ``pool="head"`` it gets
             the caller's own tensor.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
         **options: ``attention``, ``reduction``, ``value_norm``, ``redundancy`` of
             :class:`~kara_kernels.options.Scoring` and ``pool``, ``chunk_fraction``, ``max_chunk`` of
-            :class:`~kara_kernels.options.Selection`. The defaults are ``kara_kernels.options.RECOMMENDED``, what kept
-            most of the meaning in this library's quality bench; ``**kara_kernels.options.PAPER`` gives the published
-            method.
+            :class:`~kara_kernels.options.Selection`. The defaults are ``kara_kernels.options.RECOMMENDED``,
+            chosen to stay close to the full cache in this library's quality bench. ``**kara_kernels.options.PAPER``
+            gives the published method.
 
     Returns:
-        :class:`CompressedWindow`. A sequence whose window does not fit, ``window_start < protected_len`` or
-        ``window_start + window > seq_len``, is skipped: nothing of it changes, its ``keep_indices`` are -1. That is
-        decided on the device, so batches of mixed lengths need no host work. Pooled results are expanded views.
+        :class:`CompressedWindow`. A sequence is skipped if its window does not fit: ``window_start < protected_len`` or
+        ``window_start + window > seq_len``. Its cache does not change, and its ``keep_indices`` are -1. The device
+        decides that, so batches of mixed lengths need no host work. Pooled results are expanded views.
 
     Raises:
         TypeError, ValueError: before anything is written, naming argument, expected and got.
 
-    Not checked on a GPU, unless ``KARA_KERNELS_DEBUG=1`` (it costs a synchronisation): used block ids in ``0..B-1``,
-    ``query_rows`` in ``0..R-1``, lengths within the table's capacity, starts of 0 or more, and that no two sequences
-    share a block from their windows on.
-    Blocks that other sequences or a prefix cache still read must not be written; only the engine can know them.
+    On a GPU the following is checked only with ``KARA_KERNELS_DEBUG=1``, because it costs a synchronisation: used block
+    ids in ``0..B-1``, ``query_rows`` in ``0..R-1``, lengths within the table's capacity, starts of 0 or more, and that
+    no two sequences share a block from their windows on. The library cannot know which blocks other sequences or a
+    prefix cache still read. The engine must make sure that they are not written.
 
-    Before serving, call it once with ``seq_lens`` of zeros. That skips every sequence and compiles every kernel; batch,
-    lengths, ``N`` and ``keep`` may then change without another compilation. For CUDA graphs pass a
-    :class:`~kara_kernels.PagedCache` and one stacked ``query``: lists of tensors cost an upload of addresses per call.
+    Before serving, call it once with ``seq_lens`` of zeros. That skips every sequence and compiles every kernel. Batch,
+    lengths, ``N`` and ``keep`` may then change without recompilation. For CUDA graphs pass a
+    :class:`~kara_kernels.PagedCache` and one stacked ``query``, because lists of tensors cost an upload of addresses
+    per call.
 
     Under ``torch.compile`` the call is one node of the graph. Queries and caches must be tensors there, stacked
-    ones for many layers. Lists, a :class:`~kara_kernels.PagedCache` and ``reduce_scores`` are a TypeError.
+    ones for many layers. Lists, a :class:`~kara_kernels.PagedCache` and ``reduce_scores`` raise TypeError.
 
     Method: Kara, sliding-window KV cache compression (arXiv 2607.01237). ``docs/method.md`` has the formulas and marks
-    what the paper leaves open.
+    the choices that the paper leaves open.
     """
     given: dict[str, Any] = {
         "window": window, "keep": keep, "scores": scores, "window_starts": window_starts,

@@ -1,4 +1,4 @@
-"""What one compression did, in one form for every engine: records in memory, lines of a trace."""
+"""The record of one compression, in the same form for every engine, in memory and in a trace."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Compression(NamedTuple):
         cls, plan: Plan, policy: Policy, keep_indices: Tensor, *, seconds: float, request_id: str | None = None,
         recomputed_len: int = 0,
     ) -> Compression:  # fmt: skip
-        """The record of a plan that was executed.
+        """The record of an executed plan.
 
         Args:
-            plan: what was executed.
-            policy: the one it was made with.
-            keep_indices: int32 ``[L, H, K]`` on the CPU, as :func:`kara_kernels.engine.execute` returned them; with
-                tensor parallelism ``H`` of all ranks.
+            plan: the executed plan.
+            policy: the policy it was made with.
+            keep_indices: int32 ``[L, H, K]`` on the CPU, as :func:`kara_kernels.engine.execute` returned them. With
+                tensor parallelism ``H`` counts the heads of all ranks.
             seconds, recomputed_len: see the fields.
-            request_id: another name than the plan's, such as the client's.
+            request_id: a name to use instead of the plan's, such as the client's.
         """
         return cls(
             request_id=plan.request_id if request_id is None else request_id, logical_len=plan.logical_len,
@@ -59,5 +59,5 @@ class Compression(NamedTuple):
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as what JSON knows, ``keep_indices`` as nested lists: a line of a trace."""
+        """All fields as JSON types, ``keep_indices`` as nested lists. This is a line of a trace."""
         return self._asdict() | {"keep_indices": self.keep_indices.tolist()}

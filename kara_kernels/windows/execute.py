@@ -1,7 +1,7 @@
-"""Executing plans: the only part of the shim that touches the cache.
+"""Executes plans. This is the only part of the shim that touches the cache.
 
 Every worker executes the same plans before its step zeroes, copies or writes a block. Freed blocks may already belong
-to another sequence of that step, and on one stream its writes come later.
+to another sequence in that step. On one stream, its writes come later.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .queries import QueryRing, upload
 class PackedCache:
     """Pools whose blocks hold rows at arbitrary element offsets, such as bfloat16 packed for matrix instructions.
 
-    A compression copies the touched blocks into plain ones, compresses those and writes them back. That is more traffic
-    than moving rows in place.
+    A compression copies the touched blocks into plain ones, compresses these and writes them back. This moves more
+    bytes than compressing in place.
 
     Args:
         pools: ``L`` tensors ``[B, E]``, one row of ``E`` elements per block, stride 1 along ``E``, of one dtype and
@@ -36,7 +36,7 @@ class PackedCache:
         v_offsets: the same for values, ``[P, H, Dv]``.
 
     Raises:
-        TypeError, ValueError: offsets that leave the block or name an element twice.
+        TypeError, ValueError: offsets outside the block, or the same offset twice.
     """
 
     def __init__(self, pools: Sequence[Tensor], k_offsets: Tensor, v_offsets: Tensor) -> None:
@@ -63,7 +63,7 @@ class PackedCache:
 
     def load(self, blocks: Tensor) -> PagedCache:
         """The blocks ``[n]`` of all layers as a plain cache of ``n`` blocks."""
-        # One tensor for all layers: a list of them would cost an upload of their addresses.
+        # One tensor for all layers, because a list would cost an upload of addresses.
         rows = torch.stack([pool[blocks[:, None], self._offsets] for pool in self.pools])
         k, v = (x.unflatten(2, s).contiguous() for x, s in zip(rows.split(self._sizes, 2), self._shapes, strict=True))
         return PagedCache(k, v)
@@ -88,18 +88,19 @@ def execute(
     """Compresses every planned window in all layers, in place.
 
     Args:
-        plans: of one step, from :meth:`kara_kernels.engine.Ledger.plan`; executed before ``ring`` releases any of them.
+        plans: plans of one step, from :meth:`kara_kernels.engine.Ledger.plan`. Execute them before ``ring`` releases
+            any of their sequences.
         cache: the engine's pools, all layers.
         ring: the recorded queries.
-        policy: the one the plans were made with.
+        policy: the policy that the plans were made with.
         scale, k_scale, reduce_scores, backend: see :func:`kara_kernels.compress_window`.
-        turn: a function from the queries that score, ``[L, S, N, H*G, D]``, oldest first, to those that score in their
-            place. It gets a copy; without it the ring's rows are read where they lie.
-        scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of scoring.
+        turn: a function that transforms the queries before scoring. It gets a copy, ``[L, S, N, H*G, D]``, oldest
+            first. Without it the ring's rows are read in place.
+        scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of computing scores.
 
     Returns:
-        Per plan the keep list, int32 ``[L, H, K]``, window-relative and ascending, on the cache's device. No
-        synchronisation with a GPU.
+        The keep list of each plan, int32 ``[L, H, K]``, window-relative and ascending, on the cache's device.
+        There is no synchronisation with a GPU.
 
     Not checked on a GPU: that the planned blocks belong to their sequences.
     """
@@ -127,10 +128,10 @@ def warm_up(
     k_scale: float | Tensor | None = None, reduce_scores: Callable[[Tensor], Tensor] | None = None,
     turn: Callable[[Tensor], Tensor] | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """Compiles what :func:`execute` launches with the same options, so that the first request need not wait for it.
+    """Compiles the kernels that :func:`execute` launches with these options, so that the first request does not wait.
 
-    It compresses one sequence without rows, which is skipped, so no row is read or written. ``turn`` is called with
-    queries that nobody recorded, and ``reduce_scores`` is called too.
+    It compresses one empty sequence, which is skipped, so the cache does not change. ``turn`` is called with unrecorded
+    queries, and ``reduce_scores`` is called too.
     """
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
@@ -141,7 +142,7 @@ def warm_up(
 
 
 def _options(policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, backend: str) -> dict[str, Any]:
-    """What :func:`compress_window` is told, whatever the plans."""
+    """Options of :func:`compress_window` that do not depend on the plans."""
     return {
         "window": policy.window, "keep": policy.keep, "scale": scale, "k_scale": k_scale,
         "reduce_scores": reduce_scores, "backend": backend, **policy.selection,
@@ -150,7 +151,7 @@ def _options(policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, backe
 
 @dataclass(frozen=True)
 class _Call:
-    """What the calls of a step share."""
+    """State shared by the calls of a step."""
 
     ring: QueryRing
     turn: Callable[[Tensor], Tensor] | None
@@ -159,7 +160,7 @@ class _Call:
     def compress(
         self, plans: Sequence[Plan], tables: Sequence[Sequence[int]], cache: PagedCache, scores: Tensor | None
     ) -> Tensor:
-        """Keep lists ``[L, S, H, K]``. ``tables`` name the blocks from a plan's first written one on in ``cache``."""
+        """Keep lists ``[L, S, H, K]``. ``tables`` have each plan's blocks in ``cache`` from the first written one."""
         rows: Sequence[Sequence[int]] = [()] * len(plans)
         if scores is None:
             rows = [self.ring.rows_of(plan.request_id, plan.last_query, plan.num_queries) for plan in plans]
@@ -170,7 +171,7 @@ class _Call:
         cache: PagedCache, scores: Tensor | None,
     ) -> Tensor:  # fmt: skip
         count, width = len(plans), max(map(len, tables))
-        # Blocks before the first written one are left out: lengths and starts count from it.
+        # Blocks before the first written one are omitted. Lengths and starts are relative to it.
         before = [plan.first_written * cache.shape[1] for plan in plans]
         numbers = [
             [plan.physical_len - rows for plan, rows in zip(plans, before, strict=True)],
@@ -178,7 +179,7 @@ class _Call:
             [row for of_plan in rows for row in of_plan],
             [block for table in tables for block in (*table, *[table[0]] * (width - len(table)))],
         ]
-        # One upload, whatever the batch.
+        # One upload for any batch size.
         given = upload(list(chain.from_iterable(numbers)), torch.int32, cache.k[0].device)
         lengths, starts, places, table = given.split([len(part) for part in numbers])
         query: Tensor | None = None
@@ -194,8 +195,8 @@ class _Call:
 
 
 def _groups(plans: Sequence[Plan], packed: bool, scored: bool) -> list[list[int]]:
-    """Indices of plans that one call compresses. A packed cache takes one plan a call; others take all plans with the
-    same number of queries, which is nearly always all of them."""
+    """Indices of plans that one call compresses. A packed cache takes one plan per call. Other caches take all plans
+    with the same number of queries, which is usually all of them."""
     if packed:
         return [[s] for s in range(len(plans))]
     groups: dict[int, list[int]] = {}

@@ -1,8 +1,7 @@
-"""compress_window as an operator of PyTorch, for graphs that `torch.compile` makes.
+"""compress_window as a PyTorch operator, for graphs of `torch.compile`.
 
-Dynamo cannot look into checks that read addresses, and need not: under `torch.compile` the call becomes one node that
-changes the caches in place. Eager calls never come here, because dispatching an operator costs more than the call's own
-checks.
+Dynamo cannot trace checks that read addresses. Under `torch.compile` the call therefore becomes one node that changes
+the caches in place. Eager calls do not use it, because dispatching an operator costs more than the call's own checks.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def _run(
     options = {name: given.pop(name) for name in OPTIONS}
     request = check_request(query, k_cache, v_cache, block_tables, seq_lens, scores=scores, options=options, **given)
     lengths, keep_indices, pooled, frontiers = run(request, backend)
-    # An operator's results are tensors of their own: no expanded views, nothing of the caller's.
+    # An operator must return new tensors: no expanded views, and none of the caller's tensors.
     pooled = pooled if scores is None else pooled.clone()
     return lengths, keep_indices.contiguous(), pooled.contiguous(), frontiers
 
@@ -61,7 +60,7 @@ def in_graph(
     query: object, k_cache: object, v_cache: object, block_tables: Tensor, seq_lens: Tensor, *, k_scale: object,
     reduce_scores: object, options: Mapping[str, Any], **others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The node of a graph. Tensors alone can be seen through by a compiler: lists and pools raise TypeError."""
+    """The node of a graph. A compiler can only trace tensors, so lists and pools raise TypeError."""
     for name, value in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(

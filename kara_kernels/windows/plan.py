@@ -1,14 +1,14 @@
-"""Who is compressed when, and what that does to blocks and lengths. Host logic on counts alone.
+"""Decides which sequence is compressed when, and tracks blocks and lengths. Host logic that uses only counts.
 
-A compression has three parts. To **plan**, the scheduler decides on a window from counts it has anyway. To **execute**
-(:mod:`.execute`), every worker moves rows before the step writes into freed blocks. To **commit**, the scheduler books
-the new lengths. The plan fixes how many tokens stay, so no scheduler waits for a worker and all tensor-parallel ranks
-agree.
+A compression has three parts. To **plan**, the scheduler chooses a window from counts that it already has. To
+**execute** (:mod:`.execute`), every worker moves rows before the step writes into freed blocks. To **commit**, the
+scheduler records the new lengths. The plan fixes how many tokens are kept, so the scheduler never waits for a worker,
+and all tensor-parallel ranks agree.
 
-Two lengths are kept apart. The *logical* length counts every token ever seen; positions, stop conditions and
-recomputation use it. The *physical* length counts the rows a sequence still holds; slots and attention use it. They
-differ by what was *dropped*. The *frontier* is the physical length of what is never touched again: the prompt, then
-what earlier compressions kept.
+Each sequence has two lengths. The *logical* length counts every token ever seen. Positions, stop conditions and
+recomputation use it. The *physical* length counts the rows a sequence still holds. Slots and attention use it. They
+differ by the number of *dropped* tokens. The *frontier* is the physical length of the part that is never touched again:
+the prompt and the survivors of earlier compressions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Held(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One compression of one sequence: all that a worker needs to know."""
+    """One compression of one sequence, with everything a worker needs."""
 
     request_id: str
     logical_len: int
@@ -57,12 +57,12 @@ class Plan(NamedTuple):
 
     @property
     def touched(self) -> tuple[int, ...]:
-        """Blocks that must leave the prefix cache before they are written or freed."""
+        """Blocks to remove from the prefix cache before they are written or freed."""
         return self.blocks[self.first_written :]
 
     @property
     def freed(self) -> tuple[int, ...]:
-        """Blocks that go back to the pool once the rows are moved."""
+        """Blocks that return to the pool after the rows have moved."""
         return self.blocks[self.kept_blocks :]
 
 
@@ -75,21 +75,21 @@ class _State:
     frontier: int
     dropped: int = 0
     windows: int = 0
-    said: set[str] = field(default_factory=set)  # why this window waited; each reason counts once
+    said: set[str] = field(default_factory=set)  # reasons why this window waited; each counts once
 
 
 class Ledger:
     """The compression state of every running sequence of one engine.
 
     Call ``start`` when a sequence's first tokens are scheduled. Call ``forget`` when it finishes, is aborted **or is
-    preempted**: what was kept is lost with the blocks, and recomputation begins anew. No state is tied to a place in a
-    batch.
+    preempted**. After preemption the compressed cache is lost with its blocks, and the sequence is recomputed. No state
+    depends on a position in the batch.
 
     Args:
-        policy: what to do.
-        page_size: ``P``, tokens in a block; 1 for slot tables.
-        query_rows: queries that the ring holds per sequence; by default, and at least, ``policy.query_rows``. With
-            more of them, a window that had to wait is still judged by its own queries and its tail's.
+        policy: the compression settings.
+        page_size: ``P``, tokens per block; 1 for slot tables.
+        query_rows: queries that the ring holds per sequence. The default and minimum is ``policy.query_rows``. With
+            more, a window that had to wait is still scored by its own queries and those of its tail.
 
     Raises:
         TypeError, ValueError: settings that could never free a block of this size; too few rows.
@@ -105,17 +105,17 @@ class Ledger:
         """Windows that had to wait; every window and reason counts once. ``shared``: others hold blocks of it;
         ``gain``: it would free too few blocks yet; ``queries``: too few are recorded; ``cap``: others went first."""
         self._states: dict[str, _State] = {}
-        self._planned: dict[str, Plan] = {}  # of the latest round, until they are committed
+        self._planned: dict[str, Plan] = {}  # plans of the latest round, until committed
         self._started = 0
         self._rounds = 0
 
     def start(self, request_id: str, prompt_len: int, computed: int) -> None:
-        """A sequence begins, or begins anew after preemption.
+        """Registers a sequence that starts, or restarts after preemption.
 
         Args:
             request_id: its name.
-            prompt_len: tokens that are never compressed, at least those of ``policy.protected``.
-            computed: tokens that the prefix cache served; their queries were never seen.
+            prompt_len: tokens that are never compressed. If ``policy.protected`` is larger, it counts instead.
+            computed: tokens served by the prefix cache, whose queries were not recorded.
         """
         self._planned.pop(request_id, None)
         frontier = max(prompt_len, self.policy.protected)
@@ -123,7 +123,7 @@ class Ledger:
         self._started += 1
 
     def forget(self, request_id: str) -> None:
-        """The sequence holds no blocks any more. Unknown names are ignored: it may never have begun."""
+        """Removes a sequence that no longer holds blocks. Unknown names are ignored: it may never have started."""
         self._states.pop(request_id, None)
         self._planned.pop(request_id, None)
 
@@ -133,24 +133,24 @@ class Ledger:
         return 0 if state is None else state.dropped
 
     def windows(self, request_id: str) -> int:
-        """Compressions since the sequence began (anew)."""
+        """Compressions since the sequence started or restarted."""
         state = self._states.get(request_id)
         return 0 if state is None else state.windows
 
     def uncompressed(self, request_id: str, logical_len: int) -> int:
-        """Rows behind the frontier: decoded, and in no window so far. 0 for an unknown sequence or within a prompt."""
+        """Decoded tokens after the frontier, not yet in a window. 0 for an unknown sequence or within a prompt."""
         state = self._states.get(request_id)
         return 0 if state is None else max(0, logical_len - state.dropped - state.frontier)
 
     def is_due(self, request_id: str, logical_len: int) -> bool:
-        """Whether the sequence has a window and a tail to compress. Cheap; ask before you make a :class:`Held`."""
+        """Whether the sequence has a full window and tail. Cheap: call it before you create a :class:`Held`."""
         return self.uncompressed(request_id, logical_len) >= self.policy.window + self.policy.tail
 
     def plan(self, held: Iterable[Held]) -> list[Plan]:
         """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
 
-        Sequences with most uncompressed tokens go first, then those that run longest, so that nobody starves. No
-        length changes: a plan that is not committed before the next call has not happened.
+        Sequences with the most uncompressed tokens go first, then those that have run longest, so that none starves.
+        No length changes. A plan that is not committed before the next call is discarded.
 
         Raises ValueError if a sequence that is due has fewer blocks than rows.
         """
@@ -168,10 +168,10 @@ class Ledger:
         return plans
 
     def commit(self, plan: Plan) -> None:
-        """Books a plan that every worker executes before it computes another token of this sequence.
+        """Records a plan. Every worker must execute it before it computes another token of this sequence.
 
-        Raises ValueError for a plan of an earlier round, one that was committed before, or one whose sequence was
-        forgotten or began anew since.
+        Raises ValueError if the plan is from an earlier round, was already committed, or its sequence was forgotten or
+        restarted since.
         """
         if self._planned.get(plan.request_id) != plan:
             raise ValueError(f"plan: expected an uncommitted one of the latest round, got {plan}")
@@ -183,7 +183,7 @@ class Ledger:
         state.said.clear()
 
     def _plan(self, held: Held) -> tuple[int, Plan] | None:
-        """Tokens that may be compressed, and the plan for the oldest window of them; None: it has to wait."""
+        """The number of compressible tokens and the plan for the oldest window, or None if it has to wait."""
         state = self._states.get(held.request_id)
         if state is None or not self.is_due(held.request_id, held.logical_len):
             return None
@@ -203,10 +203,10 @@ class Ledger:
         reason = ""
         if physical - begin < enough:
             reason = "shared"
-        # A block of further tokens passes through every gain there can be; after that the window goes ahead anyway.
+        # One more block of tokens covers every possible gain. After that the window is compressed anyway.
         elif filled - kept < policy.min_freed_blocks and physical - begin < enough + page:
             reason = "gain"
-        # Decoded tokens that the prefix cache served left no queries: wait until enough are recorded.
+        # Decoded tokens served by the prefix cache have no recorded queries, so wait until enough are recorded.
         elif physical - start < enough or last - first + 1 < max(1, policy.query_rows // 4):
             reason = "queries"
         if reason:
@@ -222,15 +222,15 @@ class Ledger:
         """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""
         policy, stride = self.policy, self.policy.query_stride
         newest = (logical - 1) // stride
-        # Sample n is that of logical position n * stride; a ring holds the newest ones.
+        # Sample n is the query at logical position n * stride. The ring holds the newest ones.
         oldest = max((state.recorded_from - 1) // stride, newest - self.query_rows) + 1
         if policy.attention == "causal":
-            # Query i judges as window token i, so a token whose own query is gone fits into no window.
+            # Query i acts as window token i, so a token whose own query is gone fits in no window.
             start = max(begin, oldest - state.dropped)
             first = start + state.dropped
             return start, first, first + policy.window - 1
         rows = policy.query_rows
-        # Queries of the window and its tail. Where it had to wait, later ones have overwritten the oldest of them.
+        # Queries of the window and its tail. If it had to wait, later ones have overwritten the oldest.
         first = max(oldest, min(-(-(begin + state.dropped) // stride), newest - rows + 1))
         return begin, first, min(newest, first + rows - 1)
 

@@ -1,4 +1,4 @@
-"""What an operator sets: how much is compressed, when, and by which scores."""
+"""Settings for operators: how much is compressed, when, and by which scores."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ QUERY_HEADS = ("all", "mean")
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(Scoring, Selection):
-    """Settings of an engine's compression; every field has a default and is checked on construction.
+    """Settings of an engine's compression. Every field has a default and is checked on construction.
 
     The options of :class:`~kara_kernels.options.Scoring` and :class:`~kara_kernels.options.Selection` are fields too.
-    Lengths are in tokens, counts in what they name.
+    Lengths are in tokens.
 
     Raises:
         TypeError, ValueError: naming field, expected and got.
@@ -51,7 +51,7 @@ class Policy(Scoring, Selection):
         Selection.__post_init__(self)
         for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 0)):
             check_count(name, getattr(self, name), low, 2**31 - 1)
-        least = min(1, self.min_freed_blocks)  # tokens that must go: dropping none could never free a block
+        least = min(1, self.min_freed_blocks)  # tokens that must be dropped, because dropping none never frees a block
         check_count("window", self.window, 1 + least, MAX_WINDOW)
         check_count("keep", self.keep, 1, self.window - least)
         check_count("query_stride", self.query_stride, 1, self.window)
@@ -68,10 +68,10 @@ class Policy(Scoring, Selection):
 
         Args:
             settings: fields of the policy.
-            beside: keys that an engine's adapter knows too and has taken out; the error for an unknown key lists them.
+            beside: further keys that an engine's adapter handles itself. The error for an unknown key lists them too.
 
         Raises:
-            TypeError, ValueError: unknown keys, or values that a field refuses.
+            TypeError, ValueError: unknown keys or invalid values.
         """
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
@@ -82,7 +82,7 @@ class Policy(Scoring, Selection):
         return cls(**settings)
 
     def check_page_size(self, page_size: int) -> None:
-        """Refuses settings that could never free a block of ``page_size`` tokens."""
+        """Raises ValueError for settings that could never free a block of ``page_size`` tokens."""
         check_count("page_size", page_size, 1, 2**31 - 1)
         if not self.min_freed_blocks:
             return
@@ -102,10 +102,10 @@ class Policy(Scoring, Selection):
 
     @property
     def query_rows(self) -> int:
-        """Queries a sequence has room for: those of one window and the tail behind it."""
+        """Queries recorded per sequence: those of one window and its tail."""
         return -(-(self.window + self.tail) // self.query_stride)
 
     @property
     def selection(self) -> dict[str, Any]:
-        """The options of :func:`kara_kernels.compress_window` that decide which tokens stay."""
+        """The options of :func:`kara_kernels.compress_window` that decide which tokens are kept."""
         return {name: getattr(self, name) for name in OPTIONS}

@@ -1,8 +1,8 @@
-"""The queries that score: attention layers write the newest ones of every running sequence into a ring.
+"""Records the queries used for scoring. Attention layers write the newest ones of every running sequence into a ring.
 
 Only decoded tokens are recorded, every ``query_stride``-th. Sample ``n`` of a sequence is the query at logical
-position ``n * query_stride``, and it lies in row ``n % rows``. So a ring needs no state of its own, and a sequence that
-is recomputed after preemption writes the same rows again. Scoring reads the rows where they lie.
+position ``n * query_stride``, in row ``n % rows``. A ring therefore needs no state, and a sequence that is recomputed
+after preemption writes the same rows again. Scoring reads the rows in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .policy import Policy
 
 
 class Span(NamedTuple):
-    """The tokens of one sequence in a step, in the order in which the step's batch has them."""
+    """The tokens of one sequence in a step. Spans are in batch order."""
 
     request_id: str
     prompt_len: int
@@ -29,22 +29,22 @@ class Span(NamedTuple):
 
 
 class QueryRing:
-    """Rings of post-RoPE queries for up to ``max_sequences`` running sequences, one allocation for life.
+    """Rings of post-RoPE queries for up to ``max_sequences`` running sequences, in one permanent allocation.
 
-    It allocates :attr:`nbytes` once and zeroes nothing, so on a CPU a page costs memory when it is first written.
-    Call ``prepare`` on the host before a step, and ``record`` in each layer of the forward. The indices that ``record``
-    reads live at a fixed address, so a captured CUDA graph follows the latest ``prepare``. Call both on one stream; the
-    host may then run ahead of it.
+    It allocates :attr:`nbytes` once without zeroing, so on a CPU a page uses memory only after it is first written.
+    Call ``prepare`` on the host before a step, and ``record`` in each layer of the forward pass. The indices that
+    ``record`` reads are at a fixed address, so a captured CUDA graph follows the latest ``prepare``. Call both on one
+    stream. The host may then run ahead of it.
 
     Args:
         policy: stride, rows and whether groups are averaged.
         layers: ``L``.
         query_heads, kv_heads: ``H*G`` and ``H`` of this worker.
         head_dim: ``D``.
-        max_sequences: sequences that run at once at most.
-        max_tokens: tokens in one step at most, padding included.
+        max_sequences: most sequences that run at once.
+        max_tokens: most tokens in one step, padding included.
         dtype, device: of the queries.
-        rows: queries that each sequence has room for; by default, and at least, those of the policy.
+        rows: queries recorded per sequence. The default and minimum is ``policy.query_rows``.
 
     Raises:
         TypeError, ValueError: too few rows; the ring would be larger than ``policy.max_query_gib``.
@@ -60,7 +60,7 @@ class QueryRing:
         self._kv_heads = kv_heads
         self._mean = policy.query_heads == "mean" and query_heads > kv_heads
         heads = kv_heads if self._mean else query_heads
-        # The last row takes what is not recorded.
+        # Queries that are not recorded go to the last row.
         self._trash = max_sequences * self.rows
         shape = layers, self._trash + 1, heads, head_dim
         self.nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype, self.rows)
@@ -75,7 +75,7 @@ class QueryRing:
         self.queries = torch.empty(shape, dtype=dtype, device=device)
         """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
-        self._written = 0  # targets that may point to another row than the last
+        self._written = 0  # leading targets that may point elsewhere than to the last row
         self._slots: dict[str, int] = {}
         self._free = list(range(max_sequences - 1, -1, -1))
 
@@ -85,22 +85,22 @@ class QueryRing:
         return len(self._slots)
 
     def release(self, request_id: str) -> None:
-        """The sequence finished, was aborted or preempted; unknown names are fine."""
+        """Frees the ring of a sequence that finished, was aborted or was preempted. Unknown names are ignored."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
 
     def prepare(self, spans: Iterable[Span]) -> bool:
-        """Where the queries of the step to come go; returns whether any is recorded.
+        """Sets where the next step's queries go. Returns whether any is recorded.
 
-        Raises ValueError for a step of more tokens, RuntimeError for more sequences than the ring was made for: an
-        engine that forgot to release some.
+        Raises ValueError for more tokens, and RuntimeError for more sequences, than the ring was made for. The latter
+        means that the engine forgot to release some.
         """
         stride, rows = self.policy.query_stride, self.rows
         offset = 0
         marks: list[tuple[int, int]] = []
         for request_id, prompt_len, first, count in spans:
-            # Only the newest `rows` samples survive a long chunk, and no row may be written twice in one step.
+            # Only the newest `rows` samples of a long chunk are kept, and no row may be written twice in one step.
             last_sample = (first + count - 1) // stride
             begin = max(first, prompt_len, (last_sample - rows + 1) * stride)
             sample = -(-begin // stride)
@@ -111,38 +111,40 @@ class QueryRing:
         if offset > len(self._targets):
             raise ValueError(f"spans: expected at most {len(self._targets)} tokens in one step, got {offset}")
         end = marks[-1][0] + 1 if marks else 0
-        # Tokens behind the last mark are padding, or left over from a longer step.
+        # Tokens after the last mark are padding, or left over from a longer step.
         targets = [self._trash] * max(end, self._written)
         for at, row in marks:
             targets[at] = row
         if targets:
-            # New memory for every step: the stream may not have made the previous copy yet.
+            # New memory for every step, because the stream may not have finished the previous copy.
             self._targets[: len(targets)].copy_(staged(targets, torch.int64, self.queries.device), non_blocking=True)
         self._written = end
         return bool(marks)
 
     def record(self, layer: int, query: Tensor) -> None:
-        """Writes the queries ``[T, H*G, D]`` of one layer, padding included, to where ``prepare`` said."""
+        """Writes the queries ``[T, H*G, D]`` of one layer, padding included, to the rows set by ``prepare``."""
         if self._mean:
             query = query.unflatten(1, (self._kv_heads, -1)).mean(2)
         self.queries[layer].index_copy_(0, self._targets[: query.shape[0]], query)
 
     def rows_of(self, request_id: str, last: int, count: int) -> list[int]:
-        """Rows of ``queries`` where ``count`` samples up to number ``last`` of a sequence lie, oldest first.
+        """Rows of ``queries`` that hold the ``count`` samples of a sequence up to number ``last``, oldest first.
 
-        Raises KeyError for a sequence of which nothing is recorded.
+        Raises KeyError for a sequence without recorded queries.
         """
         base = self._slots[request_id] * self.rows
         return [base + sample % self.rows for sample in range(last - count + 1, last + 1)]
 
     def select(self, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
-        """``(queries [L, R, H*G, D], rows int32 [S, N])``: what scores plans that share one ``num_queries``, oldest
-        first. No query is copied: :func:`kara_kernels.compress_window` takes rows as ``query_rows``."""
+        """``(queries [L, R, H*G, D], rows int32 [S, N])`` for plans with the same ``num_queries``, oldest query first.
+
+        No query is copied: :func:`kara_kernels.compress_window` takes the rows as ``query_rows``.
+        """
         rows = [self.rows_of(plan.request_id, plan.last_query, plan.num_queries) for plan in plans]
         return self.queries, upload(rows, torch.int32, self.queries.device)
 
     def copy(self, other: QueryRing, request_id: str, last: int, count: int) -> None:
-        """Takes ``count`` samples up to number ``last`` of a sequence over from a ring with other rows."""
+        """Copies ``count`` samples of a sequence, up to number ``last``, from a ring with another number of rows."""
         if count:
             self._slot(request_id)
             to, rows = (
@@ -166,16 +168,16 @@ def ring_bytes(
     policy: Policy, layers: int, heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype,
     rows: int | None = None,
 ) -> int:  # fmt: skip
-    """Bytes of a :class:`QueryRing` that records ``heads`` heads: query heads, or KV heads with means of groups."""
+    """Bytes of a :class:`QueryRing` that records ``heads`` heads: query heads, or KV heads if groups are averaged."""
     rows = policy.query_rows if rows is None else rows
     return layers * (max_sequences * rows + 1) * heads * head_dim * dtype.itemsize
 
 
 def staged(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the host whose copy to ``device`` needs no wait; pinned memory is not reused before it is through."""
+    """Values on the host that can be copied without waiting. Pinned memory is not reused before the copy is done."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on ``device`` without waiting for it; ``torch.tensor(..., device=...)`` and lists as indices would."""
+    """Copies values to ``device`` without waiting. ``torch.tensor(..., device=...)`` and list indices would wait."""
     return staged(values, dtype, device).to(device, non_blocking=True)

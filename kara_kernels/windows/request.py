@@ -1,4 +1,4 @@
-"""The arguments of one compression: those of scoring, and what selects and moves."""
+"""The arguments of one compression: those of scoring, selecting and moving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ReduceScores = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ScoreArguments):
-    """Checked arguments of :func:`kara_kernels.compress_window`; shapes as there, layers always leading."""
+    """Checked arguments of :func:`kara_kernels.compress_window`. Shapes are the same, always with a leading ``L``."""
 
     seq_lens: Tensor
     keep: int
@@ -28,7 +28,7 @@ class Request(ScoreArguments):
 
     @property
     def lists(self) -> tuple[int, int, int]:
-        """How many keep lists there are, as ``[L, S, H]`` with extent 1 where scores are pooled."""
+        """The number of keep lists as ``(L, S, H)``, with extent 1 for pooled dimensions."""
         layers, heads, pool = len(self.cache.k), self.cache.shape[2], self.selection.pool
         return 1 if pool == "model" else layers, self.seq_lens.shape[0], heads if pool == "head" else 1
 
@@ -39,12 +39,12 @@ class Request(ScoreArguments):
     def windows(self) -> tuple[Tensor, Tensor]:
         """``(starts int32 [S], fits bool [S])``."""
         starts = self.seq_lens - self.window if self.window_starts is None else self.window_starts
-        # Nothing is added to a start, because one near 2^31 would wrap around and seem to fit.
+        # Nothing is added to a start, because a value near 2^31 would wrap around and seem to fit.
         fits = (starts >= 0) & (self.seq_lens >= self.window) & (starts <= self.seq_lens - self.window)
         return starts, fits if self.protected_lens is None else fits & (starts >= self.protected_lens)
 
     def reduced(self, scores: Tensor) -> Tensor:
-        """The caller's hook between pooling and selection; it may work in place and return None."""
+        """Applies the caller's hook between pooling and selection, which may work in place and return None."""
         if self.reduce_scores is None:
             return scores
         given = scores if self.many else scores[0]
@@ -55,7 +55,7 @@ class Request(ScoreArguments):
         return reduced if self.many else reduced[None]
 
     def require_kernel_layout(self) -> None:
-        """Refuses strides that kernels cannot read."""
+        """Raises an error for strides that kernels cannot read."""
         super().require_kernel_layout()
         if self.scores is not None:
             check_unit_stride("scores", self.scores)
@@ -68,7 +68,7 @@ def check_request(
     scale: float | None, k_scale: float | Tensor | None, reduce_scores: ReduceScores | None,
     options: Mapping[str, Any],
 ) -> Request:  # fmt: skip
-    """Every argument of :func:`kara_kernels.compress_window` but the backend, before anything is written."""
+    """Checks the arguments of :func:`kara_kernels.compress_window` except the backend, before anything is written."""
     scoring, selection = split_options(options)
     lengths = {"seq_lens": seq_lens, "window_starts": window_starts, "protected_lens": protected_lens}
     given = {name: value for name, value in lengths.items() if value is not None or name == "seq_lens"}
@@ -85,7 +85,8 @@ def check_request(
     request = Request(**where, **by, keep=keep, scores=scores, selection=selection, reduce_scores=reduce_scores)
     if contents_are_checked(seq_lens.device):
         starts, fits = request.windows()
-        # A default start below zero is a sequence shorter than its window: skipped. A given one is a mistake.
+        # A sequence with a negative default start is shorter than its window and skipped. A negative given start is an
+        # error.
         named = fits if window_starts is None else fits | (window_starts < 0)
         check_contents(request, starts, torch.where(fits, seq_lens, starts), named)
     return request

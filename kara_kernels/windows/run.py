@@ -1,4 +1,4 @@
-"""Score, select, compact: the only orchestration in this library, once with kernels and once with PyTorch."""
+"""Orchestrates scoring, selection and compaction, once with kernels and once with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .request import Request
 
 
 class Lists(NamedTuple):
-    """What either backend returns, lists and scores with extent 1 in dimensions that were pooled."""
+    """The result of either backend. Lists and scores have extent 1 in pooled dimensions."""
 
     seq_lens: Tensor  # int32 [S]
     keep_indices: Tensor  # int32 [L or 1, S, H or 1, K]
@@ -28,8 +28,10 @@ class Lists(NamedTuple):
 
 
 def run(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Executes a request. Returns lengths, keep indices ``[L, S, H, K]``, scores ``[L, S, H, W]`` and frontiers, the
-    second and third without ``L`` for one layer, pooled ones as expanded views."""
+    """Executes a request. Returns lengths, keep indices ``[L, S, H, K]``, scores ``[L, S, H, W]`` and frontiers.
+
+    Keep indices and scores have no ``L`` for one layer. Pooled ones are expanded views.
+    """
     compress = by_torch
     if resolve_backend(backend, request.seq_lens.device) == "triton" and request.seq_lens.shape[0]:
         request.require_kernel_layout()
@@ -47,7 +49,7 @@ def run(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 @torch.no_grad()
 def by_torch(r: Request) -> Lists:
-    """Sequence by sequence, which bounds the memory for any batch."""
+    """Processes one sequence at a time, which bounds the memory for any batch."""
     layers, sequences, heads = len(r.cache.k), r.seq_lens.shape[0], r.cache.shape[2]
     starts, fits = r.windows()
     alive = [(s, start) for s, (start, fit) in enumerate(zip(starts.tolist(), fits.tolist(), strict=True)) if fit]
@@ -65,7 +67,7 @@ def by_torch(r: Request) -> Lists:
 
 
 def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:
-    """Pooled scores; zero for sequences that are not ``alive`` unless given."""
+    """Pooled scores. Zero for sequences that are not ``alive``, unless scores were given."""
     if r.scores is not None and r.selection.pool == "head":
         return r.scores
     scores = torch.zeros(*r.lists, r.window, device=r.seq_lens.device)
@@ -79,7 +81,7 @@ def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:
 
 
 def _pooled(r: Request, scores: Tensor) -> Tensor:
-    """Means over the pooled of ``[L, H, W]``, in float64 so that they do not depend on the order of addition."""
+    """Means over the pooled dimensions of ``[L, H, W]``, in float64 so that the order of addition does not matter."""
     dims = {"head": (), "layer": (1,), "model": (0, 1)}[r.selection.pool]
     return scores.double().mean(dims, keepdim=True).float() if dims else scores
 
@@ -88,10 +90,10 @@ def _pooled(r: Request, scores: Tensor) -> Tensor:
 
 
 def by_triton(r: Request) -> Lists:
-    """The same in three launches whatever ``L`` and ``S``, four where scores are pooled or handed out.
+    """The same in three launches whatever ``L`` and ``S`` are, or four if scores are pooled or reduced.
 
-    Scoring leaves partial rows that selection adds up. Where all layers' would be too many, layers are scored some at
-    a time, each time with a launch that adds them up.
+    Scoring writes partial rows, which selection sums. If those of all layers would take too much memory, some layers
+    are scored at a time, each time followed by a launch that sums their rows.
     """
     if r.scores is not None:
         return _select_and_move(r, r.scores[:, :, :, None], None)
@@ -107,7 +109,7 @@ def by_triton(r: Request) -> Lists:
 
 
 def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> Lists:
-    """From ``partials [L, S, H, tiles, W]``; without ``rows``, which say what they are, they are the scores."""
+    """Selects by ``partials [L, S, H, tiles, W]`` and moves rows. Without ``rows`` the partials are the scores."""
     if r.selection.pool != "head" or (rows is not None and r.reduce_scores is not None):
         pooled = partials.new_empty(*r.lists, r.window)
         launch_pool(pooled, partials, r, rows)
