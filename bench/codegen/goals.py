@@ -49,15 +49,14 @@ EXCEPTIONS: tuple[Excuse, ...] = (
     Excuse(
         "no spills",
         lambda row: row["triton"].startswith("3.6.") and row["target"].startswith("sm_") and row["spills"] <= 32
-        and row["kernel"] == "score_kernel" and " D 64," in row["shape"],
+        and row["kernel"] == "score_kernel",
         "Triton 3.6 only: up to 32 bytes a thread, once per program. Triton 3.9 makes the same kernels without.",
     ),
     Excuse(
         "no spills",
-        lambda row: row["target"].startswith("gfx") and "W 4096" in row["shape"]
-        and row["kernel"] == "keep_kernel",
-        "Rows of 4096 with chunks but without the sum of partial rows: 16 waves of 64 lanes leave each lane 128 "
-        "registers. 8 waves spill to memory as well, 4 spill 99 scalar registers.",
+        lambda row: row["target"] == "sm_120" and row["spills"] == 8 and "causal" in row["shape"],
+        "8 bytes a thread at W 256, D 128 with the causal mask, which is for ablations. The assembler keeps to 128 "
+        "registers. Tiles of 16 rows need fewer, and take twice the iterations.",
     ),
     Excuse(
         "no spills",

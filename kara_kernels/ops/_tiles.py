@@ -32,7 +32,9 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
     d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
     # 64 accumulators per thread at 8 warps. 128 reached 255 registers, and spilled with a second query tile.
     # Two products per tile (d1) need more registers: 32 rows still spilled on sm_90 and sm_100.
-    block_m = 16 if d1 else min(64, max(16, 16384 // block_w))
+    block_m = min(64, max(16, 16384 // block_w))
+    if d1:  # 16 rows of W = 128, D = 192 left sm_120's assembler at 64 registers, where it spilled; 32 did not
+        block_m = 32 if block_w <= 128 and not target.amd else 16
     if target.slice_dims == 32 and block_w == 256:
         block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
 
@@ -42,6 +44,8 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
 
     # float32 runs as three TF32 products. Their fragments leave registers only for a slice of 32 dimensions.
     if dtype != torch.float32 and block_w <= 1024:
+        if d1 and not fits(block_m):
+            block_m = 16
         if d0 == 256 and block_w == 256 and (target.amd or not fits(block_m)):
             block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
         if fits(block_m):
