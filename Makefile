@@ -20,7 +20,7 @@ demo: $(VENV)/.demo ## decode with a small model while its KV cache shrinks (ARG
 demo-vllm: $(VLLM_PYTHON) ## serve with vLLM, with and without Kara, and compare (ARGS="--help" lists options)
 	$(VLLM_PYTHON) -m demos.serve $(ARGS)
 
-quality: $(VENV)/.demo ## compare Kara with other methods, an hour on 2 cores (ARGS="--quick": 5 minutes)
+quality: $(VENV)/.demo ## compare Kara with other methods, two hours on one core (ARGS="--quick": 5 minutes)
 	$(BIN)/python -m bench.quality $(ARGS)
 
 codegen: $(VENV)/.dev ## compile every kernel for six GPUs; writes bench/results/codegen.md (ten minutes)

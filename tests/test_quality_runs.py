@@ -163,7 +163,7 @@ def peers_as(tmp_path: Path, old: str, new: str) -> Any:
     ("CHUNK = 10", "CHUNK = 11", {"chunkkv"}),  # a constant
     ("SNAP_POOL = 32, 7", "SNAP_POOL = 32, 9", {"snapkv"}),
     ("    return -window.window_keys.norm(dim=-1)", "    # !\n    return (-window.window_keys.norm(dim=-1))", set()),
-    ("Keys of small norm", "Small keys", set()),
+    ("Prefers keys of small norm", "Small keys", set()),
 ])  # fmt: skip
 def test_code_that_a_scorer_reaches_counts(tmp_path: Path, old: str, new: str, changed: set[str]) -> None:
     before, after = peers_as(tmp_path, "import math", "import math"), peers_as(tmp_path, old, new)
