@@ -325,6 +325,9 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "cvt.u64.u32": (["u32"], "u64", lambda a: a),
     "cvt.rn.f32.s32": (["s32"], "f32", lambda a: to_float32(Fraction(a))),
     "cvt.rn.f32.u32": (["u32"], "f32", lambda a: to_float32(Fraction(a))),
+    "cvt.rzi.s32.f32": (
+        ["f32"], "s32", lambda a: 0 if a != a else max(-(2**31), min(2**31 - 1, int(a) if abs(a) < 2**40 else int(math.copysign(2**40, a)))),
+    ),
     "cvt.f32.f16": (["f16"], "f32", lambda a: a),
     "cvt.f64.f32": (["f32"], "f64", lambda a: a),
     "cvt.rn.f32.f64": (["f64"], "f32", lambda a: to_float32(Fraction(a)) if math.isfinite(a) and a else a),

@@ -84,6 +84,11 @@ def _f32_to_bf16x2(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return _f32_to_bf16(high).astype(np.uint32) << np.uint32(16) | _f32_to_bf16(low)
 
 
+def _f32_to_s32(a: np.ndarray) -> np.ndarray:
+    """Towards zero, saturated; NaN becomes 0."""
+    return np.clip(np.trunc(np.nan_to_num(a.astype(np.float64), nan=0.0)), -(2.0**31), 2.0**31 - 1).astype(np.int32)
+
+
 def _f32_to_tf32(value: np.ndarray) -> np.ndarray:
     """To 10 bits of mantissa, ties away from zero."""
     bits = value.view(np.uint32)
@@ -171,6 +176,7 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"cvt\.f32\.bf16", lambda m: (["bf16"], "f32", _bf16_to_f32)),
     (r"cvt\.rn\.bf16\.f32", lambda m: (["f32"], "bf16", _f32_to_bf16)),
     (r"cvt\.rn\.bf16x2\.f32", lambda m: (["f32"] * 2, "b32", _f32_to_bf16x2)),
+    (r"cvt\.rzi\.s32\.f32", lambda m: (["f32"], "s32", _f32_to_s32)),
     (r"cvt\.rna\.tf32\.f32", lambda m: (["f32"], "tf32", _f32_to_tf32)),
     (r"bfe\.([su](?:32|64))", lambda m: ([m[1], "u32", "u32"], m[1], _bit_field)),
     (r"prmt\.b32", lambda m: (["b32"] * 3, "b32", _permute_bytes)),
