@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ class PackedQueries(NamedTuple):
     """uint8 ``[..., H*G, D/2]``: byte ``j`` has element ``2j`` in its low half and ``2j + 1`` in its high half, as
     two's complement in ``-7..7``."""
     scales: Tensor
-    """bfloat16 ``[..., H*G]``: the largest magnitude of each token and head divided by 7."""
+    """bfloat16 ``[..., H*G]``: the largest magnitude of each token and head divided by 7, to five significant bits. So
+    every element is exact in bfloat16."""
 
     @staticmethod
     def empty(*shape: int, device: torch.device | str | None = None) -> PackedQueries:
@@ -38,9 +40,11 @@ class PackedQueries(NamedTuple):
 
     def by_token(self) -> PackedQueries:
         """Views ``[T, H*G, D/2]`` and ``[T, H*G]`` with all leading dimensions as one."""
-        return PackedQueries(
-            self.codes.view(-1, *self.codes.shape[-2:]), self.scales.view(-1, self.scales.shape[-1])
-        )
+        return PackedQueries(self.codes.view(-1, *self.codes.shape[-2:]), self.scales.view(-1, self.scales.shape[-1]))
+
+
+Queries = Tensor | Sequence[Tensor] | PackedQueries | Sequence[PackedQueries]
+"""What scores: a tensor, or one per layer; or either of them packed."""
 
 
 def check_pack(query: Tensor, out: PackedQueries | None, rows: Tensor | None) -> Tensor:

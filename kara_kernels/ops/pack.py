@@ -1,13 +1,13 @@
 """Queries in four bits, written where they are kept: one launch per attention layer and step, and nothing else.
 
 One program packs some (token, head) pairs. The largest magnitude of a pair gives its scale. Elements are divided by
-the scale as it is stored, so that rounding the scale costs nothing, and rounded to the nearest of 15 codes.
+the scale as it is stored, so that rounding the scale costs nothing, and rounded to the nearest of 15 codes. A scale has
+five significant bits and a code three, so that their product is exact in bfloat16 and float16.
 
 Method: symmetric round-to-nearest quantisation with a scale per token and head, as KIVI (arXiv 2402.02750) quantises
 values.
 """
 
-import torch
 from torch import Tensor
 
 from ..checks import check_unit_stride
@@ -20,10 +20,11 @@ from ._triton import kernel, launch, resolve_backend, tl, triton
 
 
 @triton.jit
-def _to_bfloat16(x):
-    """float32 values rounded to bfloat16, half to even. The interpreter's own conversion truncates."""
+def _to_five_bits(x):
+    """Positive float32 values rounded to five significant bits, half to even; what is not a normal number is 0."""
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    rounded = (bits + 0x3FFFF + ((bits >> 19) & 1)) & -0x80000
+    return tl.where(rounded < 0x800000, 0, rounded).to(tl.float32, bitcast=True)
 
 
 @kernel
@@ -43,7 +44,7 @@ def pack_kernel(
     source = tl.multiple_of(query_ptr + (token * stride_q_t + head * stride_q_h), ALIGN)
     x = tl.load(source[:, None] + offs_d[None, :], mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)
     x = x.to(tl.float32)
-    scale = _to_bfloat16(tl.div_rn(tl.max(tl.abs(x), 1), 7.0))
+    scale = _to_five_bits(tl.div_rn(tl.max(tl.abs(x), 1), 7.0))
     x = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None] + tl.zeros_like(x))
     x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: addition rounds to whole numbers, half to even
     codes = tl.minimum(tl.maximum(x, -7.0), 7.0).to(tl.int32) & 15
