@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .integrations.flashinfer import block_tables_from_csr
+    from .packed import PackedQueries
     from .paged import PagedCache
     from .windows.compress import CompressedWindow, compress_window
 
-__all__ = ["CompressedWindow", "PagedCache", "block_tables_from_csr", "compress_window"]
+__all__ = ["CompressedWindow", "PackedQueries", "PagedCache", "block_tables_from_csr", "compress_window"]
 __version__ = "0.1.0"
 
 _ROOMS = {
     "CompressedWindow": "windows.compress",
+    "PackedQueries": "packed",
     "PagedCache": "paged",
     "block_tables_from_csr": "integrations.flashinfer",
     "compress_window": "windows.compress",

@@ -57,6 +57,8 @@ class ScoreArguments(Windows):
         self.cache.require_kernel_layout()
         if self.query is not None:
             self.query.require_kernel_layout("query")
+            if self.query.scales is not None:
+                self.query.scales.require_kernel_layout("query.scales")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +176,18 @@ def check_query(
     if len(query) != len(cache.k):
         raise ValueError(f"query: expected {len(cache.k)} layers as in k_cache, got {len(query)}")
     first, device, name = query[0], cache.k[0].device, "query"
+    dtypes: tuple[torch.dtype, ...] = SCORED_DTYPES
+    if query.scales is not None:
+        if dim % 2:
+            raise ValueError(f"query: expected no packed queries for an odd head dimension, got D = {dim}")
+        check_tensor("query.scales", query.scales[0], (*first.shape[:-1], 1), (torch.bfloat16,), device)
+        dim, dtypes = dim // 2, (torch.uint8,)
     if query_rows is None:
-        judges = check_tensor("query", first, (sequences, None, None, dim), SCORED_DTYPES, device)
+        judges = check_tensor("query", first, (sequences, None, None, dim), dtypes, device)
     else:
         if first.dim() != 4 or first.shape[0] != 1:  # the caller's own Layers
             raise ValueError(f"query: expected layers of [1, R, H*G, D] with query_rows, got shape {list(first.shape)}")
-        check_tensor("query", first[0], (None, None, dim), SCORED_DTYPES, device)
+        check_tensor("query", first[0], (None, None, dim), dtypes, device)
         if first.shape[1] < 1 and sequences:
             raise ValueError(f"query: expected at least one row of queries, got shape {list(first.shape[1:])}")
         judges, name = check_query_rows(query_rows, first.shape[1], sequences, device), "query_rows"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checks import check_alike, check_unit_stride
 from .overlap import View, dims_of, first_meeting, reaches_twice
+from .packed import PackedQueries, Queries
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer type for moving each element size
 
@@ -62,6 +63,7 @@ class Layers(Sequence[Tensor]):
         self._table: Tensor | None = None
         self._kernels_can_read = False
         self.arguments: dict[tuple[str, bool], dict[str, Any]] = {}  # kernel arguments that are the same in every call
+        self.scales: Layers | None = None  # [S, N, H*G, 1] of packed queries
         self.pool: PagedCache | None = None  # the checked pool whose keys these are
 
     @overload
@@ -189,7 +191,7 @@ class PagedCache:
 
 
 def per_layer(
-    query: Tensor | Sequence[Tensor] | None,
+    query: Queries | None,
     k_cache: Tensor | Sequence[Tensor],
     v_cache: Tensor | Sequence[Tensor] | None,
     query_rows: Tensor | None = None,
@@ -199,19 +201,34 @@ def per_layer(
     ``[B, P, H, D]`` caches with a ``[S, N, H*G, D]`` query are one layer. Sequences, or tensors with a leading
     ``L``, are many. With ``query_rows`` a layer's query is ``[R, H*G, D]`` and is returned as ``[1, R, H*G, D]``.
     """
+    rows, scales = _parts(query)
     if not isinstance(k_cache, Layers):  # k_cache first, because it decides how the rest is read
         k_cache = k_cache if isinstance(k_cache, Tensor) and k_cache.dim() == 4 else Layers("k_cache", k_cache)
     many = isinstance(k_cache, Layers)
     if isinstance(k_cache, Tensor):
         if v_cache is not None and not isinstance(v_cache, Tensor):
             raise TypeError(f"v_cache: expected a tensor like k_cache, got {type(v_cache).__name__}")
-        if query is not None and not isinstance(query, Tensor):
+        if rows is not None and not isinstance(rows, Tensor):
             raise TypeError(f"query: expected a tensor like k_cache, got {type(query).__name__}")
         k_cache, v_cache = k_cache[None], None if v_cache is None else v_cache[None]
-    return _query_layers(query, many, query_rows is not None), PagedCache.of(k_cache, v_cache), many
+    queries = _query_layers(rows, many, query_rows is not None)
+    if queries is not None and scales is not None:
+        queries.scales = _query_layers(scales, many, query_rows is not None, "query.scales")
+    return queries, PagedCache.of(k_cache, v_cache), many
 
 
-def _query_layers(query: Tensor | Sequence[Tensor] | None, many: bool, by_row: bool) -> Layers | None:
+def _parts(query: Any) -> tuple[Tensor | Sequence[Tensor] | None, Tensor | Sequence[Tensor] | None]:
+    """Queries as they are, or the codes and the scales ``[..., H*G, 1]`` of packed ones."""
+    if isinstance(query, PackedQueries):
+        return query.codes, query.scales[..., None]
+    if isinstance(query, (list, tuple)) and query and all(isinstance(layer, PackedQueries) for layer in query):
+        return [layer.codes for layer in query], [layer.scales[..., None] for layer in query]
+    return query, None
+
+
+def _query_layers(
+    query: Tensor | Sequence[Tensor] | None, many: bool, by_row: bool, name: str = "query"
+) -> Layers | None:
     """Queries as ``L`` tensors ``[S, N, H*G, D]``, or ``[1, R, H*G, D]`` if ``query_rows`` picks from them."""
     if query is None or isinstance(query, Layers):
         return query
@@ -220,17 +237,17 @@ def _query_layers(query: Tensor | Sequence[Tensor] | None, many: bool, by_row: b
     if isinstance(query, Tensor):
         if query.dim() != lead + many:
             raise ValueError(
-                f"query: expected [{'L, ' if many else ''}{letters}]{with_rows} beside "
+                f"{name}: expected [{'L, ' if many else ''}{letters}]{with_rows} beside "
                 f"{'many layers' if many else 'one layer'} of k_cache, got shape {list(query.shape)}"
             )
         query = query if many else query[None]
-        return Layers("query", query[:, None] if by_row else query)
+        return Layers(name, query[:, None] if by_row else query)
     if by_row and isinstance(query, Sequence):
         for layer, rows in enumerate(query):
             if isinstance(rows, Tensor) and rows.dim() != lead:
                 raise ValueError(f"query[{layer}]: expected [{letters}]{with_rows}, got shape {list(rows.shape)}")
         query = [rows[None] if isinstance(rows, Tensor) else rows for rows in query]  # Layers reports non-tensors
-    return Layers("query", query)
+    return Layers(name, query)
 
 
 def _check_pools(k: Layers, v: Layers | None) -> None:

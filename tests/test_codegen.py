@@ -133,7 +133,7 @@ def test_the_stored_table_meets_the_goals_and_is_of_these_shapes() -> None:
     verdicts = judge(stored, EXCEPTIONS)
     assert not [verdict for verdict in verdicts if verdict.missed]
     assert (command.RESULTS / "codegen.md").read_text(encoding="utf-8") == page(stored, verdicts)
-    kernels = {"score_kernel", "pool_kernel", "keep_kernel", "topk_kernel", "compact_kernel"}
+    kernels = {"score_kernel", "pool_kernel", "keep_kernel", "topk_kernel", "compact_kernel", "pack_kernel"}
     assert {found["kernel"] for found in stored} == kernels
     assert {found["target"] for found in stored} == set(TARGETS) == set(command.TARGETS)
     assert len({found["triton"] for found in stored}) == 2

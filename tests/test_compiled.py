@@ -25,9 +25,9 @@ from triton.backends.compiler import GPUTarget
 
 from bench.codegen.inspect import sass
 from bench.compile_only import SHARED, TARGETS, Build, CompileOnly, compiling_for, driving
-from kara_kernels import PagedCache, compress_window
+from kara_kernels import PackedQueries, PagedCache, compress_window
 from kara_kernels.engine import Plan, Policy, QueryRing, Span, execute, warm_up
-from kara_kernels.ops import compact_blocks, expand_chunks, score_window, select_topk
+from kara_kernels.ops import compact_blocks, expand_chunks, pack_queries, score_window, select_topk
 from kara_kernels.ops._triton import ARCHITECTURES, architecture, launch
 from kara_kernels.ops.chunks import launch_keep
 from kara_kernels.ops.select import launch_topk
@@ -181,6 +181,23 @@ def test_standalone_operations_compile() -> None:
     assert {build.name for build in builds} == {
         "score_kernel", "pool_kernel", "topk_kernel", "keep_kernel", "compact_kernel"
     }  # fmt: skip
+    assert all(build.resources()["spills"] == 0 for build in builds)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_packed_queries_compile(target: str) -> None:
+    """For every way of scoring, without spills; and nothing compiles again for more queries or rows of a buffer."""
+    with compiling_for(target) as builds:
+        for window, dim, v_dim, group in [(256, 128, 128, 4), (256, 64, 64, 3), (256, 192, 128, 4), (256, 576, 0, 16),
+                                          (1024, 128, 128, 4)]:  # fmt: skip
+            for queries, sequences in [(window, 1), (17, 4)]:
+                given = arguments(window, dim, v_dim, group, 16, BF16, sequences, queries)
+                given["query"] = PackedQueries.empty(*given["query"].shape)
+                compress_window(**given, keep=window // 2, backend="triton")
+        for tokens in (1, 16):
+            pack_queries(torch.zeros(tokens, 8, 128, dtype=BF16), backend="triton")
+    names = [build.name for build in builds]
+    assert (names.count("score_kernel"), names.count("pack_kernel")) == (5, 1)
     assert all(build.resources()["spills"] == 0 for build in builds)
 
 

@@ -60,7 +60,7 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-GROUND = {"checks", "overlap", "paged", "arguments", "options"}
+GROUND = {"checks", "overlap", "packed", "paged", "arguments", "options"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,8 @@ GROUND = {"checks", "overlap", "paged", "arguments", "options"}
     [
         ("checks.py", set()),
         ("overlap.py", set()),
-        ("paged.py", {"checks", "overlap"}),
+        ("packed.py", {"checks"}),
+        ("paged.py", {"checks", "overlap", "packed"}),
         ("arguments.py", {"checks", "options", "paged"}),
         ("options.py", {"checks"}),
         ("reference", {*GROUND, "reference"}),

@@ -208,6 +208,13 @@ def bf16_bits(a: float) -> int:
         return 0x7FFF if math.isnan(a) else int(np.float32(number).view(np.uint32)) >> 16
 
 
+def fused_bf16(a: float, b: float, c: float) -> float:
+    if all(map(math.isfinite, (a, b, c))) and (exact := Fraction(a) * Fraction(b) + Fraction(c)):
+        near = nearest_float(exact, 7, -126, "even")
+        return near if abs(near) < 2.0**128 else math.copysign(math.inf, near)
+    return float(np.float64(a) * np.float64(b) + np.float64(c))
+
+
 def divided(a: float, b: float) -> float:
     if b == 0 or not math.isfinite(a) or not math.isfinite(b):
         with np.errstate(all="ignore"):
@@ -270,6 +277,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "mad.lo.s64": (["s64"] * 3, "s64", lambda a, b, c: a * b + c),
     "mad.wide.s32": (["s32", "s32", "s64"], "s64", lambda a, b, c: a * b + c),
     "mad.wide.u32": (["u32", "u32", "u64"], "u64", lambda a, b, c: a * b + c),
+    "fma.rn.bf16": (["bf16"] * 3, "bf16", fused_bf16),
     "fma.rn.f32": (["f32"] * 3, "f32", exactly(lambda a, b, c: a * b + c)),
     "and.b16": (["b16"] * 2, "b16", lambda a, b: a & b),
     "and.b32": (["b32"] * 2, "b32", lambda a, b: a & b),
@@ -324,7 +332,9 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "cvt.u32.u64": (["u64"], "u32", lambda a: a),
     "cvt.u64.u32": (["u32"], "u64", lambda a: a),
     "cvt.rn.f32.s32": (["s32"], "f32", lambda a: to_float32(Fraction(a))),
+    "cvt.rn.f16.s32": (["s32"], "f16", lambda a: float(np.float16(a))),
     "cvt.rn.f32.u32": (["u32"], "f32", lambda a: to_float32(Fraction(a))),
+    "cvt.rzi.s32.f32": (["f32"], "s32", lambda a: 0 if a != a else int(max(-(2.0**31), min(2.0**31 - 1, a)))),
     "cvt.f32.f16": (["f16"], "f32", lambda a: a),
     "cvt.f64.f32": (["f32"], "f64", lambda a: a),
     "cvt.rn.f32.f64": (["f64"], "f32", lambda a: to_float32(Fraction(a)) if math.isfinite(a) and a else a),

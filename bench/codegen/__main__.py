@@ -125,6 +125,9 @@ def _compile(target: str, quick: bool) -> Iterator[Row]:
         for window in shapes.WINDOWS[:1] if quick else shapes.WINDOWS:
             shapes.launch_rows(window)
             yield from fresh(f"W {window}")
+        for dim in (64, 128, 576):
+            shapes.launch_packing(dim)
+            yield from fresh(f"D {dim}")
 
 
 if __name__ == "__main__":

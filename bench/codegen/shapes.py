@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kara_kernels import compress_window
-from kara_kernels.ops import expand_chunks, select_topk
+from kara_kernels import PackedQueries, compress_window
+from kara_kernels.ops import expand_chunks, pack_queries, select_topk
 from kara_kernels.options import PAPER, RECOMMENDED
 
 BF16, FP16, FP8, FP32 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32
@@ -20,6 +20,7 @@ class Shape:
 
     Options are the recommended ones but for ``options``, or those ``published``. ``recorded``: queries as the engine
     shim has them, group means in a ring whose rows are read in place; otherwise those of every token and head.
+    ``packed``: those in four bits.
     """
 
     window: int = 256
@@ -31,12 +32,13 @@ class Shape:
     options: dict[str, Any] = field(default_factory=dict)
     published: bool = False
     recorded: bool = False
+    packed: bool = False
 
     @property
     def label(self) -> str:
         values = "" if self.v_dim is None else ", latent" if self.v_dim == 0 else f"/{self.v_dim}"
         options = "".join(f", {key}={value}" for key, value in self.options.items())
-        options += ", published" * self.published + ", recorded" * self.recorded
+        options += ", published" * self.published + ", recorded" * self.recorded + ", packed" * self.packed
         dtype = str(self.dtype).removeprefix("torch.")
         return f"W {self.window}, D {self.dim}{values}, G {self.group}, P {self.page}, {dtype}{options}"
 
@@ -55,9 +57,14 @@ def arguments(shape: Shape) -> dict[str, Any]:
     def pool(width: int) -> list[torch.Tensor]:
         return [torch.zeros(blocks * sequences, shape.page, heads, width, dtype=shape.dtype) for _ in range(2)]
 
-    queries = torch.zeros(2, sequences, shape.window, heads * shape.group, shape.dim, dtype=wide)
+    queries: Any = torch.zeros(2, sequences, shape.window, heads * shape.group, shape.dim, dtype=wide)
+    if shape.recorded:
+        queries = queries[:, 0, :, :heads].contiguous()
+    if shape.packed:
+        queries = PackedQueries.empty(*queries.shape)
+        queries.scales.zero_()
     return {
-        "query": queries[:, 0, :, :heads].contiguous() if shape.recorded else queries,
+        "query": queries,
         "query_rows": torch.zeros(sequences, shape.window, dtype=torch.int32) if shape.recorded else None,
         "k_cache": pool(shape.dim),
         "v_cache": pool(v_dim) if v_dim else None,
@@ -78,6 +85,8 @@ SHAPES += [Shape(window, dim, dtype=dtype) for dtype in (FP16, FP8) for dim in (
 SHAPES += [Shape(page=page) for page in (1, 32, 64, 256)]
 SHAPES += [Shape(window, dim, recorded=True) for window in (256, 2048) for dim in (64, 128)]
 SHAPES += [Shape(256, 576, 0, 16, 64, recorded=True)]
+SHAPES += [Shape(window, dim, packed=True) for window in (256, 2048) for dim in (64, 128)]
+SHAPES += [Shape(256, 576, 0, 16, 64, packed=True), Shape(256, 192, 128, packed=True)]
 SHAPES += [Shape(window, dim, published=True) for window in (256, 2048) for dim in (64, 128)]
 SHAPES += [Shape(options={"redundancy": 1.0}), Shape(2048, options={"redundancy": 1.0})]
 SHAPES += [Shape(options={"attention": "causal"}), Shape(options={"chunk_fraction": 0.0})]
@@ -85,6 +94,11 @@ SHAPES += [Shape(window, options={"pool": pool}) for window in (256, 4096) for p
 SHAPES += [Shape(dtype=FP32)]
 
 QUICK = [Shape(), Shape(2048), Shape(256, 64, recorded=True), Shape(256, 576, 0, 16, 64), Shape(published=True)]
+
+
+def launch_packing(dim: int) -> None:
+    """Queries of one decoding step, packed."""
+    pack_queries(torch.zeros(4, 8, dim, dtype=BF16), backend="triton")
 
 
 def launch_rows(window: int) -> None:

@@ -20,16 +20,6 @@ class PagedRows(NamedTuple):
     stride_token: Any
 
 
-class QueryRows(NamedTuple):
-    """Where the query rows of one sequence and KV head are, in a kernel."""
-
-    base: Any
-    places: Any  # rows of the queries; None: they are consecutive
-    stride_query: Any
-    stride_head: Any
-    count: Any  # of queries
-
-
 @dataclass(frozen=True)
 class RowFormat:
     """Compile-time constants about rows."""

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES
+from ..packed import Queries
 from ..paged import row_alignment
 from ..reference.score import score_windows
 from ._norms import mean_cosines, value_norms
-from ._rows import PagedRows, QueryRows, load_rows, pool_arguments
+from ._queries import QueryRows, load_queries, query_arguments
+from ._rows import PagedRows, load_rows, pool_arguments
 from ._tiles import ScoreConfig, score_config
 from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
@@ -59,24 +61,6 @@ class ScoreForm:
 
 
 @triton.jit
-def _load_queries(queries, scale, offs_m, offs_d, row_last, DIM: tl.constexpr, FORM: tl.constexpr):
-    """Query rows ``offs_m`` as ``[rows, dims]``: row ``m`` is query ``m // group``, member ``m % group`` of it.
-
-    Float32 queries are scaled here, so that products stay within float32's range if the logits do. Scaling the keys
-    instead spilled on sm_120.
-    """
-    ALIGN: tl.constexpr = FORM.align
-    query = offs_m // FORM.group
-    if queries.places is not None:
-        query = tl.load(queries.places + query, mask=offs_m < row_last, other=0)
-    offset = query.to(tl.int64) * queries.stride_query + (offs_m % FORM.group).to(tl.int64) * queries.stride_head
-    row = tl.multiple_of(queries.base + offset, ALIGN)
-    mask = (offs_m < row_last)[:, None] & (offs_d < DIM)[None, :]
-    rows = tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
-    return rows * scale if FORM.scale_first else rows
-
-
-@triton.jit
 def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
     """Logits in units of log2, -inf for keys that a query may not see."""
     seen = (offs_w < FORM.window)[None, :]
@@ -104,10 +88,10 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = _load_queries(queries, scale, offs_m, d0, row_last, FORMAT.dim, FORM)
+        q0 = load_queries(queries, scale, offs_m, 0, row_last, D0, FORMAT.dim, FORM)
         logits = tl.dot(q0, k0, input_precision=FORM.precision)
         if D1 > 0:
-            q1 = _load_queries(queries, scale, offs_m, d1, row_last, FORMAT.dim, FORM)
+            q1 = load_queries(queries, scale, offs_m, D0, row_last, D1, FORMAT.dim, FORM)
             logits = tl.dot(q1, k1, logits, input_precision=FORM.precision)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
         columns += _column_sums(logits, offs_m, row_last, FORM)
@@ -147,7 +131,7 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
     logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for d in range(0, FORMAT.dim, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        q = _load_queries(queries, scale, offs_m, offs_d, row_last, FORMAT.dim, FORM)
+        q = load_queries(queries, scale, offs_m, d, row_last, BLOCK_D, FORMAT.dim, FORM)
         k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
         logits = tl.dot(q, k, logits, input_precision=FORM.precision)
     return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
@@ -186,9 +170,10 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
 
 @kernel
 def score_kernel(
-    partials_ptr, query_ptr, query_table, query_rows_ptr, k_ptr, k_table, v_ptr, v_table, block_tables_ptr, starts_ptr,
-    seq_lens_ptr, protected_ptr, scale, k_scale_ptr, num_queries, num_tiles, first_layer,
+    partials_ptr, q_ptr, q_table, q_scales_ptr, q_scales_table, query_rows_ptr, k_ptr, k_table, v_ptr, v_table,
+    block_tables_ptr, starts_ptr, seq_lens_ptr, protected_ptr, scale, k_scale_ptr, num_queries, num_tiles, first_layer,
     stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64, stride_qr_s: tl.int64,
+    stride_qs_l: tl.int64, stride_qs_s: tl.int64, stride_qs_n: tl.int64, stride_qs_h: tl.int64,
     stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
     stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
     stride_t_s: tl.int64, stride_ks_l: tl.int64, stride_ks_h: tl.int64,
@@ -220,12 +205,17 @@ def score_kernel(
             values = PagedRows(v_base, table, start, stride_v_b, stride_v_p)
             value_norms(out, values, FORM.window, V, V.block, BLOCK_R)
         else:
-            q_base = layer_pointer(query_ptr, query_table, stride_q_l, layer)
-            q_base += seq * stride_q_s + head * FORM.group * stride_q_h
-            places = query_rows_ptr
+            q_base = layer_pointer(q_ptr, q_table, stride_q_l, layer) + seq * stride_q_s
+            scales, places = q_scales_ptr, query_rows_ptr
+            if q_scales_ptr is not None:
+                scales = layer_pointer(q_scales_ptr, q_scales_table, stride_qs_l, layer) + seq * stride_qs_s
+                scales += head * FORM.group * stride_qs_h
             if query_rows_ptr is not None:
                 places += seq * stride_qr_s
-            queries = QueryRows(q_base, places, stride_q_n, stride_q_h, num_queries)
+            queries = QueryRows(
+                q_base + head * FORM.group * stride_q_h, stride_q_n, stride_q_h, scales, stride_qs_n, stride_qs_h,
+                places, num_queries,
+            )  # fmt: skip
             factor = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e): exp2 is the native instruction
             if k_scale_ptr is not None:
                 factor *= tl.load(k_scale_ptr + layer * stride_ks_l + head * stride_ks_h).to(tl.float32)
@@ -259,7 +249,10 @@ def _count(a: ScoreArguments) -> int:
 
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
-    """The dtype of products: the query's, which represents any fp8 key exactly, or float32 if dtypes are mixed."""
+    """The dtype of products: the query's, which represents any fp8 key exactly, or float32 if dtypes are mixed. Packed
+    queries are exact in any dtype, and fp8 keys in bfloat16."""
+    if query.dtype == torch.uint8:
+        return torch.bfloat16 if keys.dtype in FP8_DTYPES else keys.dtype
     mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES
     return torch.float32 if mixed else query.dtype
 
@@ -276,7 +269,6 @@ def launch_score(
     values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys are a placeholder
     q, device = a.query[0], partials.device
     dtype = _matrix_dtype(q, a.cache.k[0])
-    stride_layer, stride_sequence, stride_query, stride_head = a.query.strides
     form = ScoreForm(
         heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
         a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
@@ -291,12 +283,10 @@ def launch_score(
     # misaligned rows on all targets, and all columns on sm_100, where each lane holds one query row.
     launch(
         score_kernel, (sequences * heads, tiles, layers), device,
-        partials_ptr=partials, query_ptr=q, query_table=a.query.table, query_rows_ptr=a.query_rows,
+        partials_ptr=partials, **query_arguments(a.query, a.query_rows),
         block_tables_ptr=a.block_tables, starts_ptr=a.window_starts, seq_lens_ptr=a.seq_lens,
         protected_ptr=a.protected_lens, scale=a.scale if isinstance(a.k_scale, Tensor) else a.scale * a.k_scale,
         k_scale_ptr=by_head, num_queries=_count(a), num_tiles=tiles, first_layer=first_layer,
-        stride_q_l=stride_layer, stride_q_s=stride_sequence if a.query_rows is None else 0, stride_q_n=stride_query,
-        stride_q_h=stride_head, stride_qr_s=0 if a.query_rows is None else a.query_rows.stride(0),
         stride_t_s=a.block_tables.stride(0), stride_ks_l=0 if by_head is None else by_head.stride(0),
         stride_ks_h=0 if by_head is None else by_head.stride(1),
         **pool_arguments("k", a.cache.k), **pool_arguments("v", values),
@@ -327,7 +317,7 @@ def launch_scores(scores: Tensor, a: ScoreArguments, config: ScoreConfig, rows: 
 
 
 def score_window(
-    query: Tensor | Sequence[Tensor],
+    query: Queries,
     k_cache: Tensor | Sequence[Tensor],
     block_tables: Tensor,
     window_starts: Tensor,
@@ -347,7 +337,7 @@ def score_window(
     Args:
         query: ``[S, N, H*G, D]`` float16, bfloat16 or float32, post-RoPE, in any order (a ring buffer needs no
             rotation). They may include queries of tokens after the window. Or ``L`` such tensors, or one ``[L, S,
-            N, H*G, D]``.
+            N, H*G, D]``. Or the same as :class:`~kara_kernels.PackedQueries`.
         k_cache: ``[B, P, H, D]`` of those dtypes or float8, any strides (the last 1 on the Triton path); or ``L`` of
             them.
         block_tables: int32 ``[S, max_blocks]``; may be a narrowed view.

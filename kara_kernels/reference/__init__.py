@@ -1,4 +1,4 @@
-"""The four operations in plain PyTorch: the ground truth for the kernels, and the path that runs on CPUs.
+"""The operations in plain PyTorch: the ground truth for the kernels, and the path that runs on CPUs.
 
 Names and signatures are those of :mod:`kara_kernels.ops`, without ``backend``. Nothing here imports Triton or a kernel.
 Work is done per layer and sequence, in slices whose shapes do not depend on the rest of the batch. This bounds the
@@ -7,7 +7,8 @@ extra memory, and gives a sequence the same bits in every batch.
 
 from .chunks import expand_chunks
 from .compact import compact_blocks
+from .pack import pack_queries
 from .score import score_window
 from .select import select_topk
 
-__all__ = ["compact_blocks", "expand_chunks", "score_window", "select_topk"]
+__all__ = ["compact_blocks", "expand_chunks", "pack_queries", "score_window", "select_topk"]

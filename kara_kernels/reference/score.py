@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES, slices
+from ..packed import PackedQueries, Queries
+from .pack import unpacked
 
 # Slices bound the memory for any window. 1 MB of logits fits in a core's cache, so a 256-token window of 9 heads took
 # 37 ms instead of 42 over 30 layers. Keys are converted to float32 some heads at a time.
@@ -17,8 +19,8 @@ KEY_BYTES = 32 << 20
 
 
 def score_window(
-    query: Tensor | Sequence[Tensor], k_cache: Tensor | Sequence[Tensor], block_tables: Tensor,
-    window_starts: Tensor, window: int, *, scale: float | None = None, k_scale: float | Tensor | None = None,
+    query: Queries, k_cache: Tensor | Sequence[Tensor], block_tables: Tensor, window_starts: Tensor,
+    window: int, *, scale: float | None = None, k_scale: float | Tensor | None = None,
     attention: str = "bidirectional", reduction: str = "mean", v_cache: Tensor | Sequence[Tensor] | None = None,
     redundancy: float = 0.0, query_rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -56,7 +58,9 @@ def _score_layer(a: ScoreArguments, layer: int, s: int, start: int) -> Tensor:
     assert a.query is not None
     k_cache, how = a.cache.k[layer], a.scoring
     heads, dim = k_cache.shape[2:]
-    query = a.query[layer][s] if a.query_rows is None else a.query[layer][0].index_select(0, a.query_rows[s])
+    query = _rows(a.query[layer], s, a.query_rows)
+    if a.query.scales is not None:
+        query = unpacked(PackedQueries(query, _rows(a.query.scales[layer], s, a.query_rows)[..., 0]))
     rows = start + torch.arange(a.window, device=k_cache.device)
     where = a.block_tables[s, rows // k_cache.shape[1]].long(), rows % k_cache.shape[1]
     scores = torch.empty(heads, a.window, device=k_cache.device)
@@ -71,6 +75,11 @@ def _score_layer(a: ScoreArguments, layer: int, s: int, start: int) -> Tensor:
         if how.redundancy:
             scores[some] -= how.redundancy * _mean_cosines(keys).softmax(-1)
     return scores
+
+
+def _rows(query: Tensor, s: int, query_rows: Tensor | None) -> Tensor:
+    """``[N, H*G, D]`` of sequence ``s``."""
+    return query[s] if query_rows is None else query[0].index_select(0, query_rows[s])
 
 
 def _gather(cache: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..options import Options
+from ..packed import Queries
 from .graph import in_graph
 from .request import ReduceScores, check_request
 from .run import run
@@ -30,7 +31,7 @@ class CompressedWindow(NamedTuple):
 
 
 def compress_window(
-    query: Tensor | Sequence[Tensor] | None,
+    query: Queries | None,
     k_cache: Tensor | Sequence[Tensor],
     v_cache: Tensor | Sequence[Tensor] | None,
     block_tables: Tensor,
@@ -58,8 +59,8 @@ def compress_window(
 
     Args:
         query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16 or float32, in any order. They may include queries
-            of tokens after the window, which score well. For many layers ``[L, S, N, H*G, D]`` or ``L`` tensors. None
-            with ``scores``.
+            of tokens after the window, which score well. For many layers ``[L, S, N, H*G, D]`` or ``L`` tensors. Or
+            the same as :class:`~kara_kernels.PackedQueries`. None with ``scores``.
         k_cache: ``[B, P, H, D]``, or ``L`` of them, or ``PagedCache.k``. Any strides. On the Triton path the last must
             be 1, and all layers must have the same strides. float16, bfloat16, float32 or float8; with ``scores`` any
             dtype of 1, 2, 4 or 8 bytes.

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..arguments import ScoreArguments, check_contents, check_scoring, check_windows
 from ..checks import check_count, check_tensor, check_unit_stride, contents_are_checked
 from ..options import Selection, split_options
+from ..packed import Queries
 
 ReduceScores = Callable[[Tensor], Tensor | None]
 
@@ -62,7 +63,7 @@ class Request(ScoreArguments):
 
 
 def check_request(
-    query: Tensor | Sequence[Tensor] | None, k_cache: Tensor | Sequence[Tensor],
+    query: Queries | None, k_cache: Tensor | Sequence[Tensor],
     v_cache: Tensor | Sequence[Tensor] | None, block_tables: Tensor, seq_lens: Tensor, *, window: int, keep: int,
     scores: Tensor | None, window_starts: Tensor | None, protected_lens: Tensor | None, query_rows: Tensor | None,
     scale: float | None, k_scale: float | Tensor | None, reduce_scores: ReduceScores | None,

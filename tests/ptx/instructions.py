@@ -48,10 +48,24 @@ def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """float32 ``a * b + c``, rounded once.
+    """float32 ``a * b + c``, rounded once."""
+    return _sum_of_product(a, b, c).astype(np.float32)
 
-    The product is exact in float64, the sum may not be. Making the float64 sum odd where it was rounded keeps the
-    second rounding, to float32, from landing on the wrong side of a tie.
+
+def _fma_bf16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """bfloat16 ``a * b + c``, rounded once: odd in float32 where it is not exact there."""
+    exact = _sum_of_product(*map(_bf16_to_f32, (a, b, c)))
+    near = exact.astype(np.float32)
+    cut = np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    odd = (cut.view(np.uint32) | np.uint32(1)).view(np.float32)
+    return _f32_to_bf16(np.where((near == exact) | ~np.isfinite(exact), near, odd))
+
+
+def _sum_of_product(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """float64 ``a * b + c`` of float32 numbers.
+
+    The product is exact, the sum may not be. Making the sum odd where it was rounded keeps a second rounding, to a
+    narrower format, from landing on the wrong side of a tie.
     """
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + addend
@@ -59,8 +73,7 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     rest = (product - (total - part)) + (addend - part)  # the exact rounding error (Knuth's two-sum)
     even = (total.view(np.int64) & 1) == 0
     toward = np.where((rest > 0) == (total > 0), 1, -1)
-    odd = (total.view(np.int64) + np.where((rest != 0) & even & np.isfinite(total), toward, 0)).view(np.float64)
-    return odd.astype(np.float32)
+    return (total.view(np.int64) + np.where((rest != 0) & even & np.isfinite(total), toward, 0)).view(np.float64)
 
 
 def _flushed(value: np.ndarray) -> np.ndarray:
@@ -82,6 +95,11 @@ def _f32_to_bf16(value: np.ndarray) -> np.ndarray:
 def _f32_to_bf16x2(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """The first operand into the upper half."""
     return _f32_to_bf16(high).astype(np.uint32) << np.uint32(16) | _f32_to_bf16(low)
+
+
+def _f32_to_s32(a: np.ndarray) -> np.ndarray:
+    """Towards zero, saturated; NaN becomes 0."""
+    return np.clip(np.trunc(np.nan_to_num(a.astype(np.float64), nan=0.0)), -(2.0**31), 2.0**31 - 1).astype(np.int32)
 
 
 def _f32_to_tf32(value: np.ndarray) -> np.ndarray:
@@ -149,6 +167,7 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"mad\.wide\.([su])32", lambda m: (
         [m[1] + "32"] * 2 + [m[1] + "64"], m[1] + "64", lambda a, b, c: a.astype(c.dtype) * b + c)),
     (r"fma\.rn\.f32", lambda m: (["f32"] * 3, "f32", _fma)),
+    (r"fma\.rn\.bf16", lambda m: (["bf16"] * 3, "bf16", _fma_bf16)),
     (r"(and|or|xor)\.(pred|b16|b32|b64)", lambda m: ([m[2]] * 2, m[2], BITWISE[m[1]])),
     (r"not\.(pred|b16|b32|b64)", lambda m: ([m[1]], m[1], np.bitwise_not)),
     (r"shl\.b(16|32|64)", lambda m: (["b" + m[1], "u32"], "b" + m[1], _shift(np.left_shift, int(m[1])))),
@@ -165,12 +184,13 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"selp\.([bsuf](?:16|32|64))", lambda m: ([m[1]] * 2 + ["pred"], m[1], lambda a, b, p: np.where(p, a, b))),
     (r"mov\.(pred|[bsuf](?:16|32|64))", lambda m: ([m[1]], m[1], lambda a: a)),
     (r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
-    (r"cvt\.rn\.f32\.([su](?:32|64))", lambda m: ([m[1]], "f32", lambda a: a.astype(np.float32))),
+    (r"cvt\.rn\.(f16|f32)\.([su](?:32|64))", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.(f32|f64)\.(f16|f32)", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.rn\.(f16|f32)\.(f32|f64)", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.f32\.bf16", lambda m: (["bf16"], "f32", _bf16_to_f32)),
     (r"cvt\.rn\.bf16\.f32", lambda m: (["f32"], "bf16", _f32_to_bf16)),
     (r"cvt\.rn\.bf16x2\.f32", lambda m: (["f32"] * 2, "b32", _f32_to_bf16x2)),
+    (r"cvt\.rzi\.s32\.f32", lambda m: (["f32"], "s32", _f32_to_s32)),
     (r"cvt\.rna\.tf32\.f32", lambda m: (["f32"], "tf32", _f32_to_tf32)),
     (r"bfe\.([su](?:32|64))", lambda m: ([m[1], "u32", "u32"], m[1], _bit_field)),
     (r"prmt\.b32", lambda m: (["b32"] * 3, "b32", _permute_bytes)),
