@@ -10,39 +10,22 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from . import DemoError
 
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 ON_OFF = {"on": True, "off": False}
-
-
-class Option(NamedTuple):
-    """An option of scoring or selection as the command line shows it."""
-
-    default: Any
-    meaning: str
-    choices: tuple[str, ...] | None = None
-
-
-# kara_kernels.options imports torch, which takes seconds. --help must not wait for that, so its defaults are repeated
-# here. A test holds them equal to the library's, and the library still checks every value.
-USUAL = {"window": 256, "keep": 128, "tail": 128}
-OPTIONS = {
-    "attention": Option(
-        "bidirectional", "causal, an ablation, hides later keys from every query", ("bidirectional", "causal")
-    ),
-    "reduction": Option("rms", "root mean square or mean over the queries", ("mean", "rms")),
-    "value_norm": Option(None, "on multiplies every score by the norm of the value"),
-    "redundancy": Option(0.0, "above 0, keys that resemble other keys score lower"),
-    "pool": Option(
-        "head",
-        "who shares a list of kept tokens: nobody (each KV head has its own), the heads of a layer, or the whole model",
-        ("head", "layer", "model"),
-    ),
-    "chunk_fraction": Option(0.1, "share of the kept tokens that may fill gaps between other kept tokens, 0 to 1"),
-    "max_chunk": Option(8, "longest span that counts as a chunk, in tokens"),
+# One line for each option. Names, choices and defaults come from kara_kernels.options, which imports no torch.
+MEANINGS = {
+    "attention": "causal, an ablation, hides later keys from every query",
+    "reduction": "root mean square or mean over the queries",
+    "value_norm": "on multiplies every score by the norm of the value",
+    "redundancy": "above 0, keys that resemble other keys score lower",
+    "pool": "who shares a list of kept tokens: nobody (each KV head has its own), the heads of a layer, or the whole "
+    "model",
+    "chunk_fraction": "share of the kept tokens that may fill gaps between other kept tokens, 0 to 1",
+    "max_chunk": "longest span that counts as a chunk, in tokens",
 }
 
 
@@ -62,9 +45,12 @@ def flag(name: str) -> str:
 
 def add_policy(parser: argparse.ArgumentParser) -> Any:
     """Window, keep and tail. An option that is not given stays None, and the library's default holds."""
+    from kara_kernels.windows.policy import Policy
+
+    usual = Policy()
     group = parser.add_argument_group("how the cache is compressed")
     group.add_argument(
-        "--window", metavar="W", type=int, help=f"tokens scored in one compression (default: {USUAL['window']})"
+        "--window", metavar="W", type=int, help=f"tokens scored in one compression (default: {usual.window})"
     )
     group.add_argument(
         "--keep", metavar="K", type=int, help="tokens kept of each window, 1 to W-1 (default: half of the window)"
@@ -73,18 +59,22 @@ def add_policy(parser: argparse.ArgumentParser) -> Any:
         "--tail",
         metavar="N",
         type=int,
-        help=f"newest tokens, left uncompressed; their queries help to score the window (default: {USUAL['tail']})",
+        help=f"newest tokens, left uncompressed; their queries help to score the window (default: {usual.tail})",
     )
     return group
 
 
 def add_options(group: Any) -> None:
-    """Every option of scoring and selection."""
-    for name, (default, meaning, choices) in OPTIONS.items():
+    """Every option of scoring and selection, as :mod:`kara_kernels.options` lists them."""
+    from kara_kernels import options
+
+    choices = {"attention": options.ATTENTIONS, "reduction": options.REDUCTIONS, "pool": options.POOLS}
+    for name, field in options.OPTIONS.items():
+        meaning, default = MEANINGS[name], field.default
         if default is None:
             group.add_argument(flag(name), choices=ON_OFF, help=f"{meaning} (default: on)")
-        elif choices:
-            group.add_argument(flag(name), choices=choices, help=f"{meaning} (default: {default})")
+        elif name in choices:
+            group.add_argument(flag(name), choices=choices[name], help=f"{meaning} (default: {default})")
         else:
             kind = type(default)
             metavar = "N" if kind is int else "X"
@@ -99,9 +89,12 @@ def told(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def fill_policy(options: argparse.Namespace) -> None:
     """Set window, keep and tail to their defaults where they were not given."""
-    options.window = USUAL["window"] if options.window is None else options.window
+    from kara_kernels.windows.policy import Policy
+
+    usual = Policy()
+    options.window = usual.window if options.window is None else options.window
     options.keep = max(1, options.window // 2) if options.keep is None else options.keep
-    options.tail = USUAL["tail"] if options.tail is None else options.tail
+    options.tail = usual.tail if options.tail is None else options.tail
 
 
 @contextlib.contextmanager

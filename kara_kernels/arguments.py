@@ -13,7 +13,6 @@ from .checks import (
     SCORED_DTYPES,
     check_block_tables,
     check_lengths,
-    check_number,
     check_tensor,
     check_unit_stride,
     check_window,
@@ -22,6 +21,7 @@ from .checks import (
 )  # fmt: skip
 from .options import Scoring
 from .paged import Layers, PagedCache, per_layer
+from .values import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +95,10 @@ def check_scoring(
         check_query(query, cache, where["block_tables"].shape[0], query_rows, where["window"], scoring.attention)
         if scoring.value_norm is not False:
             _check_values(cache, bool(scoring.value_norm))
+    else:
+        query = query_rows = None
     return {
-        "query": query if scores is None else None, "query_rows": query_rows if scores is None else None,
-        "scoring": scoring,
+        "query": query, "query_rows": query_rows, "scoring": scoring,
         "scale": dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38),
         "k_scale": key_scales(k_scale, len(cache.k), heads, cache.k[0].device),
     }  # fmt: skip

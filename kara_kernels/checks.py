@@ -1,4 +1,4 @@
-"""Checks of values and tensors. Nothing here depends on caches.
+"""Checks of tensors. Nothing here depends on caches.
 
 Every check raises before anything is written. The message names the argument, what was expected and what it got.
 Contents of tensors (block ids, lengths) are checked on the CPU, where reading them is free. On a GPU that would stall
@@ -14,40 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_WINDOW = 4096  # the selection kernel keeps a row in registers, and 4096 is the largest that does not spill
+from .values import MAX_WINDOW, check_count
+
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SCORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_count(name: str, value: object, low: int, high: int) -> int:
-    """Checks for an int, not a bool, in ``low..high``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected {low}..{high}, got {value}")
-    return value
-
-
 def check_window(window: int) -> int:
     return check_count("window", window, 1, MAX_WINDOW)
-
-
-def check_number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not low <= value <= high:  # also false for NaN
-        raise ValueError(f"{name}: expected {low}..{high}, got {value}")
-    return float(value)
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_tensor(

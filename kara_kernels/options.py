@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, TypedDict
 
-from .checks import check_choice, check_count, check_flag, check_number
+from .values import check_choice, check_count, check_flag, check_number
 
 ATTENTIONS = ("bidirectional", "causal")
 REDUCTIONS = ("mean", "rms")
@@ -106,9 +106,8 @@ def split_options(given: Mapping[str, Any]) -> tuple[Scoring, Selection]:
     """
     if not given:
         return _DEFAULTS
-    if unknown := sorted(set(given) - set(OPTIONS)):
-        names = ", ".join(unknown)
-        raise TypeError(f"{names}: expected options among {', '.join(OPTIONS)}, got {names}")
+    if unknown := ", ".join(sorted(set(given) - set(OPTIONS))):
+        raise TypeError(f"{unknown}: expected options among {', '.join(OPTIONS)}, got {unknown}")
     scoring = {name: value for name, value in given.items() if name in Scoring.__dataclass_fields__}
     selection = {name: value for name, value in given.items() if name in Selection.__dataclass_fields__}
     return Scoring(**scoring), Selection(**selection)

@@ -245,7 +245,7 @@ def _query_layers(
     if by_row and isinstance(query, Sequence):
         for layer, rows in enumerate(query):
             if isinstance(rows, Tensor) and rows.dim() != lead:
-                raise ValueError(f"query[{layer}]: expected [{letters}]{with_rows}, got shape {list(rows.shape)}")
+                raise ValueError(f"{name}[{layer}]: expected [{letters}]{with_rows}, got shape {list(rows.shape)}")
         query = [rows[None] if isinstance(rows, Tensor) else rows for rows in query]  # Layers reports non-tensors
     return Layers(name, query)
 

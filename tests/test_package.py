@@ -60,23 +60,24 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-GROUND = {"checks", "overlap", "packed", "paged", "arguments", "options"}
+GROUND = {"values", "checks", "overlap", "packed", "paged", "arguments", "options"}
 
 
 @pytest.mark.parametrize(
     ("room", "may_import"),
     [
-        ("checks.py", set()),
+        ("values.py", set()),
+        ("checks.py", {"values"}),
         ("overlap.py", set()),
         ("packed.py", {"checks"}),
         ("paged.py", {"checks", "overlap", "packed"}),
-        ("arguments.py", {"checks", "options", "paged"}),
-        ("options.py", {"checks"}),
+        ("arguments.py", {"values", "checks", "options", "paged"}),
+        ("options.py", {"values"}),
         ("reference", {*GROUND, "reference"}),
         ("ops", {*GROUND, "reference", "ops"}),
         ("windows", {*GROUND, "reference", "ops", "windows"}),
         ("engine", {"windows"}),
-        ("integrations/flashinfer.py", {"checks"}),
+        ("integrations/flashinfer.py", {"values", "checks"}),
         ("integrations/transformers", {*GROUND, "engine", "integrations", ""}),
         ("integrations/vllm", {*GROUND, "engine", "integrations"}),
     ],

@@ -64,7 +64,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return run
 
     rooms = [module for name, module in sys.modules.items() if name.split(".")[0] == "kara_kernels"]
-    checking = ("checks", "arguments", "paged")
+    checking = ("values", "checks", "arguments", "paged")
     for module in rooms:
         for name, value in list(vars(module).items()):
             ours = isinstance(value, FunctionType) and value.__module__.split(".")[-1] in checking
@@ -254,3 +254,17 @@ def test_a_query_buffer_may_be_kept_as_layers(layers: int | None) -> None:
     copied = given["query"][ROWS] if layers is None else torch.stack([layer[0][ROWS] for layer in given["query"]])
     plain = {**given, "query": copied, "query_rows": None}
     assert torch.equal(reference.score_window(**given), reference.score_window(**plain))
+
+
+def test_a_given_start_below_zero_is_refused(backend: str) -> None:
+    """It is an error, and not a sequence that is too short for its window. Nothing is written."""
+    k, v = pools()
+    before = [tensor.clone() for tensor in (*k, *v)]
+    starts = torch.tensor([0, -1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"window_starts\[1\]: expected 0 or more, got -1"):
+        ops.score_window(QUERY, k, TABLES, starts, 4, v_cache=v, backend=backend)
+    with pytest.raises(ValueError, match=r"window_starts\[1\]: expected 0 or more, got -1"):
+        ops.compact_blocks(k, v, TABLES, starts, LENGTHS, KEEP, 4, backend=backend)
+    with pytest.raises(ValueError, match=r"window_starts\[1\]: expected 0 or more, got -1"):
+        compress_window(QUERY, k, v, TABLES, LENGTHS, window=4, keep=2, window_starts=starts, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip((*k, *v), before, strict=True))

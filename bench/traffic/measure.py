@@ -16,10 +16,10 @@ import torch
 
 from kara_kernels import compress_window
 from kara_kernels.arguments import check_score_window
-from kara_kernels.checks import MAX_WINDOW
 from kara_kernels.engine import Policy
 from kara_kernels.ops.score import plan_score
 from kara_kernels.options import PAPER, RECOMMENDED
+from kara_kernels.values import MAX_WINDOW
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator is part of the tests
 from ptx import Launch, emulating

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_tensor, contents_are_checked, refuse
+from ..checks import check_tensor, contents_are_checked, refuse
+from ..values import check_count
 
 
 def block_tables_from_csr(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_choice
+from ..values import check_choice
 
 try:
     import triton

@@ -8,9 +8,10 @@ third of the instructions of a bitonic top-k at ``W`` = 1024 to 4096.
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_scores, require_rows
+from ..checks import check_scores, require_rows
 from ..paged import row_alignment
 from ..reference.select import best_positions
+from ..values import check_count
 from ._triton import kernel, launch, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code

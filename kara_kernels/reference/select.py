@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_scores, slices
+from ..checks import check_scores, slices
+from ..values import check_count
 
 SLICE_ELEMENTS = 1 << 20  # scores per slice; a dozen int64 temporaries of this size take 100 MB
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..checks import check_count
+from ..values import check_count
 from .policy import Policy
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import MAX_WINDOW, check_choice, check_count, check_number
 from ..options import OPTIONS, Scoring, Selection
+from ..values import MAX_WINDOW, check_choice, check_count, check_number
 
 QUERY_HEADS = ("all", "mean")
 
@@ -76,9 +76,8 @@ class Policy(Scoring, Selection):
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(map(str, set(settings) - set(known))):
-            names = ", ".join(unknown)
-            raise ValueError(f"{names}: expected one of {', '.join([*known, *beside])}, got {names}")
+        if unknown := ", ".join(sorted(map(str, set(settings) - set(known)))):
+            raise ValueError(f"{unknown}: expected one of {', '.join([*known, *beside])}, got {unknown}")
         return cls(**settings)
 
     def check_page_size(self, page_size: int) -> None:

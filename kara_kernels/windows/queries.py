@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..values import check_count
 from .plan import Plan
 from .policy import Policy
 

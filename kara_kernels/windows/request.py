@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import ScoreArguments, check_contents, check_scoring, check_windows
-from ..checks import check_count, check_tensor, check_unit_stride, contents_are_checked
+from ..checks import check_tensor, check_unit_stride, contents_are_checked
 from ..options import Selection, split_options
 from ..packed import Queries
+from ..values import check_count
 
 ReduceScores = Callable[[Tensor], Tensor | None]
 
@@ -63,11 +64,10 @@ class Request(ScoreArguments):
 
 
 def check_request(
-    query: Queries | None, k_cache: Tensor | Sequence[Tensor],
-    v_cache: Tensor | Sequence[Tensor] | None, block_tables: Tensor, seq_lens: Tensor, *, window: int, keep: int,
-    scores: Tensor | None, window_starts: Tensor | None, protected_lens: Tensor | None, query_rows: Tensor | None,
-    scale: float | None, k_scale: float | Tensor | None, reduce_scores: ReduceScores | None,
-    options: Mapping[str, Any],
+    query: Queries | None, k_cache: Tensor | Sequence[Tensor], v_cache: Tensor | Sequence[Tensor] | None,
+    block_tables: Tensor, seq_lens: Tensor, *, window: int, keep: int, scores: Tensor | None,
+    window_starts: Tensor | None, protected_lens: Tensor | None, query_rows: Tensor | None, scale: float | None,
+    k_scale: float | Tensor | None, reduce_scores: ReduceScores | None, options: Mapping[str, Any],
 ) -> Request:  # fmt: skip
     """Checks the arguments of :func:`kara_kernels.compress_window` except the backend, before anything is written."""
     scoring, selection = split_options(options)

@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache
-from kara_kernels.checks import check_choice
 from kara_kernels.engine import Compression, Held, Ledger, Policy, QueryRing, Span, execute
+from kara_kernels.values import check_choice
 
 from .models import check_config, not_plain
 

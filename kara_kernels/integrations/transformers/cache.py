@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kara_kernels.checks import check_choice, check_count
 from kara_kernels.engine import Compression, Policy
 from kara_kernels.options import split_options
+from kara_kernels.values import check_choice, check_count
 
 from .models import HOW_TO_LOAD, check_model
 from .rotary import find_rotation
