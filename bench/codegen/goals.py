@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,8 +50,14 @@ EXCEPTIONS: tuple[Excuse, ...] = (
     Excuse(
         "no spills",
         lambda row: row["triton"].startswith("3.6.") and row["target"].startswith("sm_") and row["spills"] <= 32
-        and row["kernel"] == "score_kernel",
+        and row["kernel"] == "score_kernel" and " D 64," in row["shape"],
         "Triton 3.6 only: up to 32 bytes a thread, once per program. Triton 3.9 makes the same kernels without.",
+    ),
+    Excuse(
+        "no spills",
+        lambda row: row["triton"].startswith("3.6.") and row["target"] == "sm_80" and row["spills"] == 8
+        and row["kernel"] == "score_kernel" and re.match(r"W (1024|2048|4096), D 128,", row["shape"]) is not None,
+        "Triton 3.6 only: 8 bytes a thread where key tiles stream. Triton 3.9 makes the same kernels without.",
     ),
     Excuse(
         "no spills",
