@@ -1,4 +1,4 @@
-"""Queries in four bits: what a ring of queries holds, and what scoring reads in place of 16-bit queries."""
+"""Queries in four bits, which scoring reads in place of 16-bit queries."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from torch import Tensor
 
 from .checks import SCORED_DTYPES, check_tensor, check_unit_stride, contents_are_checked, refuse
 
-LARGEST_CODE = 7
-
 
 class PackedQueries(NamedTuple):
     """Queries ``[..., H*G, D]`` as signed 4-bit codes with a scale per token and head: element = code * scale.
 
-    :func:`kara_kernels.ops.pack_queries` makes them. They take ``4 + 16/D`` bits per element, a quarter of 16-bit
-    queries, and pass everywhere as ``query``.
+    :func:`kara_kernels.ops.pack_queries` makes them. They take ``4 + 16/D`` bits per element, about a quarter of 16-bit
+    queries. :func:`kara_kernels.compress_window` and :func:`kara_kernels.ops.score_window` take them as ``query``.
     """
 
     codes: Tensor
@@ -44,11 +42,11 @@ class PackedQueries(NamedTuple):
 
 
 Queries = Tensor | Sequence[Tensor] | PackedQueries | Sequence[PackedQueries]
-"""What scores: a tensor, or one per layer; or either of them packed."""
+"""The queries that score a window: one tensor or one per layer, packed or not."""
 
 
-def check_pack(query: Tensor, out: PackedQueries | None, rows: Tensor | None) -> Tensor:
-    """Arguments of ``pack_queries``; returns the query as ``[T, H*G, D]``."""
+def check_pack(query: Tensor, out: PackedQueries | None, rows: Tensor | None) -> tuple[Tensor, PackedQueries]:
+    """Checks the arguments of ``pack_queries``. Returns the query as ``[T, H*G, D]``, and ``out`` or new memory."""
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
     if query.dim() < 2 or query.shape[-1] % 2 or not query.shape[-1]:
@@ -63,7 +61,7 @@ def check_pack(query: Tensor, out: PackedQueries | None, rows: Tensor | None) ->
     if out is None:
         if rows is not None:
             raise ValueError("rows: expected None without out, got a tensor")
-        return tokens
+        return tokens, PackedQueries.empty(*query.shape, device=query.device)
     if not isinstance(out, PackedQueries):
         raise TypeError(f"out: expected PackedQueries, got {type(out).__name__}")
     count, (heads, dim) = tokens.shape[0], query.shape[-2:]
@@ -74,9 +72,9 @@ def check_pack(query: Tensor, out: PackedQueries | None, rows: Tensor | None) ->
     if rows is None:
         if room < count:
             raise ValueError(f"out: expected room for {count} tokens, got {room}")
-        return tokens
+        return tokens, out
     check_tensor("rows", rows, (count,), (torch.int64,), query.device)
     check_unit_stride("rows", rows, "")
     if contents_are_checked(query.device):
         refuse((rows < 0) | (rows >= room), "rows", f"a row of out in 0..{room - 1}", rows)
-    return tokens
+    return tokens, out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from worlds import Plan, Sequenced, World
 
@@ -50,6 +50,8 @@ numbers = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.
 
 
 @settings(max_examples=60, deadline=None)
+@example(rows=[[1e-38, 0.0], [1e-40, -1e-40]])  # scales below the smallest normal number
+@example(rows=[[7.21875, -7.21875]])  # the scale is rounded down as far as it can be
 @given(rows=st.integers(1, 4).flatmap(
     lambda half: st.lists(st.lists(numbers, min_size=2 * half, max_size=2 * half), min_size=1, max_size=5)
 ))  # fmt: skip

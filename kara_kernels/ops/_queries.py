@@ -28,10 +28,9 @@ def query_arguments(query: Layers, query_rows: Tensor | None) -> dict[str, Any]:
     first, table = (None, None) if scales is None else (scales[0], scales.table)
     s_layer, s_sequence, s_token, s_head = (0, 0, 0, 0) if scales is None else scales.strides
     return {
-        "q_ptr": query[0], "q_table": query.table, "query_rows_ptr": query_rows,
-        "q_scales_ptr": first, "q_scales_table": table,
-        "stride_q_l": layer, "stride_q_s": sequence if query_rows is None else 0, "stride_q_n": token,
-        "stride_q_h": head, "stride_qr_s": 0 if query_rows is None else query_rows.stride(0),
+        "q_ptr": query[0], "q_table": query.table, "query_rows_ptr": query_rows, "q_scales_ptr": first,
+        "q_scales_table": table, "stride_q_l": layer, "stride_q_s": sequence if query_rows is None else 0,
+        "stride_q_n": token, "stride_q_h": head, "stride_qr_s": 0 if query_rows is None else query_rows.stride(0),
         "stride_qs_l": s_layer, "stride_qs_s": s_sequence if query_rows is None else 0, "stride_qs_n": s_token,
         "stride_qs_h": s_head,
     }  # fmt: skip
@@ -57,7 +56,7 @@ def load_queries(queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, DI
         step = queries.scales + (query * queries.stride_scale_query + member * queries.stride_scale_head)
         step = tl.load(step, mask=inside, other=0.0).to(tl.float32)
         rows = unpack(tl.load(row[:, None] + offs_b[None, :], mask=mask, other=0))
-        rows = (rows * step[:, None]).to(FORM.dtype)  # exact
+        rows = (rows * step[:, None]).to(FORM.dtype)  # exact, in float16 within its range
     else:
         offs_d = first + tl.arange(0, SIZE)
         mask = inside[:, None] & (offs_d < DIM)[None, :]

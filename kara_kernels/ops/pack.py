@@ -1,11 +1,11 @@
 """Queries in four bits, written where they are kept: one launch per attention layer and step, and nothing else.
 
 One program packs some (token, head) pairs. The largest magnitude of a pair gives its scale. Elements are divided by
-the scale as it is stored, so that rounding the scale costs nothing, and rounded to the nearest of 15 codes. A scale has
-five significant bits and a code three, so that their product is exact in bfloat16 and float16.
+the scale as it is stored and rounded to the nearest of 15 codes, so that rounding the scale costs nothing. A scale has
+five significant bits and a code three, so that their product is exact in bfloat16, and in float16 within its range.
 
-Method: symmetric round-to-nearest quantisation with a scale per token and head, as KIVI (arXiv 2402.02750) quantises
-values.
+Method: symmetric round-to-nearest quantisation with a scale per token and head. Scales of five bits are this library's
+choice.
 """
 
 from torch import Tensor
@@ -47,8 +47,7 @@ def pack_kernel(
     scale = _to_five_bits(tl.div_rn(tl.max(tl.abs(x), 1), 7.0))
     x = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None] + tl.zeros_like(x))
     x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: addition rounds to whole numbers, half to even
-    codes = tl.minimum(tl.maximum(x, -7.0), 7.0).to(tl.int32) & 15
-    low, high = tl.split(tl.reshape(codes, [BLOCK_R, BLOCK_D // 2, 2]))
+    low, high = tl.split(tl.reshape(x.to(tl.int32) & 15, [BLOCK_R, BLOCK_D // 2, 2]))
     row = token
     if rows_ptr is not None:
         row = tl.load(rows_ptr + token, mask=inside, other=0)
@@ -102,8 +101,7 @@ def pack_queries(
 
     Elements that are not finite make the scores of their query NaN or are lost; they are not checked.
     """
-    tokens = check_pack(query, out, rows)
-    packed = PackedQueries.empty(*query.shape, device=query.device) if out is None else out
+    tokens, packed = check_pack(query, out, rows)
     if resolve_backend(backend, query.device) == "torch":
         write_rows(packed, tokens, rows)
     elif query.numel():

@@ -250,7 +250,7 @@ def _count(a: ScoreArguments) -> int:
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
     """The dtype of products: the query's, which represents any fp8 key exactly, or float32 if dtypes are mixed. Packed
-    queries are exact in any dtype, and fp8 keys in bfloat16."""
+    queries take the keys' dtype, and fp8 keys are exact in bfloat16."""
     if query.dtype == torch.uint8:
         return torch.bfloat16 if keys.dtype in FP8_DTYPES else keys.dtype
     mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES

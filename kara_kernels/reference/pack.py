@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packed import LARGEST_CODE, PackedQueries, check_pack
+from ..packed import PackedQueries, check_pack
 
 
 def pack_queries(query: Tensor, *, out: PackedQueries | None = None, rows: Tensor | None = None) -> PackedQueries:
     """``query [..., H*G, D]`` as 4-bit codes with scales; see :func:`kara_kernels.ops.pack_queries`."""
-    tokens = check_pack(query, out, rows)
-    packed = PackedQueries.empty(*query.shape, device=query.device) if out is None else out
+    tokens, packed = check_pack(query, out, rows)
     write_rows(packed, tokens, rows)
     return packed
 
@@ -20,9 +19,10 @@ def pack_queries(query: Tensor, *, out: PackedQueries | None = None, rows: Tenso
 def pack_rows(query: Tensor) -> PackedQueries:
     """``query [..., D]`` of a floating point dtype, ``D`` even, unchecked."""
     x = query.float()
-    scales = _to_five_bits(x.abs().amax(-1) / LARGEST_CODE)
+    scales = _to_five_bits(x.abs().amax(-1) / 7)
     divisor = torch.where(scales > 0, scales, 1.0)[..., None]
-    codes = (x / divisor).round().clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8).view(torch.uint8) & 15
+    # A scale is at most a thirty-second too low, so that the largest quotient is 7.22 and rounds to 7.
+    codes = (x / divisor).round().to(torch.int8).view(torch.uint8) & 15
     return PackedQueries(codes[..., 0::2] | codes[..., 1::2] << 4, scales.to(torch.bfloat16))
 
 
