@@ -109,9 +109,8 @@ def _check_values(cache: PagedCache, needed: bool) -> None:
     if cache.v is None and needed:
         raise ValueError("value_norm: expected False without a v_cache, got True")
     if cache.v is not None and cache.v[0].dtype not in SCORED_DTYPES + FP8_DTYPES:
-        raise TypeError(
-            f"v_cache: expected float16, bfloat16, float32 or float8 to take norms of, got {cache.v[0].dtype}"
-        )
+        expected = "float16, bfloat16, float32 or float8 (or value_norm=False)"
+        raise TypeError(f"v_cache: expected {expected}, got {cache.v[0].dtype}")
 
 
 def check_score_window(

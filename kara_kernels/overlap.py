@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 Dims = tuple[tuple[int, int], ...]
-"""``(stride, extent)`` in bytes, strides ascending; the first is the run of bytes ``(1, n)``."""
+"""``(stride, extent)`` in bytes, by ascending stride. The first is ``(1, n)``: ``n`` adjacent bytes."""
 
 
 class View(NamedTuple):

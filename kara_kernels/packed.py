@@ -22,8 +22,8 @@ class PackedQueries(NamedTuple):
     """uint8 ``[..., H*G, D/2]``: byte ``j`` has element ``2j`` in its low half and ``2j + 1`` in its high half, as
     two's complement in ``-7..7``."""
     scales: Tensor
-    """bfloat16 ``[..., H*G]``: the largest magnitude of each token and head divided by 7, to five significant bits. So
-    every element is exact in bfloat16."""
+    """bfloat16 ``[..., H*G]``: the largest magnitude of each token and head divided by 7, rounded to five significant
+    bits, so that every product of code and scale is exact in bfloat16."""
 
     @staticmethod
     def empty(*shape: int, device: torch.device | str | None = None) -> PackedQueries:

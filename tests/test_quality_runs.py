@@ -23,7 +23,7 @@ from bench import tables
 from bench.quality import peers, report, run, sources
 from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, pyramid
 from bench.quality.replay import Replay
-from bench.store import Store
+from bench.store import Store, code_of
 from demos.screen import Screen
 from kara_kernels.options import Scoring
 
@@ -227,6 +227,14 @@ def test_files_that_a_record_depends_on(tmp_path: Path, path: str, changed: set[
     assert not was or hashes() == before
     file.write_text(was + "\nCHANGED = True\n")
     assert {name for name, value in hashes().items() if value != before[name]} == changed
+
+
+def test_prose_does_not_count_as_code() -> None:
+    told = '"""A."""\nclass A:\n    """B."""\n    x: int = 1\n    """C."""\ndef f():\n    """D."""\n    return "E" #F\n'
+    bare = 'class A:\n    x: int = 1\ndef f():\n    return "E"\n'
+    assert code_of(told) == code_of(bare)
+    assert code_of(told) != code_of(bare.replace("E", "e"))
+    assert code_of('class A:\n    """B."""') == code_of("class A: pass")
 
 
 def test_a_stopped_run_goes_on(measured: Any) -> None:

@@ -83,14 +83,14 @@ class Architecture:
     keeps), and AMD's LDS sizes."""
     amd: bool = False
     query_tiles: int = 2
-    """Query tiles that lie in shared memory beside the keys: two in flight with mma.sync; three with wgmma and tcgen05,
-    which read theirs from there too; none on AMD, which keeps queries in registers."""
+    """Query tiles in shared memory beside the keys: two in flight with mma.sync; a third with wgmma and tcgen05, which
+    read their operands there; none on AMD, which keeps queries in registers."""
     slice_dims: int = 64
-    """Head dimensions of a streamed key tile. Where shared memory is small slices of 64 spilled: the assembler aims at
-    128 registers."""
+    """Head dimensions of a streamed key tile. On GPUs with little shared memory, slices of 64 spilled, because the
+    assembler aims at 128 registers."""
     float32_products: str = "tf32x3"
-    """How float32 is multiplied. AMD has the instruction. On NVIDIA "ieee" is scalar code that spills at any tile size,
-    and three TF32 products err by about 2^-22."""
+    """How float32 is multiplied. AMD has an instruction for it. On NVIDIA, "ieee" is scalar code that spills at any
+    tile size; three TF32 products have an error of about 2^-22."""
 
 
 def _amd(shared_memory: int) -> Architecture:

@@ -36,7 +36,7 @@ from .pool import PartialRows, launch_pool
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 PARTIAL_BYTES = 256 << 20
-"""Bytes of partial rows on a GPU, or those of one layer if they are more; further layers are scored after them."""
+"""Most bytes of partial rows on a GPU. Layers are scored in groups that fit, and at least one at a time."""
 
 
 # ------------------------------------------------------------------------------------------------- device code

@@ -23,11 +23,11 @@ class CompressedWindow(NamedTuple):
     keep_indices: Tensor
     """int32 ``[S, H, K]``: kept positions relative to the window, ascending; all -1 for a skipped sequence."""
     scores: Tensor
-    """float32 ``[S, H, W]``: the scores that were selected from, after pooling; zero for a skipped sequence unless
-    given."""
+    """float32 ``[S, H, W]``: the scores after pooling, from which tokens were selected; zero for a skipped sequence,
+    unless ``scores`` was given."""
     frontiers: Tensor
     """int32 ``[S]``: the end of the survivors, ``window_start + K``; ``max(protected_len, 0)`` for a skipped sequence.
-    Hand them back as the next call's ``protected_lens``, and what was kept is not compressed again."""
+    Pass them as the next call's ``protected_lens``, so that survivors are not compressed again."""
 
 
 def compress_window(

@@ -16,7 +16,7 @@ class Compression(NamedTuple):
     request_id: str
     """The sequence's name; in a batch without names its index, ``"0"``, ``"1"``, ..."""
     logical_len: int
-    """Tokens computed until then, padding not counted."""
+    """Tokens computed before the event, without padding."""
     physical_len_before: int
     """Rows held before."""
     physical_len_after: int
@@ -24,15 +24,15 @@ class Compression(NamedTuple):
     window_start: int
     """Physical index of the first window token."""
     window: int
-    """``W``, tokens looked at."""
+    """``W``, tokens of the window."""
     keep: int
-    """``K``, tokens of them that stayed."""
+    """``K``, tokens of the window that were kept."""
     keep_indices: Tensor
     """int32 ``[L, H, K]`` on the CPU: window-relative, ascending."""
     freed_blocks: int
     """Blocks that went back to the pool."""
     recomputed_len: int
-    """Tokens computed anew when it last came back from preemption; 0 where it never was, or nobody counts them."""
+    """Tokens recomputed when the request last resumed from preemption; 0 if it never did, or if nobody counts them."""
     seconds: float
     """Wall clock of the call that moved the rows, divided by the number of sequences it compressed."""
 

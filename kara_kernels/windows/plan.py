@@ -31,7 +31,7 @@ class Held(NamedTuple):
     blocks: Sequence[int]
     """Ids of its blocks in order, or its slots with a page size of 1."""
     first_owned: int
-    """Index of a block; it and all behind it belong to this sequence alone (reference count 1)."""
+    """Index of the first block that, like all later ones, belongs to this sequence alone (reference count 1)."""
 
 
 class Plan(NamedTuple):
@@ -40,20 +40,20 @@ class Plan(NamedTuple):
     request_id: str
     logical_len: int
     physical_len: int
-    """Rows held before; afterwards ``new_len``."""
+    """Rows before the compression; ``new_len`` after it."""
     new_len: int
     window_start: int
     """Physical index of the first window token."""
     blocks: tuple[int, ...]
-    """All blocks before, of which those from index ``first_written`` on are rewritten or freed."""
+    """All blocks before the compression. Those from index ``first_written`` on are rewritten or freed."""
     first_written: int
     kept_blocks: int
-    """How many of ``blocks`` the sequence keeps; those behind go back to the pool."""
+    """How many of ``blocks`` the sequence keeps. The later ones go back to the pool."""
     last_query: int
     """Sample number of the last query that scores, see :class:`kara_kernels.engine.QueryRing`."""
     num_queries: int
-    """``N``, how many recorded queries score: the last one and those before it. With ``attention="causal"`` these are
-    the queries of the window's own tokens."""
+    """``N``, the number of recorded queries that score, up to and including the last one. With ``attention="causal"``
+    these are the queries of the window's own tokens."""
 
     @property
     def touched(self) -> tuple[int, ...]:

@@ -25,26 +25,26 @@ class Policy(Scoring, Selection):
     """
 
     window: int = 256
-    """``W``: uncompressed tokens that one compression looks at; 2..4096, at least one block of the cache."""
+    """``W``: uncompressed tokens that one compression chooses from; 2..4096, at least one block of the cache."""
     keep: int = 128
-    """``K``: tokens of them that stay, below ``window``."""
+    """``K``: tokens of a window that are kept; less than ``window``."""
     tail: int = 128
-    """Newest tokens, left alone until the next round. Their queries judge the window before them."""
+    """Newest tokens, which a compression leaves alone. Their queries score the window before them."""
     protected: int = 0
     """Tokens from the start of a sequence that are never compressed. The whole prompt is protected in any case."""
     period: int = 1
     """Engine steps from one planning round to the next."""
     max_sequences: int = 4
-    """Sequences compressed in one step at most. Those with most to compress go first, and the others wait."""
+    """Most sequences compressed in one step. Those with most to compress go first; the others wait."""
     min_freed_blocks: int = 1
-    """A compression waits until it frees that many blocks, but never for more than one block of tokens. With 0 it never
+    """A compression waits until it frees this many blocks, but never for more than one block of tokens. With 0 it never
     waits, blocks may be longer than a window, and ``keep`` may equal ``window``."""
     query_stride: int = 2
-    """The query of every n-th decoded token is recorded to score with; 1 records all of them."""
+    """Records the query of every n-th decoded token; 1 records all of them. Recorded queries score the window."""
     query_heads: str = "mean"
     """Records ``"all"`` query heads, or the ``"mean"`` of each GQA group, which takes ``G`` times less memory."""
     max_query_gib: float = 4.0
-    """Bound of the query ring's memory per worker, in GiB. A larger ring is refused."""
+    """Most memory of the query ring per worker, in GiB. A larger ring is refused."""
 
     def __post_init__(self) -> None:
         Scoring.__post_init__(self)

@@ -24,7 +24,7 @@ class Span(NamedTuple):
     request_id: str
     prompt_len: int
     first_position: int
-    """Logical position of the first of them."""
+    """Logical position of the first query."""
     num_tokens: int
 
 

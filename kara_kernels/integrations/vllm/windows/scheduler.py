@@ -30,7 +30,7 @@ class Step:
     """What workers must know about one step. It is sent as the attribute ``kara`` of a SchedulerOutput."""
 
     plans: list[Plan] = field(default_factory=list)
-    """To be executed before the step touches any block."""
+    """Compressions to execute before the step touches any block."""
     clients: list[tuple[str, int]] = field(default_factory=list)
     """For each plan: the client's request id, and the tokens recomputed when it last resumed, else 0."""
     dropped: dict[str, int] = field(default_factory=dict)
