@@ -6,16 +6,18 @@ Names are imported on first use, so that ``python -m kara_kernels`` works withou
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .ahead import LookAhead
     from .integrations.flashinfer import block_tables_from_csr
     from .packed import PackedQueries
     from .paged import PagedCache
     from .windows.compress import CompressedWindow, compress_window
 
-__all__ = ["CompressedWindow", "PackedQueries", "PagedCache", "block_tables_from_csr", "compress_window"]
+__all__ = ["CompressedWindow", "LookAhead", "PackedQueries", "PagedCache", "block_tables_from_csr", "compress_window"]
 __version__ = "0.1.0"
 
 _ROOMS = {
     "CompressedWindow": "windows.compress",
+    "LookAhead": "ahead",
     "PackedQueries": "packed",
     "PagedCache": "paged",
     "block_tables_from_csr": "integrations.flashinfer",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ahead import LookAhead, check_look_ahead
 from .checks import (
     FP8_DTYPES,
     SCORED_DTYPES,
@@ -46,6 +47,7 @@ class ScoreArguments(Windows):
     scoring: Scoring
     scale: float
     k_scale: float | Tensor  # a tensor is [L, H]
+    look_ahead: LookAhead | None
 
     @property
     def value_norm(self) -> bool:
@@ -86,7 +88,7 @@ def check_windows(
 
 def check_scoring(
     query: Layers | None, where: dict[str, Any], query_rows: Tensor | None, scale: object,
-    k_scale: float | Tensor | None, scoring: Scoring, scores: Tensor | None = None,
+    k_scale: float | Tensor | None, look_ahead: object, scoring: Scoring, scores: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of :class:`ScoreArguments` that are not in ``where``. With ``scores`` no query is needed."""
     cache: PagedCache = where["cache"]
@@ -101,6 +103,7 @@ def check_scoring(
         "query": query, "query_rows": query_rows, "scoring": scoring,
         "scale": dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38),
         "k_scale": key_scales(k_scale, len(cache.k), heads, cache.k[0].device),
+        "look_ahead": check_look_ahead(look_ahead, dim, cache.k[0].device),
     }  # fmt: skip
 
 
@@ -115,14 +118,14 @@ def _check_values(cache: PagedCache, needed: bool) -> None:
 
 def check_score_window(
     query: Any, k_cache: Any, v_cache: Any, block_tables: object, window_starts: object, window: int,
-    query_rows: Tensor | None, scale: object, k_scale: float | Tensor | None, **scoring: Any,
+    query_rows: Tensor | None, scale: object, k_scale: float | Tensor | None, look_ahead: object, **scoring: Any,
 ) -> ScoreArguments:  # fmt: skip
     """Checks the arguments of ``score_window``. ``scoring`` has attention, reduction and redundancy."""
     queries, where = check_windows(
         query, k_cache, v_cache, block_tables, window, query_rows, window_starts=window_starts
     )
     how = Scoring(value_norm=v_cache is not None, **scoring)
-    given = ScoreArguments(**where, **check_scoring(queries, where, query_rows, scale, k_scale, how))
+    given = ScoreArguments(**where, **check_scoring(queries, where, query_rows, scale, k_scale, look_ahead, how))
     starts = where["window_starts"]
     if contents_are_checked(starts.device):
         everywhere = torch.ones_like(starts, dtype=torch.bool)

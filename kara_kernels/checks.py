@@ -25,9 +25,10 @@ def check_window(window: int) -> int:
 
 
 def check_tensor(
-    name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
-) -> Tensor:
-    """Checks shape (None: any extent), dtype and device of a tensor."""
+    name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype],
+    device: torch.device | None,
+) -> Tensor:  # fmt: skip
+    """Checks shape (None: any extent), dtype and device (None: any) of a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -35,7 +36,7 @@ def check_tensor(
     if value.dim() != len(shape) or any(want not in (None, n) for want, n in zip(shape, value.shape, strict=True)):
         want_text = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{want_text}], got {list(value.shape)}")
-    if value.device != device:
+    if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     return value
 

@@ -29,7 +29,8 @@ def clones(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 OPTIONS = [
     {}, {"pool": "layer", "reduction": "rms", "value_norm": True}, {"redundancy": 0.5, "k_scale": 0.5, "pool": "model"},
-    {"k_scale": torch.tensor([0.5])}, {"window_starts": torch.tensor([3, 0], dtype=torch.int32)},
+    {"k_scale": torch.tensor([0.5])}, {"look_ahead": (torch.tensor([0.5]), torch.tensor([-0.5]))},
+    {"window_starts": torch.tensor([3, 0], dtype=torch.int32)},
 ]  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def arguments(scores: torch.Tensor | None) -> tuple[tuple, dict]:
         given["query"] = None  # type: ignore[assignment]
     keywords = {
         "window": 16, "keep": 8, "scores": scores, "window_starts": None, "protected_lens": None,
-        "query_rows": None, "scale": None, "k_scale": None, "k_scales": None, "backend": "auto", **RECOMMENDED,
+        "query_rows": None, "scale": None, "k_scale": None, "k_scales": None, "cos": None, "sin": None,
+        "interleaved": False, "backend": "auto", **RECOMMENDED,
     }  # fmt: skip
     return tuple(given.values()), keywords
 

@@ -201,6 +201,11 @@ def rounded(places: int, ties: str = "even") -> Callable:
     return lambda a: nearest_float(Fraction(a), places, -126, ties) if math.isfinite(a) and a else a
 
 
+def f16_bits(a: float) -> int:
+    """To nearest, ties to even; every NaN becomes 0x7FFF."""
+    return 0x7FFF if math.isnan(a) else int(np.float16(np.float32(a)).view(np.uint16))
+
+
 def bf16_bits(a: float) -> int:
     """To nearest, ties to even; every NaN becomes 0x7FFF."""
     number = rounded(7)(a)
@@ -341,6 +346,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "cvt.rn.f16.f32": (["f32"], "f16", lambda a: float(np.float16(np.float32(a)))),
     "cvt.f32.bf16": (["bf16"], "f32", lambda a: a),
     "cvt.rn.bf16.f32": (["f32"], "bf16", rounded(7)),
+    "cvt.rn.f16x2.f32": (["f32"] * 2, "b32", lambda a, b: f16_bits(a) << 16 | f16_bits(b)),
     "cvt.rn.bf16x2.f32": (["f32"] * 2, "b32", lambda a, b: bf16_bits(a) << 16 | bf16_bits(b)),
     "cvt.rna.tf32.f32": (["f32"], "tf32", rounded(10, "away")),
     "bfe.u32": (["u32"] * 3, "u32", lambda a, n, length: field(a, n, length, False)),

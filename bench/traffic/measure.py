@@ -183,7 +183,7 @@ def measure(case: Case) -> dict[str, Any]:
         result = compress_window(**given, keep=case.keep, backend="triton", **case.options)
         config, partial = plan_score(check_score_window(
             given["query"], given["k_cache"], given["v_cache"] if case.norms else None, given["block_tables"],
-            given["seq_lens"] - case.window, case.window, given["query_rows"], None, None,
+            given["seq_lens"] - case.window, case.window, given["query_rows"], None, None, None,
             reduction=case.options["reduction"], redundancy=case.redundancy,
         ))  # fmt: skip
     problems = [str(problem) for launch in launches for problem in launch.problems]

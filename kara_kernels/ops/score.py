@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ahead import LookAhead
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES
 from ..packed import Queries
 from ..paged import row_alignment
 from ..reference.score import score_windows
+from ._keys import KeyRows, load_keys
 from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, load_queries, query_arguments
-from ._rows import PagedRows, load_rows, pool_arguments
+from ._rows import PagedRows, pool_arguments
 from ._tiles import ScoreConfig, score_config
 from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
@@ -58,6 +60,14 @@ class ScoreForm:
     dtype: Any  # Triton's, of the products
     precision: str
     scale_first: bool  # True: queries are scaled before the product. False: the product is scaled
+    rotary: int  # dimensions of a key that look_ahead turns
+    interleaved: bool  # how they pair
+
+    @property
+    def run(self) -> int:
+        """Dimensions in a row whose partners lie in a row, too, up to 16."""
+        half = self.rotary // 2
+        return min(16, half & -half)
 
 
 @triton.jit
@@ -80,11 +90,11 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     D1: tl.constexpr = CONFIG.d1
     offs_w = tl.arange(0, BLOCK_W)
     d0 = tl.arange(0, D0)
-    k0 = load_rows(keys, offs_w, d0, FORM.window, FORMAT, FORM.dtype)
+    k0 = load_keys(keys, offs_w, d0, FORMAT, FORM)
     k1 = k0  # unused if one power of two covers D
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
-        k1 = load_rows(keys, offs_w, d1, FORM.window, FORMAT, FORM.dtype)
+        k1 = load_keys(keys, offs_w, d1, FORMAT, FORM)
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
@@ -132,7 +142,7 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
     for d in range(0, FORMAT.dim, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         q = load_queries(queries, scale, offs_m, d, row_last, BLOCK_D, FORMAT.dim, FORM)
-        k = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
+        k = load_keys(keys, offs_w, offs_d, FORMAT, FORM)
         logits = tl.dot(q, k, logits, input_precision=FORM.precision)
     return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
 
@@ -171,7 +181,8 @@ def _columns_streamed(out, queries, keys, scale, row_first, row_last,
 @kernel
 def score_kernel(
     partials_ptr, q_ptr, q_table, q_scales_ptr, q_scales_table, query_rows_ptr, k_ptr, k_table, v_ptr, v_table,
-    block_tables_ptr, starts_ptr, seq_lens_ptr, protected_ptr, scale, k_scale_ptr, num_queries, num_tiles, first_layer,
+    block_tables_ptr, starts_ptr, seq_lens_ptr, protected_ptr, scale, k_scale_ptr, cos_ptr, sin_ptr, num_queries,
+    num_tiles, first_layer,
     stride_q_l: tl.int64, stride_q_s: tl.int64, stride_q_n: tl.int64, stride_q_h: tl.int64, stride_qr_s: tl.int64,
     stride_qs_l: tl.int64, stride_qs_s: tl.int64, stride_qs_n: tl.int64, stride_qs_h: tl.int64,
     stride_k_l: tl.int64, stride_k_b: tl.int64, stride_k_p: tl.int64, stride_k_h: tl.int64,
@@ -195,7 +206,7 @@ def score_kernel(
     if fits:
         table = block_tables_ptr + seq * stride_t_s
         k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer) + head * stride_k_h
-        keys = PagedRows(k_base, table, start, stride_k_b, stride_k_p)
+        keys = KeyRows(k_base, table, start, stride_k_b, stride_k_p, cos_ptr, sin_ptr)
         row = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * num_tiles + tile
         out = tl.multiple_of(partials_ptr + row * FORM.window, ALIGN)
         if FORM.redundancy and tile == num_tiles - 1:
@@ -269,12 +280,13 @@ def launch_score(
     values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys are a placeholder
     q, device = a.query[0], partials.device
     dtype = _matrix_dtype(q, a.cache.k[0])
+    cos, sin, interleaved = a.look_ahead or (None, None, False)
     form = ScoreForm(
         heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
         a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
         # The interpreter's bfloat16 arithmetic is wrong, so it takes products in float32.
         tl.float32 if INTERPRETED else TRITON_DTYPES[dtype], architecture(device).float32_products,
-        dtype == torch.float32,
+        dtype == torch.float32, 0 if cos is None else 2 * len(cos), interleaved,
     )  # fmt: skip
     by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
     # Allow only explicit fused multiply-adds. If a lane holds one term of a sum across lanes, the compiler produces
@@ -286,7 +298,7 @@ def launch_score(
         partials_ptr=partials, **query_arguments(a.query, a.query_rows),
         block_tables_ptr=a.block_tables, starts_ptr=a.window_starts, seq_lens_ptr=a.seq_lens,
         protected_ptr=a.protected_lens, scale=a.scale if isinstance(a.k_scale, Tensor) else a.scale * a.k_scale,
-        k_scale_ptr=by_head, num_queries=_count(a), num_tiles=tiles, first_layer=first_layer,
+        k_scale_ptr=by_head, cos_ptr=cos, sin_ptr=sin, num_queries=_count(a), num_tiles=tiles, first_layer=first_layer,
         stride_t_s=a.block_tables.stride(0), stride_ks_l=0 if by_head is None else by_head.stride(0),
         stride_ks_h=0 if by_head is None else by_head.stride(1),
         **pool_arguments("k", a.cache.k), **pool_arguments("v", values),
@@ -330,6 +342,7 @@ def score_window(
     v_cache: Tensor | Sequence[Tensor] | None = None,
     redundancy: float = 0.0,
     query_rows: Tensor | None = None,
+    look_ahead: LookAhead | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention mass that every key of each window receives from all queries, without the causal mask.
@@ -356,6 +369,8 @@ def score_window(
         query_rows: int32 ``[S, N]``, stride 1 along ``N``. ``query`` is then ``[R, H*G, D]``, or ``L`` such tensors, or
             ``[L, R, H*G, D]``. Query ``i`` of sequence ``s`` is row ``query_rows[s, i]`` in every layer. Sequences can
             thus share a query buffer that is read in place. A row may be named more than once.
+        look_ahead: rotates queries ahead of their own positions, see :class:`~kara_kernels.LookAhead`. Keys are rotated
+            back while they are loaded, in float32, and rounded to the dtype of the products.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -370,7 +385,7 @@ def score_window(
             detected here.
     """
     given = check_score_window(
-        query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
+        query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale, look_ahead,
         attention=attention, reduction=reduction, redundancy=redundancy,
     )  # fmt: skip
     by_torch = resolve_backend(backend, given.block_tables.device) == "torch"

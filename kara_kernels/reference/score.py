@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ahead import LookAhead
 from ..arguments import ScoreArguments, check_score_window
 from ..checks import FP8_DTYPES, slices
 from ..packed import PackedQueries, Queries
@@ -22,7 +23,7 @@ def score_window(
     query: Queries, k_cache: Tensor | Sequence[Tensor], block_tables: Tensor, window_starts: Tensor,
     window: int, *, scale: float | None = None, k_scale: float | Tensor | None = None,
     attention: str = "bidirectional", reduction: str = "mean", v_cache: Tensor | Sequence[Tensor] | None = None,
-    redundancy: float = 0.0, query_rows: Tensor | None = None,
+    redundancy: float = 0.0, query_rows: Tensor | None = None, look_ahead: LookAhead | None = None,
 ) -> Tensor:  # fmt: skip
     """Scores of the ``W = window`` tokens from ``window_starts`` on. See :func:`kara_kernels.ops.score_window`.
 
@@ -31,7 +32,7 @@ def score_window(
     ``[R, H*G, D]``. All arithmetic is in float32.
     """
     arguments = check_score_window(
-        query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale,
+        query, k_cache, v_cache, block_tables, window_starts, window, query_rows, scale, k_scale, look_ahead,
         attention=attention, reduction=reduction, redundancy=redundancy,
     )  # fmt: skip
     scores = score_windows(arguments)
@@ -68,7 +69,8 @@ def _score_layer(a: ScoreArguments, layer: int, s: int, start: int) -> Tensor:
         keys = _gather(k_cache[:, :, some], *where)  # [h, W, D]
         k_scale = a.k_scale[layer, some, None, None].float() if isinstance(a.k_scale, Tensor) else a.k_scale
         judges = query.unflatten(1, (heads, -1))[:, some]
-        scores[some] = _column_means(judges, keys, a.scale * k_scale, how.attention, how.reduction)
+        turned = keys if a.look_ahead is None else _turned_back(keys, a.look_ahead)
+        scores[some] = _column_means(judges, turned, a.scale * k_scale, how.attention, how.reduction)
         if a.value_norm:
             assert a.cache.v is not None
             scores[some] *= _norms(_gather(a.cache.v[layer][:, :, some], *where))
@@ -87,6 +89,19 @@ def _gather(cache: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
     if cache.dtype in FP8_DTYPES:
         return cache.view(torch.uint8)[blocks, rows].view(cache.dtype).float().transpose(0, 1)
     return cache[blocks, rows].float().transpose(0, 1)
+
+
+def _turned_back(keys: Tensor, ahead: LookAhead) -> Tensor:
+    """``keys [h, W, D]`` rotated back by the angles of ``ahead``. The products equal those of queries rotated ahead."""
+    cos, sin, interleaved = ahead
+    rotary = 2 * len(cos)
+    if interleaved:
+        x, y = keys[..., 0:rotary:2], keys[..., 1:rotary:2]
+        turned = torch.stack((x * cos + y * sin, y * cos - x * sin), -1).flatten(-2)
+    else:
+        x, y = keys[..., :rotary].chunk(2, -1)
+        turned = torch.cat((x * cos + y * sin, y * cos - x * sin), -1)
+    return torch.cat((turned, keys[..., rotary:]), -1)
 
 
 def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention: str, reduction: str) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from ..ahead import LookAhead
 from ..options import Options
 from ..packed import Queries
 from .graph import in_graph
@@ -45,6 +46,7 @@ def compress_window(
     query_rows: Tensor | None = None,
     scale: float | None = None,
     k_scale: float | Tensor | None = None,
+    look_ahead: LookAhead | None = None,
     reduce_scores: ReduceScores | None = None,
     backend: str = "auto",
     **options: Unpack[Options],
@@ -82,6 +84,8 @@ def compress_window(
             its row ``query_rows[s, i]``. A query ring is thus read in place.
         scale: factor on the logits, ``1/sqrt(D)`` by default.
         k_scale: factor on the keys of an fp8 cache; float or tensor, see :func:`kara_kernels.ops.score_window`.
+        look_ahead: :class:`~kara_kernels.LookAhead`, rotates the queries ahead of their own positions, because kept
+            tokens serve queries that come after the window. ``window`` positions ahead scored best.
         reduce_scores: called with the pooled scores before selection, for example to all-reduce them over
             tensor-parallel ranks. Gets and returns float32 ``[L, S, H, W]`` with extent 1 in pooled dimensions,
             without ``L`` for one layer. May work in place and return None. With ``scores`` and ``pool="head"`` it gets
@@ -120,7 +124,7 @@ def compress_window(
     given: dict[str, Any] = {
         "window": window, "keep": keep, "scores": scores, "window_starts": window_starts,
         "protected_lens": protected_lens, "query_rows": query_rows, "scale": scale, "k_scale": k_scale,
-        "reduce_scores": reduce_scores, "options": options,
+        "look_ahead": look_ahead, "reduce_scores": reduce_scores, "options": options,
     }  # fmt: skip
     if torch.compiler.is_compiling():
         return CompressedWindow(*in_graph(query, k_cache, v_cache, block_tables, seq_lens, backend=backend, **given))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ahead import LookAhead
 from ..options import OPTIONS
 from .request import check_request
 from .run import run
@@ -20,7 +21,7 @@ _KINDS = {"str": "str", "int": "int", "float": "float", "bool | None": "bool?"}
 SCHEMA = (
     "compress_window(Tensor? query, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor block_tables, Tensor seq_lens, *, "
     "int window, int keep, Tensor? scores, Tensor? window_starts, Tensor? protected_lens, Tensor? query_rows, "
-    "float? scale, float? k_scale, Tensor? k_scales, str backend, "
+    "float? scale, float? k_scale, Tensor? k_scales, Tensor? cos, Tensor? sin, bool interleaved, str backend, "
     + ", ".join(f"{_KINDS[str(option.type)]} {name}" for name, option in OPTIONS.items())
     + ") -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -33,9 +34,11 @@ library.define(SCHEMA)
 @torch.library.impl(library, "compress_window", "CompositeExplicitAutograd")
 def _run(
     query: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, block_tables: Tensor, seq_lens: Tensor, *,
-    scores: Tensor | None, k_scale: float | None, k_scales: Tensor | None, backend: str, **given: Any,
+    scores: Tensor | None, k_scale: float | None, k_scales: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, backend: str, **given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given |= {"k_scale": k_scale if k_scales is None else k_scales, "reduce_scores": None}
+    given["look_ahead"] = None if cos is None or sin is None else LookAhead(cos, sin, interleaved)
     options = {name: given.pop(name) for name in OPTIONS}
     request = check_request(query, k_cache, v_cache, block_tables, seq_lens, scores=scores, options=options, **given)
     lengths, keep_indices, pooled, frontiers = run(request, backend)
@@ -58,7 +61,7 @@ def _shapes(
 
 def in_graph(
     query: object, k_cache: object, v_cache: object, block_tables: Tensor, seq_lens: Tensor, *, k_scale: object,
-    reduce_scores: object, options: Mapping[str, Any], **others: Any,
+    look_ahead: LookAhead | None, reduce_scores: object, options: Mapping[str, Any], **others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The node of a graph. A compiler can only trace tensors, so lists and pools raise TypeError."""
     for name, value in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -70,7 +73,9 @@ def in_graph(
     if reduce_scores is not None:
         raise TypeError("reduce_scores: expected None under torch.compile, got a callable")
     scales = (None, k_scale) if isinstance(k_scale, Tensor) else (k_scale, None)
+    cos, sin, interleaved = (None, None, False) if look_ahead is None else LookAhead(*look_ahead)
     return torch.ops.kara_kernels.compress_window(
-        query, k_cache, v_cache, block_tables, seq_lens, k_scale=scales[0], k_scales=scales[1],
+        query, k_cache, v_cache, block_tables, seq_lens, k_scale=scales[0], k_scales=scales[1], cos=cos, sin=sin,
+        interleaved=interleaved,
         **others, **{**_DEFAULTS, **options},
     )  # fmt: skip

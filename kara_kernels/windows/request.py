@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ahead import LookAhead
 from ..arguments import ScoreArguments, check_contents, check_scoring, check_windows
 from ..checks import check_tensor, check_unit_stride, contents_are_checked
 from ..options import Selection, split_options
@@ -67,7 +68,8 @@ def check_request(
     query: Queries | None, k_cache: Tensor | Sequence[Tensor], v_cache: Tensor | Sequence[Tensor] | None,
     block_tables: Tensor, seq_lens: Tensor, *, window: int, keep: int, scores: Tensor | None,
     window_starts: Tensor | None, protected_lens: Tensor | None, query_rows: Tensor | None, scale: float | None,
-    k_scale: float | Tensor | None, reduce_scores: ReduceScores | None, options: Mapping[str, Any],
+    k_scale: float | Tensor | None, look_ahead: LookAhead | None, reduce_scores: ReduceScores | None,
+    options: Mapping[str, Any],
 ) -> Request:  # fmt: skip
     """Checks the arguments of :func:`kara_kernels.compress_window` except the backend, before anything is written."""
     scoring, selection = split_options(options)
@@ -82,7 +84,7 @@ def check_request(
         shape = (len(cache.k), seq_lens.shape[0], cache.shape[2], window)[0 if where["many"] else 1 :]
         check_tensor("scores", scores, shape, (torch.float32,), seq_lens.device)
         scores = scores if where["many"] else scores[None]
-    by = check_scoring(queries, where, query_rows, scale, k_scale, scoring, scores)
+    by = check_scoring(queries, where, query_rows, scale, k_scale, look_ahead, scoring, scores)
     request = Request(**where, **by, keep=keep, scores=scores, selection=selection, reduce_scores=reduce_scores)
     if contents_are_checked(seq_lens.device):
         starts, fits = request.windows()

@@ -92,9 +92,14 @@ def _f32_to_bf16(value: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
-def _f32_to_bf16x2(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """The first operand into the upper half."""
-    return _f32_to_bf16(high).astype(np.uint32) << np.uint32(16) | _f32_to_bf16(low)
+def _f32_to_pair(kind: str) -> Callable:
+    """Two numbers in 32 bits, the first operand in the upper half."""
+
+    def bits(value: np.ndarray) -> np.ndarray:
+        half = value.astype(np.float16).view(np.uint16)
+        return _f32_to_bf16(value) if kind == "bf16" else np.where(np.isnan(value), np.uint16(0x7FFF), half)
+
+    return lambda high, low: bits(high).astype(np.uint32) << np.uint32(16) | bits(low)
 
 
 def _f32_to_s32(a: np.ndarray) -> np.ndarray:
@@ -189,7 +194,7 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"cvt\.rn\.(f16|f32)\.(f32|f64)", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.f32\.bf16", lambda m: (["bf16"], "f32", _bf16_to_f32)),
     (r"cvt\.rn\.bf16\.f32", lambda m: (["f32"], "bf16", _f32_to_bf16)),
-    (r"cvt\.rn\.bf16x2\.f32", lambda m: (["f32"] * 2, "b32", _f32_to_bf16x2)),
+    (r"cvt\.rn\.(b?f16)x2\.f32", lambda m: (["f32"] * 2, "b32", _f32_to_pair(m[1]))),
     (r"cvt\.rzi\.s32\.f32", lambda m: (["f32"], "s32", _f32_to_s32)),
     (r"cvt\.rna\.tf32\.f32", lambda m: (["f32"], "tf32", _f32_to_tf32)),
     (r"bfe\.([su](?:32|64))", lambda m: ([m[1], "u32", "u32"], m[1], _bit_field)),

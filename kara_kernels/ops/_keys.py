@@ -1,0 +1,42 @@
+"""Keys of a window, turned back by the angles of ``look_ahead`` while they are loaded."""
+
+from typing import Any, NamedTuple
+
+from ._rows import load_rows
+from ._triton import tl, triton
+
+
+class KeyRows(NamedTuple):
+    """PagedRows, and the angles that turn them."""
+
+    base: Any
+    table: Any
+    start: Any
+    stride_block: Any
+    stride_token: Any
+    cos: Any  # [R/2]; None: keys are not turned
+    sin: Any
+
+
+@triton.jit
+def load_keys(keys, offs_w, offs_d, FORMAT: tl.constexpr, FORM: tl.constexpr):
+    """Keys of window tokens ``offs_w`` as ``[dims, tokens]`` of ``FORM.dtype``, zero outside the window and
+    ``FORMAT.dim``."""
+    rows = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, FORM.dtype)
+    if keys.cos is not None:
+        HALF: tl.constexpr = FORM.rotary // 2
+        rotates = offs_d < FORM.rotary
+        if FORM.interleaved:
+            behind, pair, other = offs_d % 2 == 1, offs_d // 2, offs_d ^ 1
+        else:
+            behind = offs_d >= HALF
+            pair = tl.where(behind, offs_d - HALF, offs_d)
+            other = tl.where(behind, offs_d - HALF, offs_d + HALF)
+            RUN: tl.constexpr = FORM.run  # without the hint, partners would be loaded one by one
+            other = tl.max_contiguous(tl.multiple_of(other, RUN), RUN)
+        cos = tl.load(keys.cos + pair, mask=rotates, other=1.0)
+        sin = tl.load(keys.sin + pair, mask=rotates, other=0.0)
+        sin = tl.where(behind, -sin, sin)
+        partners = load_rows(keys, offs_w, other, FORM.window, FORMAT, tl.float32)
+        rows = (rows.to(tl.float32) * cos[:, None] + partners * sin[:, None]).to(FORM.dtype)
+    return rows
