@@ -179,7 +179,7 @@ def check_query(
     if len(query) != len(cache.k):
         raise ValueError(f"query: expected {len(cache.k)} layers as in k_cache, got {len(query)}")
     first, device, name = query[0], cache.k[0].device, "query"
-    dtypes: tuple[torch.dtype, ...] = SCORED_DTYPES
+    dtypes: tuple[torch.dtype, ...] = SCORED_DTYPES + FP8_DTYPES
     if query.scales is not None:
         if dim % 2:
             raise ValueError(f"query: expected no packed queries for an odd head dimension, got D = {dim}")

@@ -36,6 +36,10 @@ class PackedQueries(NamedTuple):
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def layer(self, index: int) -> PackedQueries:
+        """Views ``[..., H*G, D/2]`` and ``[..., H*G]`` of one index of the first dimension."""
+        return PackedQueries(self.codes[index], self.scales[index])
+
     def by_token(self) -> PackedQueries:
         """Views ``[T, H*G, D/2]`` and ``[T, H*G]`` with all leading dimensions as one."""
         return PackedQueries(self.codes.view(-1, *self.codes.shape[-2:]), self.scales.view(-1, self.scales.shape[-1]))

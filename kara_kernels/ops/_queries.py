@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..checks import FP8_DTYPES
 from ..paged import Layers
+from ._rows import fp8_to_float
 from ._triton import tl, triton
 
 
@@ -28,7 +30,7 @@ def query_arguments(query: Layers, query_rows: Tensor | None) -> dict[str, Any]:
     first, table = (None, None) if scales is None else (scales[0], scales.table)
     s_layer, s_sequence, s_token, s_head = (0, 0, 0, 0) if scales is None else scales.strides
     return {
-        "q_ptr": query[0], "q_table": query.table, "query_rows_ptr": query_rows, "q_scales_ptr": first,
+        "q_ptr": query.words if query[0].dtype in FP8_DTYPES else query[0], "q_table": query.table, "query_rows_ptr": query_rows, "q_scales_ptr": first,
         "q_scales_table": table, "stride_q_l": layer, "stride_q_s": sequence if query_rows is None else 0,
         "stride_q_n": token, "stride_q_h": head, "stride_qr_s": 0 if query_rows is None else query_rows.stride(0),
         "stride_qs_l": s_layer, "stride_qs_s": s_sequence if query_rows is None else 0, "stride_qs_n": s_token,
@@ -44,6 +46,7 @@ def load_queries(queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, DI
     stay within float32's range if the logits do. Scaling the keys instead spilled on sm_120.
     """
     ALIGN: tl.constexpr = FORM.align
+    FP8: tl.constexpr = FORM.query_fp8
     inside = offs_m < row_last
     query, member = offs_m // FORM.group, (offs_m % FORM.group).to(tl.int64)
     if queries.places is not None:
@@ -60,7 +63,10 @@ def load_queries(queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, DI
     else:
         offs_d = first + tl.arange(0, SIZE)
         mask = inside[:, None] & (offs_d < DIM)[None, :]
-        rows = tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(FORM.dtype)
+        rows = tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0)
+        if FP8 is not None:
+            rows = fp8_to_float(rows, FP8, FORM.dtype)
+        rows = rows.to(FORM.dtype)
     return rows * scale if FORM.scale_first else rows
 
 

@@ -30,7 +30,7 @@ from ..reference.score import score_windows
 from ._keys import KeyRows, load_keys
 from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, load_queries, query_arguments
-from ._rows import PagedRows, pool_arguments
+from ._rows import FP8_NAMES, PagedRows, pool_arguments
 from ._tiles import ScoreConfig, score_config
 from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
@@ -60,6 +60,7 @@ class ScoreForm:
     dtype: Any  # Triton's, of the products
     precision: str
     scale_first: bool  # True: queries are scaled before the product. False: the product is scaled
+    query_fp8: str | None  # fp8 type of the queries
     rotary: int  # dimensions of a key that look_ahead turns
     interleaved: bool  # how they pair
 
@@ -261,8 +262,8 @@ def _count(a: ScoreArguments) -> int:
 
 def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
     """The dtype of products: the query's, which represents any fp8 key exactly, or float32 if dtypes are mixed. Packed
-    queries take the keys' dtype, and fp8 keys are exact in bfloat16."""
-    if query.dtype == torch.uint8:
+    and fp8 queries take the keys' dtype, and fp8 keys are exact in bfloat16."""
+    if query.dtype == torch.uint8 or query.dtype in FP8_DTYPES:
         return torch.bfloat16 if keys.dtype in FP8_DTYPES else keys.dtype
     mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES
     return torch.float32 if mixed else query.dtype
@@ -286,7 +287,7 @@ def launch_score(
         a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
         # The interpreter's bfloat16 arithmetic is wrong, so it takes products in float32.
         tl.float32 if INTERPRETED else TRITON_DTYPES[dtype], architecture(device).float32_products,
-        dtype == torch.float32, 0 if cos is None else 2 * len(cos), interleaved,
+        dtype == torch.float32, FP8_NAMES.get(q.dtype), 0 if cos is None else 2 * len(cos), interleaved,
     )  # fmt: skip
     by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
     # Allow only explicit fused multiply-adds. If a lane holds one term of a sum across lanes, the compiler produces
@@ -348,7 +349,7 @@ def score_window(
     """Attention mass that every key of each window receives from all queries, without the causal mask.
 
     Args:
-        query: ``[S, N, H*G, D]`` float16, bfloat16 or float32, post-RoPE, in any order (a ring buffer needs no
+        query: ``[S, N, H*G, D]`` float16, bfloat16, float32 or float8, post-RoPE, in any order (a ring buffer needs no
             rotation). They may include queries of tokens after the window. Or ``L`` such tensors, or one ``[L, S,
             N, H*G, D]``. Or the same as :class:`~kara_kernels.PackedQueries`.
         k_cache: ``[B, P, H, D]`` of those dtypes or float8, any strides (the last 1 on the Triton path); or ``L`` of

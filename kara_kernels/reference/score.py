@@ -81,11 +81,15 @@ def _score_layer(a: ScoreArguments, layer: int, s: int, start: int) -> Tensor:
 
 def _rows(query: Tensor, s: int, query_rows: Tensor | None) -> Tensor:
     """``[N, H*G, D]`` of sequence ``s``."""
-    return query[s] if query_rows is None else query[0].index_select(0, query_rows[s])
+    if query_rows is None:
+        return query[s]
+    if query.dtype in FP8_DTYPES:  # indexing is not implemented for every float8 type
+        return query[0].view(torch.uint8).index_select(0, query_rows[s]).view(query.dtype)
+    return query[0].index_select(0, query_rows[s])
 
 
 def _gather(cache: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
-    """float32 ``[h, W, D]``. fp8 is gathered as bytes, because indexing is not implemented for every float8 type."""
+    """float32 ``[h, W, D]``. fp8 is gathered as bytes, as above."""
     if cache.dtype in FP8_DTYPES:
         return cache.view(torch.uint8)[blocks, rows].view(cache.dtype).float().transpose(0, 1)
     return cache[blocks, rows].float().transpose(0, 1)

@@ -60,9 +60,9 @@ def compress_window(
     launches each. On the CPU, PyTorch works in slices.
 
     Args:
-        query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16 or float32, in any order. They may include queries
-            of tokens after the window, which score well. For many layers ``[L, S, N, H*G, D]`` or ``L`` tensors. Or
-            the same as :class:`~kara_kernels.PackedQueries`. None with ``scores``.
+        query: post-RoPE queries ``[S, N, H*G, D]`` float16, bfloat16, float32 or float8, in any order. They may include
+            queries of tokens after the window, which score well. For many layers ``[L, S, N, H*G, D]`` or ``L``
+            tensors. Or the same as :class:`~kara_kernels.PackedQueries`. None with ``scores``.
         k_cache: ``[B, P, H, D]``, or ``L`` of them, or ``PagedCache.k``. Any strides. On the Triton path the last must
             be 1, and all layers must have the same strides. float16, bfloat16, float32 or float8; with ``scores`` any
             dtype of 1, 2, 4 or 8 bytes.

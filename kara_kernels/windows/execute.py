@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ahead import LookAhead
 from ..checks import check_alike, check_unit_stride
 from ..paged import PagedCache
 from .compress import compress_window
@@ -82,7 +83,7 @@ class PackedCache:
 def execute(
     plans: Sequence[Plan], cache: PagedCache | PackedCache, ring: QueryRing, policy: Policy, *,
     scale: float | None = None, k_scale: float | Tensor | None = None,
-    reduce_scores: Callable[[Tensor], Tensor] | None = None, turn: Callable[[Tensor], Tensor] | None = None,
+    reduce_scores: Callable[[Tensor], Tensor] | None = None, look_ahead: LookAhead | None = None,
     scores: Tensor | None = None, backend: str = "auto",
 ) -> list[Tensor]:  # fmt: skip
     """Compresses every planned window in all layers, in place.
@@ -93,9 +94,8 @@ def execute(
         cache: the engine's pools, all layers.
         ring: the recorded queries.
         policy: the policy that the plans were made with.
-        scale, k_scale, reduce_scores, backend: see :func:`kara_kernels.compress_window`.
-        turn: a function that transforms the queries before scoring. It gets a copy, ``[L, S, N, H*G, D]``, oldest
-            first. Without it the ring's rows are read in place.
+        scale, k_scale, reduce_scores, look_ahead, backend: see :func:`kara_kernels.compress_window`.
+            ``look_ahead`` is ``policy.positions_ahead`` positions of the model's rotary embedding.
         scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of computing scores.
 
     Returns:
@@ -104,7 +104,7 @@ def execute(
 
     Not checked on a GPU: that the planned blocks belong to their sequences.
     """
-    call = _Call(ring, turn, _options(policy, scale, k_scale, reduce_scores, backend))
+    call = _Call(ring, _options(policy, scale, k_scale, reduce_scores, look_ahead, backend))
     packed = isinstance(cache, PackedCache)
     kept: dict[int, Tensor] = {}
     for places in _groups(plans, packed, scores is not None):
@@ -126,26 +126,27 @@ def execute(
 def warm_up(
     cache: PagedCache | PackedCache, ring: QueryRing, policy: Policy, *, scale: float | None = None,
     k_scale: float | Tensor | None = None, reduce_scores: Callable[[Tensor], Tensor] | None = None,
-    turn: Callable[[Tensor], Tensor] | None = None, backend: str = "auto",
+    look_ahead: LookAhead | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
     """Compiles the kernels that :func:`execute` launches with these options, so that the first request does not wait.
 
-    It compresses one empty sequence, which is skipped, so the cache does not change. ``turn`` is called with unrecorded
-    queries, and ``reduce_scores`` is called too.
+    It compresses one empty sequence, which is skipped, so the cache does not change. ``reduce_scores`` is called too.
     """
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
     nobody = Plan("", 0, 0, 0, window_start=0, blocks=(0,), first_written=0, kept_blocks=0, last_query=0, num_queries=0)
     count = policy.window if policy.attention == "causal" else policy.query_rows
-    call = _Call(ring, turn, _options(policy, scale, k_scale, reduce_scores, backend))
+    call = _Call(ring, _options(policy, scale, k_scale, reduce_scores, look_ahead, backend))
     call.launch([nobody], [range(count)], [(0,)], cache, None)
 
 
-def _options(policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, backend: str) -> dict[str, Any]:
+def _options(
+    policy: Policy, scale: Any, k_scale: Any, reduce_scores: Any, look_ahead: LookAhead | None, backend: str
+) -> dict[str, Any]:  # fmt: skip
     """Options of :func:`compress_window` that do not depend on the plans."""
     return {
         "window": policy.window, "keep": policy.keep, "scale": scale, "k_scale": k_scale,
-        "reduce_scores": reduce_scores, "backend": backend, **policy.selection,
+        "reduce_scores": reduce_scores, "look_ahead": look_ahead, "backend": backend, **policy.selection,
     }  # fmt: skip
 
 
@@ -154,7 +155,6 @@ class _Call:
     """State shared by the calls of a step."""
 
     ring: QueryRing
-    turn: Callable[[Tensor], Tensor] | None
     options: dict[str, Any]
 
     def compress(
@@ -182,14 +182,9 @@ class _Call:
         # One upload for any batch size.
         given = upload(list(chain.from_iterable(numbers)), torch.int32, cache.k[0].device)
         lengths, starts, places, table = given.split([len(part) for part in numbers])
-        query: Tensor | None = None
-        given_rows: Tensor | None = None
-        if scores is None:
-            query, given_rows = self.ring.queries, places.view(count, -1)
-            if self.turn is not None:
-                query, given_rows = self.turn(query.index_select(1, places).unflatten(1, given_rows.shape)), None
+        query, chosen = (self.ring.queries, places.view(count, -1)) if scores is None else (None, None)
         return compress_window(
-            query, cache.k, cache.v, table.view(count, width), lengths, window_starts=starts, query_rows=given_rows,
+            query, cache.k, cache.v, table.view(count, width), lengths, window_starts=starts, query_rows=chosen,
             scores=scores, **self.options,
         ).keep_indices  # fmt: skip
 

@@ -11,6 +11,7 @@ from ..options import OPTIONS, Scoring, Selection
 from ..values import MAX_WINDOW, check_choice, check_count, check_number
 
 QUERY_HEADS = ("all", "mean")
+QUERY_DTYPES = ("int4", "fp8", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,16 @@ class Policy(Scoring, Selection):
     min_freed_blocks: int = 1
     """A compression waits until it frees this many blocks, but never for more than one block of tokens. With 0 it never
     waits, blocks may be longer than a window, and ``keep`` may equal ``window``."""
-    query_stride: int = 2
+    query_stride: int = 1
     """Records the query of every n-th decoded token; 1 records all of them. Recorded queries score the window."""
-    query_heads: str = "mean"
+    query_heads: str = "all"
     """Records ``"all"`` query heads, or the ``"mean"`` of each GQA group, which takes ``G`` times less memory."""
+    query_dtype: str = "int4"
+    """Records queries in four bits with a scale per token and head (``"int4"``), as ``"fp8"`` (e4m3fn, saturated), or in
+    their own dtype (``"auto"``)."""
+    look_ahead: int | None = None
+    """Scores with queries rotated this many positions ahead. None means ``window`` positions if the engine's adapter
+    knows the model's rotary embedding, else 0; and 0 with ``attention="causal"``."""
     max_query_gib: float = 4.0
     """Most memory of the query ring per worker, in GiB. A larger ring is refused."""
 
@@ -60,6 +67,9 @@ class Policy(Scoring, Selection):
                 f"query_stride: expected 1 with attention='causal' (query i is window token i), got {self.query_stride}"
             )
         check_choice("query_heads", self.query_heads, QUERY_HEADS)
+        check_choice("query_dtype", self.query_dtype, QUERY_DTYPES)
+        if self.look_ahead is not None:
+            check_count("look_ahead", self.look_ahead, 0, 2**31 - 1)
         check_number("max_query_gib", self.max_query_gib, 0.0, 1e6)
 
     @classmethod
@@ -103,6 +113,13 @@ class Policy(Scoring, Selection):
     def query_rows(self) -> int:
         """Queries recorded per sequence: those of one window and its tail."""
         return -(-(self.window + self.tail) // self.query_stride)
+
+    @property
+    def positions_ahead(self) -> int:
+        """``look_ahead``, or what None means for a model whose rotary embedding is known."""
+        if self.look_ahead is not None:
+            return self.look_ahead
+        return 0 if self.attention == "causal" else self.window
 
     @property
     def selection(self) -> dict[str, Any]:

@@ -8,14 +8,23 @@ after preemption writes the same rows again. Scoring reads the rows in place.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.pack import pack_queries
+from ..packed import PackedQueries
 from ..values import check_count
 from .plan import Plan
 from .policy import Policy
+
+FP8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(FP8).max
+
+FORMS = (("all", 2), ("mean", 1), ("mean", 2), ("mean", 4), ("mean", 8))
+"""``(query_heads, query_stride)`` by the loss that the quality bench measured, least first. Memory falls too."""
 
 
 class Span(NamedTuple):
@@ -37,7 +46,7 @@ class QueryRing:
     stream. The host may then run ahead of it.
 
     Args:
-        policy: stride, rows and whether groups are averaged.
+        policy: stride, rows, whether groups are averaged, and the form of a recorded query.
         layers: ``L``.
         query_heads, kv_heads: ``H*G`` and ``H`` of this worker.
         head_dim: ``D``.
@@ -47,7 +56,8 @@ class QueryRing:
         rows: queries recorded per sequence. The default and minimum is ``policy.query_rows``.
 
     Raises:
-        TypeError, ValueError: too few rows; the ring would be larger than ``policy.max_query_gib``.
+        TypeError, ValueError: too few rows; an odd ``head_dim`` with ``query_dtype="int4"``; the ring would be larger
+            than ``policy.max_query_gib``.
     """
 
     def __init__(
@@ -62,9 +72,10 @@ class QueryRing:
         heads = kv_heads if self._mean else query_heads
         # Queries that are not recorded go to the last row.
         self._trash = max_sequences * self.rows
-        shape = layers, self._trash + 1, heads, head_dim
         self.nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype, self.rows)
         """Bytes of all rings together."""
+        self.kv_tokens = self.nbytes / (max_sequences * layers * 2 * kv_heads * head_dim * dtype.itemsize)
+        """Tokens whose keys and values, in ``dtype``, take as much memory as one sequence's ring."""
         if self.nbytes > policy.max_query_gib * 2**30:
             raise ValueError(
                 f"max_query_gib: expected a query ring of at most {policy.max_query_gib} GiB, got "
@@ -72,7 +83,7 @@ class QueryRing:
                 f"{head_dim} in {layers} layers each): raise query_stride or max_query_gib, set query_heads to "
                 f"'mean', or let fewer sequences run at once"
             )
-        self.queries = torch.empty(shape, dtype=dtype, device=device)
+        self.queries = _room((layers, self._trash + 1, heads, head_dim), policy.query_dtype, dtype, device)
         """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
         self._written = 0  # leading targets that may point elsewhere than to the last row
@@ -117,7 +128,7 @@ class QueryRing:
             targets[at] = row
         if targets:
             # New memory for every step, because the stream may not have finished the previous copy.
-            self._targets[: len(targets)].copy_(staged(targets, torch.int64, self.queries.device), non_blocking=True)
+            self._targets[: len(targets)].copy_(staged(targets, torch.int64, self._targets.device), non_blocking=True)
         self._written = end
         return bool(marks)
 
@@ -125,7 +136,14 @@ class QueryRing:
         """Writes the queries ``[T, H*G, D]`` of one layer, padding included, to the rows set by ``prepare``."""
         if self._mean:
             query = query.unflatten(1, (self._kv_heads, -1)).mean(2)
-        self.queries[layer].index_copy_(0, self._targets[: query.shape[0]], query)
+        rows = self._targets[: query.shape[0]]
+        if isinstance(self.queries, PackedQueries):
+            pack_queries(query, out=self.queries.layer(layer), rows=rows)
+        elif self.queries.dtype == FP8:
+            query = query.clamp(-_LARGEST, _LARGEST).to(FP8)  # beyond the largest lies NaN
+            self.queries[layer].view(torch.uint8).index_copy_(0, rows, query.view(torch.uint8))
+        else:
+            self.queries[layer].index_copy_(0, rows, query)
 
     def rows_of(self, request_id: str, last: int, count: int) -> list[int]:
         """Rows of ``queries`` that hold the ``count`` samples of a sequence up to number ``last``, oldest first.
@@ -135,23 +153,24 @@ class QueryRing:
         base = self._slots[request_id] * self.rows
         return [base + sample % self.rows for sample in range(last - count + 1, last + 1)]
 
-    def select(self, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
+    def select(self, plans: Sequence[Plan]) -> tuple[Tensor | PackedQueries, Tensor]:
         """``(queries [L, R, H*G, D], rows int32 [S, N])`` for plans with the same ``num_queries``, oldest query first.
 
         No query is copied: :func:`kara_kernels.compress_window` takes the rows as ``query_rows``.
         """
         rows = [self.rows_of(plan.request_id, plan.last_query, plan.num_queries) for plan in plans]
-        return self.queries, upload(rows, torch.int32, self.queries.device)
+        return self.queries, upload(rows, torch.int32, self._targets.device)
 
     def copy(self, other: QueryRing, request_id: str, last: int, count: int) -> None:
         """Copies ``count`` samples of a sequence, up to number ``last``, from a ring with another number of rows."""
         if count:
             self._slot(request_id)
             to, rows = (
-                upload(ring.rows_of(request_id, last, count), torch.int64, ring.queries.device)
+                upload(ring.rows_of(request_id, last, count), torch.int64, ring._targets.device)
                 for ring in (self, other)
             )
-            self.queries.index_copy_(1, to, other.queries.index_select(1, rows))
+            for mine, others in zip(_parts(self.queries), _parts(other.queries), strict=True):
+                mine.index_copy_(1, to, others.index_select(1, rows))
 
     def _slot(self, request_id: str) -> int:
         slot = self._slots.get(request_id)
@@ -170,7 +189,40 @@ def ring_bytes(
 ) -> int:  # fmt: skip
     """Bytes of a :class:`QueryRing` that records ``heads`` heads: query heads, or KV heads if groups are averaged."""
     rows = policy.query_rows if rows is None else rows
-    return layers * (max_sequences * rows + 1) * heads * head_dim * dtype.itemsize
+    size = {"int4": head_dim // 2 + 2, "fp8": head_dim, "auto": head_dim * dtype.itemsize}[policy.query_dtype]
+    return layers * (max_sequences * rows + 1) * heads * size
+
+
+def fit_queries(
+    policy: Policy, layers: int, query_heads: int, kv_heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype
+) -> Policy:
+    """The policy with the form of :data:`FORMS` whose ring is within ``max_query_gib`` and loses least.
+
+    The first form is what the policy itself says. If none fits, the policy stays as it is, and the ring is refused.
+    """
+    for heads, stride in ((policy.query_heads, policy.query_stride), *FORMS):
+        form = replace(policy, query_heads=heads, query_stride=min(stride, policy.window))
+        recorded = kv_heads if heads == "mean" else query_heads
+        if ring_bytes(form, layers, recorded, head_dim, max_sequences, dtype) <= policy.max_query_gib * 2**30:
+            return form
+    return policy
+
+
+def _room(
+    shape: tuple[int, ...], form: str, dtype: torch.dtype, device: torch.device | str
+) -> Tensor | PackedQueries:  # fmt: skip
+    if form == "int4":
+        if shape[-1] % 2:
+            raise ValueError(f"query_dtype: expected 'fp8' or 'auto' for an odd head dimension, got D = {shape[-1]}")
+        return PackedQueries.empty(*shape, device=device)
+    return torch.empty(shape, dtype=FP8 if form == "fp8" else dtype, device=device)
+
+
+def _parts(queries: Tensor | PackedQueries) -> tuple[Tensor, ...]:
+    """Tensors ``[L, R, ...]`` that can be indexed."""
+    if isinstance(queries, PackedQueries):
+        return tuple(queries)
+    return (queries.view(torch.uint8) if queries.dtype == FP8 else queries,)
 
 
 def staged(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -39,6 +39,7 @@ from kara_kernels.engine import Compression, Held, Ledger, Policy, QueryRing, Sp
 from kara_kernels.values import check_choice
 
 from .models import check_config, not_plain
+from .rotary import resolve_look_ahead
 
 _EXPECTED = "5.19"
 _MODEL = "destroy_cached_continuous_batching_manager generate_batch"
@@ -79,7 +80,7 @@ class KaraBatching:
     """
 
     def __init__(self, model: Any, *, backend: str = "auto", **policy: Any) -> None:
-        self.policy = Policy.from_settings(policy)
+        self.policy, self.ahead = resolve_look_ahead(Policy.from_settings(policy), model)
         check_choice("backend", backend, ("auto", "triton", "torch"))
         self.model, self.backend = model, backend
         self.events: list[Compression] = []
@@ -189,6 +190,7 @@ class _Run:
             dtype=pool.dtype,
             device=pool.device,
         )
+        self.look_ahead = kara.ahead and kara.ahead(self.policy.positions_ahead, pool.device)
         self.running: set[str] = set()
         self.recording = False
         self.recorded: set[int] = set()  # layers
@@ -276,7 +278,10 @@ class _Run:
                 del hashes.hash_to_block[block_hash]
         began = time.perf_counter()
         with self._stream():
-            lists = execute(plans, self.pool, self.ring, self.policy, scale=self.scale, backend=self.kara.backend)
+            lists = execute(
+                plans, self.pool, self.ring, self.policy, scale=self.scale, look_ahead=self.look_ahead,
+                backend=self.kara.backend,
+            )  # fmt: skip
             kept = [keep.cpu() for keep in lists]
         seconds = (time.perf_counter() - began) / len(plans)
         for plan, keep_indices in zip(plans, kept, strict=True):

@@ -33,7 +33,7 @@ from kara_kernels.options import split_options
 from kara_kernels.values import check_choice, check_count
 
 from .models import HOW_TO_LOAD, check_model
-from .rotary import find_rotation
+from .rotary import resolve_look_ahead
 from .sequences import Forward, Sequences
 
 _INT32_MAX = 2**31 - 1
@@ -105,7 +105,6 @@ class KaraCache(Cache):
     ) -> None:
         super().__init__(layers=[])
         self.num_layers = check_model(model_or_config)
-        self.policy = _policy(window, keep, tail, options)
         self.window, self.keep, self.tail = window, keep, tail
         self.block_size = check_count("block_size", block_size, 1, _INT32_MAX)
         if num_blocks is not None:
@@ -115,18 +114,10 @@ class KaraCache(Cache):
         check_choice("backend", backend, ("auto", "triton", "torch"))
         if scorer is not None and not callable(scorer):
             raise TypeError(f"scorer: expected a callable or None, got {type(scorer).__name__}")
-        ahead = find_rotation(model_or_config)
-        if look_ahead is None:
-            look_ahead = 0 if ahead is None or self.policy.attention == "causal" else window
-        self.look_ahead = check_count("look_ahead", look_ahead, 0, _INT32_MAX)
-        if look_ahead and ahead is None:
-            raise ValueError(
-                f"look_ahead: expected 0 for {type(model_or_config).__name__}, which has no rotary position embedding "
-                f"of the common kind, got {look_ahead}"
-            )
-        turn = None if ahead is None or not look_ahead else lambda query: ahead(query, look_ahead)
+        self.policy, ahead = resolve_look_ahead(_policy(window, keep, tail, look_ahead, options), model_or_config)
+        self.look_ahead = self.policy.positions_ahead
         self._sequences = Sequences(
-            self.policy, self.num_layers, block_size, num_blocks, protected, scorer=scorer, turn=turn, backend=backend
+            self.policy, self.num_layers, block_size, num_blocks, protected, scorer=scorer, ahead=ahead, backend=backend
         )
         self.reset()
 
@@ -264,10 +255,10 @@ class KaraCache(Cache):
         return output
 
 
-def _policy(window: int, keep: int, tail: int, options: dict[str, Any]) -> Policy:
+def _policy(window: int, keep: int, tail: int, look_ahead: int | None, options: dict[str, Any]) -> Policy:
     """Records every query and compresses a window as soon as it and its tail exist, whatever that frees."""
     split_options(options)  # raises a TypeError for unknown options and lists the known ones
     return Policy(
-        window=window, keep=keep, tail=tail, query_stride=1, query_heads="all", min_freed_blocks=0,
+        window=window, keep=keep, tail=tail, look_ahead=look_ahead, query_dtype="auto", min_freed_blocks=0,
         max_sequences=_INT32_MAX, max_query_gib=1e6, **options,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from kara_kernels.engine import Compression, Held, Ledger, Plan, Policy, QueryRing, Span, execute
 
 from .blocks import Blocks
+from .rotary import Ahead
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Sequences:
         layers: ``L``.
         page: rows in a block.
         num_blocks, protected, scorer, backend: see :class:`.KaraCache`.
-        turn: of :func:`kara_kernels.engine.execute`.
+        ahead: the model's angles, if the policy looks ahead.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class Sequences:
         protected: int | Sequence[int] | None,
         *,
         scorer: Callable[..., Tensor] | None,
-        turn: Callable[[Tensor], Tensor] | None,
+        ahead: Ahead | None,
         backend: str,
     ) -> None:
         self.policy, self.layers, self.protected = policy, layers, protected
-        self.scorer, self.turn, self.backend = scorer, turn, backend
+        self.scorer, self.ahead, self.backend = scorer, ahead, backend
         self.blocks = Blocks(page, num_blocks)
         self.ring: QueryRing | None = None
         self.events: list[Compression] = []
@@ -182,7 +183,7 @@ class Sequences:
             self.policy,
             scale=scale,
             backend=self.backend,
-            turn=self.turn,
+            look_ahead=self.ahead and self.ahead(self.policy.positions_ahead, self.blocks.paged.k[0].device),
             scores=self._scores(plans, self.ring),
         )
         kept = torch.stack(lists).cpu()
@@ -199,6 +200,7 @@ class Sequences:
         if self.scorer is None:
             return None
         queries, rows = ring.select(plans)
+        assert isinstance(queries, Tensor)
         return self.scorer(
             query=queries.index_select(1, rows.flatten()).unflatten(1, rows.shape),
             k_cache=self.blocks.paged.k,

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from kara_kernels.engine import Policy, ring_bytes
+from kara_kernels.engine import Policy, fit_queries
 
 from ..settings import settings_of
 
@@ -92,7 +92,7 @@ def after(config: Any) -> None:
     from vllm.logger import init_logger
 
     _refuse(config)  # again, because --kv-offloading-size becomes a KV connector only now
-    _resolve_query_stride(config)
+    _fit_queries(config)
     settings = settings_of(config)
     parallel = config.parallel_config
     if parallel.worker_cls not in WORKERS.values():
@@ -125,22 +125,26 @@ def _refuse(config: Any) -> None:
         raise ValueError(f"kara: expected only supported features, got {'; '.join(refused)}")
 
 
-def _resolve_query_stride(config: Any) -> None:
-    """Unless the operator set it, picks the first stride of 2, 4, 8, ... whose query ring fits ``max_query_gib``.
+def _fit_queries(config: Any) -> None:
+    """Unless the operator chose what is recorded, picks what loses least among the forms that fit ``max_query_gib``.
 
-    vLLM runs up to 1,024 requests at once. With the default stride their queries may take too much memory. The stride
-    is part of the plan, so it is fixed here, once for all processes.
+    vLLM runs up to 1,024 requests at once, and their queries may take too much memory. The form is part of the plan, so
+    it is fixed here, once for all processes.
     """
+    from vllm.logger import init_logger
+
     kara, model = config.additional_config["kara"], config.model_config
-    if "query_stride" in kara:
+    if "query_stride" in kara or "query_heads" in kara:
         return
     policy, parallel = settings_of(config).policy, config.parallel_config
-    heads = model.get_num_kv_heads(parallel)
-    if policy.query_heads == "all":
-        heads = model.get_num_attention_heads(parallel)
-    shape = model.get_num_layers(parallel), heads, model.get_head_size(), config.scheduler_config.max_num_seqs
-    while policy.query_stride * 2 <= policy.window and (
-        ring_bytes(policy, *shape, model.dtype) > policy.max_query_gib * 2**30
-    ):
-        policy = dataclasses.replace(policy, query_stride=policy.query_stride * 2)
-    config.additional_config = {**config.additional_config, "kara": {**kara, "query_stride": policy.query_stride}}
+    fitted = fit_queries(
+        policy, model.get_num_layers(parallel), model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel), model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype,
+    )  # fmt: skip
+    form = {"query_heads": fitted.query_heads, "query_stride": fitted.query_stride}
+    if fitted != policy:
+        init_logger("vllm.kara").warning_once(
+            f"Kara records fewer queries, to stay within max_query_gib={policy.max_query_gib}: {form}. Scores are less "
+            f"accurate. Raise max_query_gib, or let fewer sequences run at once (--max-num-seqs)"
+        )
+    config.additional_config = {**config.additional_config, "kara": {**kara, **form}}

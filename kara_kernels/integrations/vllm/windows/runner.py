@@ -26,6 +26,7 @@ from kara_kernels.paged import PagedCache
 from ..layout import paged_view
 from ..settings import settings_of
 from .configure import UNSUPPORTED_LAYERS, check_block_size, found_in
+from .rotary import look_ahead_of
 from .scheduler import KaraSpec, Step
 
 logger = init_logger("vllm.kara")
@@ -63,8 +64,14 @@ class KaraRunner(_Mixin):
             device=self.device,
         )
         logger.info(
-            "Kara's query ring takes %.2f GiB for %d sequences", self.kara_ring.nbytes / 2**30, self.max_num_reqs
+            "Kara's query ring takes %.2f GiB: for each of %d sequences as much as %.0f tokens of KV cache",
+            self.kara_ring.nbytes / 2**30,
+            self.max_num_reqs,
+            self.kara_ring.kv_tokens,
         )
+        self.kara_look_ahead = look_ahead_of(self.get_model(), self.kara.policy, self.device)
+        if self.kara_look_ahead is None and self.kara.policy.positions_ahead:
+            logger.warning("Kara does not look ahead: the model's rotary embedding is not of a known kind")
         for index, layer in enumerate(self.kara_layers.values()):
             layer.impl.forward = self._recording(index, layer.impl.forward)
         return loaded
@@ -170,7 +177,8 @@ class KaraRunner(_Mixin):
     def _kara_options(self) -> dict[str, Any]:
         pooled = self.kara.policy.pool != "head"
         scale = next(iter(self.kara_layers.values())).impl.scale
-        return {"scale": scale, "reduce_scores": self._mean_over_ranks if pooled else None}
+        reduce_scores = self._mean_over_ranks if pooled else None
+        return {"scale": scale, "reduce_scores": reduce_scores, "look_ahead": self.kara_look_ahead}
 
     def _mean_over_ranks(self, scores: Tensor) -> Tensor:
         group = get_tp_group()
