@@ -1,5 +1,6 @@
 """KaraBatching: transformers' continuous batching against a dense model without a cache, and against itself."""
 
+import functools
 import threading
 from collections import Counter
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from dense import Ledger, best_of_window, dense_logits, replay  # noqa: E402
+from dense import Ledger, best_for_later, best_of_window, dense_logits, replay  # noqa: E402
 from transformers import (  # noqa: E402
     CompileConfig,
     ContinuousBatchingConfig,
@@ -40,7 +41,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, LAYERS, HEADS, PAGE = 61, 3, 2, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": HEADS}
 # Every decoded token's query scores, and the best of the window are kept, so an oracle needs no library code.
-PLAIN = {"query_stride": 1, "query_heads": "all", "chunk_fraction": 0.0, "reduction": "mean", "value_norm": False}
+EXACT = {"query_stride": 1, "query_dtype": "auto", "chunk_fraction": 0.0}
+PLAIN = {**EXACT, "look_ahead": 0, "reduction": "mean", "value_norm": False}
 POLICY = {"window": 32, "keep": 10, "tail": 8, **PLAIN}
 WINDOWS = (120 - 1 - 8) // 32  # compressions of a request of 120 tokens, of which the last is never computed on
 
@@ -120,7 +122,7 @@ def causal(ids):
     return torch.ones(tokens, tokens).tril().bool().expand(LAYERS, 1, HEADS, tokens, tokens)
 
 
-def assert_best_kept(model, output, events, policy, recorded_from=0):
+def assert_best_kept(model, output, events, policy, recorded_from=0, best_of=best_of_window):
     """Windows follow the prompt and each other without gaps. In every layer and head, the kept tokens have the most
     attention in the dense model, from the recorded queries of the newest ``window + tail`` decoded tokens."""
     ids = torch.tensor([output.prompt_ids + output.generated_tokens])[:, :-1]
@@ -137,7 +139,7 @@ def assert_best_kept(model, output, events, policy, recorded_from=0):
         judges = decoded[-(window + tail) // stride :]
         for layer, attention in enumerate(module.self_attn for module in model.model.layers):
             tokens = ledger.held[layer][0][0][event.window_start :][:window]
-            best = best_of_window(layer, 0, tokens, judges, event.keep, attention.scaling)
+            best = best_of(layer, 0, tokens, judges, event.keep, attention.scaling)
             assert torch.equal(event.keep_indices[layer].long(), best), (event.logical_len, layer)
         ledger.drop(0, event.window_start, window, event.keep_indices)
 
@@ -228,7 +230,7 @@ PROMPTS = [prompt(n) for n in (5, 20, 37, 90)]  # 90 are computed in two chunks,
     ("attention", "policy", "page"),
     [
         ("sdpa", {}, 16),
-        ("eager", {"keep": 24, "tail": 5, "query_stride": 3, "query_heads": "all"}, 16),
+        ("eager", {"keep": 24, "tail": 5, "query_stride": 3}, 16),
         ("sdpa", {"window": 48, "keep": 1, "tail": 0, "max_sequences": 1}, 32),
         ("sdpa", {"window": 21, "keep": 9, "tail": 20, "period": 3}, 7),
     ],
@@ -249,8 +251,28 @@ def test_text_is_that_of_the_dense_model(attention, policy, page):
         assert_best_kept(model, output, events, policy)
 
 
-def test_default_scoring_and_records(llama):
-    policy = {"window": 32, "keep": 10, "tail": 8, "query_heads": "mean"}
+def test_what_is_kept_by_default_is_for_later_queries(llama):
+    """Root mean squares, value norms, and queries moved ahead by a window, against the dense model."""
+    policy = {"window": 32, "keep": 10, "tail": 8, **EXACT}
+    outputs, kara = serve(llama, PROMPTS, policy)
+    assert kara.policy.look_ahead == 32
+    theta = llama.config.rope_parameters["rope_theta"]
+    for output in outputs:
+        best_of = functools.partial(best_for_later, ahead=32, theta=theta)
+        assert_best_kept(llama, output, of(kara, output), policy, best_of=best_of)
+
+
+def test_looking_ahead_needs_a_known_rotary_embedding():
+    dynamic = make_model()
+    dynamic.model.rotary_emb.rope_type = "dynamic"
+    assert KaraBatching(dynamic, window=32, keep=10).policy.look_ahead == 0
+    with pytest.raises(ValueError, match=r"look_ahead: expected 0 for LlamaForCausalLM, .*, got 8"):
+        KaraBatching(dynamic, window=32, keep=10, look_ahead=8)
+
+
+@pytest.mark.parametrize("form", [{}, {"query_dtype": "fp8"}, {"query_heads": "mean"}])
+def test_default_scoring_and_records(llama, form):
+    policy = {"window": 32, "keep": 10, "tail": 8, **form}
     outputs, kara = serve(llama, PROMPTS, policy)
     for output in outputs:
         assert len(of(kara, output)) >= 2

@@ -83,6 +83,6 @@ def test_what_is_wrong_is_named_by_all_who_take_it(given: dict, error: type[Exce
 
 
 def test_causal_engines_record_every_query() -> None:
-    assert Policy(attention="causal", query_stride=1).selection["attention"] == "causal"
+    assert Policy(attention="causal").selection["attention"] == "causal"
     with pytest.raises(ValueError, match="query_stride: expected 1 with attention='causal'"):
-        Policy(attention="causal")
+        Policy(attention="causal", query_stride=2)

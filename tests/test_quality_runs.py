@@ -21,7 +21,7 @@ from test_transformers import make_model
 import bench.quality.__main__ as command
 from bench import tables
 from bench.quality import peers, report, run, sources
-from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, pyramid
+from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, pyramid, served
 from bench.quality.replay import Replay
 from bench.store import Store, code_of
 from demos.screen import Screen
@@ -72,7 +72,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return go
 
 
-CELLS = 4 * 3 * 2  # two texts and two haystacks, three methods, two retentions
+SERVED = 2 * 2  # two texts, two retentions
+CELLS = 4 * 3 * 2 + SERVED  # two texts and two haystacks, three methods, two retentions
 WITH_ALL = 2  # haystacks, with everything
 
 
@@ -96,7 +97,7 @@ def test_a_changed_scorer_is_measured_again_nothing_else_and_checkouts_do_not_mi
     rows, said = tables.read(results / "quality.csv"), (results / "quality.md").read_text()
     with monkeypatch.context() as other:
         with_another_h2o(other)
-        assert measured("two") == CELLS // 3
+        assert measured("two") == (CELLS - SERVED) // 3
         others = tables.read(tmp_path / "two/bench/results/quality.csv")
     assert others[0] == rows[0]
     assert {a["method"] for a, b in zip(rows[1], others[1], strict=True) if a != b} == {"H2O"}
@@ -206,7 +207,8 @@ ALL = {"fidelity", "decoding", *OURS}
     ("kara_kernels/ops/_tiles.py", {"fidelity of ours, on a GPU"}),
     ("kara_kernels/ops/chunks.py", {"fidelity of ours, on a GPU"}),
     ("kara_kernels/integrations/flashinfer.py", set()),
-    ("kara_kernels/windows/plan.py", {"decoding"}),
+    ("kara_kernels/windows/queries.py", OURS | {"decoding"}),
+    ("kara_kernels/engine/__init__.py", {"decoding"}),
     ("kara_kernels/integrations/vllm/settings.py", set()),
     ("kara_kernels/windows/of_tomorrow.py", ALL),
 ])  # fmt: skip
@@ -255,7 +257,7 @@ def test_two_runs_share_the_work(measured: Any, monkeypatch: pytest.MonkeyPatch)
         return fidelity(model, name, *arguments, **options)
 
     monkeypatch.setattr(run, "fidelity", beside)
-    assert measured("clone") == CELLS + WITH_ALL + 3 * 2  # the text that both had begun
+    assert measured("clone") == CELLS + WITH_ALL + 4 * 2  # the text that both had begun
     assert len(met) == 1
 
 
@@ -264,7 +266,8 @@ def test_two_runs_share_the_work(measured: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_committed_page_is_that_of_its_table(tmp_path: Path) -> None:
     head, records = tables.read(command.RESULTS / "quality.csv")
-    if {record["method"] for record in records} != {method.name for method in [FULL, *METHODS, *ablations()]}:
+    methods = {method.name for method in [FULL, *METHODS, *served(), *ablations()]}
+    if {record["method"] for record in records} != methods:
         pytest.skip("the committed table is of an earlier bench: make quality")
     page, _ = report.write({**head, "records": records}, tmp_path)
     assert (command.RESULTS / "quality.md").read_text() == page.read_text()

@@ -23,7 +23,7 @@ from transformers import (  # noqa: E402
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
 from kara_kernels.integrations.transformers import KaraCache, kara_attention  # noqa: E402
-from kara_kernels.integrations.transformers.rotary import find_rotation  # noqa: E402
+from kara_kernels.integrations.transformers.rotary import find_look_ahead  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -277,21 +277,24 @@ def test_looking_ahead_turns_queries_as_the_model_does(kind):
     """A query rotated to position 3 and then 20 ahead equals the query rotated to position 23."""
     rope = {"rope_theta": 100.0, "original_max_position_embeddings": 64, **kind}
     model = make_model(rope_parameters=rope)
-    ahead, rotary = find_rotation(model), model.model.rotary_emb
+    ahead, rotary = find_look_ahead(model), model.model.rotary_emb
     query = torch.randn(2, 1, 4, 2, rotary.inv_freq.numel() * 2)  # [L, S, N, heads, D]
 
     def at(position):
         cos, sin = rotary(query, torch.full((1, 1), position))
         return apply_rotary_pos_emb(query[:, 0], query[:, 0], cos, sin, unsqueeze_dim=2)[0][:, None]
 
-    torch.testing.assert_close(ahead(at(3), 20), at(23), rtol=1e-4, atol=1e-5)
+    cos, sin, interleaved = ahead(20, query.device)
+    x, y = at(3).chunk(2, -1)
+    assert not interleaved
+    torch.testing.assert_close(torch.cat((x * cos - y * sin, y * cos + x * sin), -1), at(23), rtol=1e-4, atol=1e-5)
 
 
 def test_no_rotation_is_taken_from_other_models(llama):
     dynamic = {"rope_theta": 100.0, "rope_type": "dynamic", "factor": 2.0}
-    assert find_rotation(llama) is not None
-    assert find_rotation(make_model(rope_parameters=dynamic)) is None
-    assert find_rotation(torch.nn.Linear(1, 1)) is None
+    assert find_look_ahead(llama) is not None
+    assert find_look_ahead(make_model(rope_parameters=dynamic)) is None
+    assert find_look_ahead(torch.nn.Linear(1, 1)) is None
 
 
 def test_forwards_of_many_tokens_equal_forwards_of_one(llama):

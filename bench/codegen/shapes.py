@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kara_kernels import PackedQueries, compress_window
+from kara_kernels import LookAhead, PackedQueries, compress_window
 from kara_kernels.ops import expand_chunks, pack_queries, select_topk
 from kara_kernels.options import PAPER, RECOMMENDED
 
@@ -18,9 +18,9 @@ BF16, FP16, FP8, FP32 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torc
 class Shape:
     """One call of compress_window: two layers in pools of their own, so that kernels take addresses from a table.
 
-    Options are the recommended ones but for ``options``, or those ``published``. ``recorded``: queries as the engine
-    shim has them, group means in a ring whose rows are read in place; otherwise those of every token and head.
-    ``packed``: those in four bits.
+    Options are the recommended ones but for ``options``, or those ``published``. Queries are those of every token and
+    head. ``recorded``: as the engine shim has them, in four bits in a ring whose rows are read in place, looking ahead.
+    ``fp8``: the same as fp8. ``means``: those of GQA groups in 16 bits. ``ahead``: looking ahead, with pairs as said.
     """
 
     window: int = 256
@@ -32,13 +32,16 @@ class Shape:
     options: dict[str, Any] = field(default_factory=dict)
     published: bool = False
     recorded: bool = False
-    packed: bool = False
+    fp8: bool = False
+    means: bool = False
+    ahead: str = ""  # "neox", "interleaved", or "partial" for half of the dimensions
 
     @property
     def label(self) -> str:
         values = "" if self.v_dim is None else ", latent" if self.v_dim == 0 else f"/{self.v_dim}"
         options = "".join(f", {key}={value}" for key, value in self.options.items())
-        options += ", published" * self.published + ", recorded" * self.recorded + ", packed" * self.packed
+        options += ", published" * self.published + ", recorded" * self.recorded + ", fp8 queries" * self.fp8
+        options += ", group means" * self.means + f", ahead {self.ahead}" * bool(self.ahead)
         dtype = str(self.dtype).removeprefix("torch.")
         return f"W {self.window}, D {self.dim}{values}, G {self.group}, P {self.page}, {dtype}{options}"
 
@@ -58,14 +61,24 @@ def arguments(shape: Shape) -> dict[str, Any]:
         return [torch.zeros(blocks * sequences, shape.page, heads, width, dtype=shape.dtype) for _ in range(2)]
 
     queries: Any = torch.zeros(2, sequences, shape.window, heads * shape.group, shape.dim, dtype=wide)
+    in_place = shape.recorded or shape.fp8 or shape.means
+    if in_place:
+        queries = queries[:, 0]
+    if shape.means:
+        queries = queries[:, :, :heads].contiguous()
+    if shape.fp8:
+        queries = queries.to(FP8)
+    ahead = None
     if shape.recorded:
-        queries = queries[:, 0, :, :heads].contiguous()
-    if shape.packed:
         queries = PackedQueries.empty(*queries.shape)
         queries.scales.zero_()
+    if shape.recorded or shape.ahead:
+        angles = torch.zeros(shape.dim // (4 if shape.ahead == "partial" else 2))
+        ahead = LookAhead(angles, angles, shape.ahead == "interleaved")
     return {
         "query": queries,
-        "query_rows": torch.zeros(sequences, shape.window, dtype=torch.int32) if shape.recorded else None,
+        "query_rows": torch.zeros(sequences, shape.window, dtype=torch.int32) if in_place else None,
+        "look_ahead": ahead,
         "k_cache": pool(shape.dim),
         "v_cache": pool(v_dim) if v_dim else None,
         "block_tables": torch.arange(blocks * sequences, dtype=torch.int32).view(sequences, -1),
@@ -83,10 +96,13 @@ SHAPES += [Shape(window, 576, 0, 16, 64) for window in (128, 256, 512, 2048)]
 SHAPES += [Shape(window, group=group) for group in (1, 8) for window in (256, 2048)]
 SHAPES += [Shape(window, dim, dtype=dtype) for dtype in (FP16, FP8) for dim in (64, 128) for window in (256, 2048)]
 SHAPES += [Shape(page=page) for page in (1, 32, 64, 256)]
-SHAPES += [Shape(window, dim, recorded=True) for window in (256, 2048) for dim in (64, 128)]
+SHAPES += [Shape(window, dim, recorded=True) for window in (128, 256, 512, 2048) for dim in (64, 128)]
+SHAPES += [Shape(256, 256, recorded=True), Shape(256, 192, 128, recorded=True), Shape(dtype=FP8, recorded=True)]
 SHAPES += [Shape(256, 576, 0, 16, 64, recorded=True)]
-SHAPES += [Shape(window, dim, packed=True) for window in (256, 2048) for dim in (64, 128)]
-SHAPES += [Shape(256, 576, 0, 16, 64, packed=True), Shape(256, 192, 128, packed=True)]
+SHAPES += [Shape(window, fp8=True, dtype=dtype) for window in (256, 2048) for dtype in (BF16, FP8)]
+SHAPES += [Shape(window, means=True) for window in (256, 2048)]
+SHAPES += [Shape(window, ahead=ahead) for window in (256, 2048) for ahead in ("neox", "interleaved", "partial")]
+SHAPES += [Shape(dtype=dtype, ahead="neox") for dtype in (FP16, FP32)]
 SHAPES += [Shape(window, dim, published=True) for window in (256, 2048) for dim in (64, 128)]
 SHAPES += [Shape(options={"redundancy": 1.0}), Shape(2048, options={"redundancy": 1.0})]
 SHAPES += [Shape(options={"attention": "causal"}), Shape(options={"chunk_fraction": 0.0})]

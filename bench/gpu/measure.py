@@ -18,8 +18,8 @@ import torch
 
 from bench import baselines
 from bench.tables import Row
-from kara_kernels import CompressedWindow, PagedCache, compress_window
-from kara_kernels.engine import Policy
+from kara_kernels import CompressedWindow, LookAhead, PackedQueries, PagedCache, compress_window
+from kara_kernels.engine import Policy, fit_queries
 from kara_kernels.ops import compact_blocks, expand_chunks, score_window
 from kara_kernels.options import PAPER, RECOMMENDED, split_options
 
@@ -46,9 +46,16 @@ class Case:
         return f"{self.name}, W {self.window}, batch {self.batch}"
 
     @property
+    def policy(self) -> Policy:
+        """What the shim records by default, within its default bound of memory."""
+        policy = Policy(window=self.window, keep=self.window // 2)
+        shape = self.layers, self.heads * self.group, self.heads, self.dim
+        return fit_queries(policy, *shape, self.batch, torch.bfloat16)
+
+    @property
     def recorded(self) -> int:
-        """Queries per sequence that the shim records by default: means of GQA groups, one row per KV head."""
-        return Policy(window=self.window, keep=self.window // 2).query_rows
+        """Query rows per KV head and sequence that the shim records by default."""
+        return self.policy.query_rows * (self.group if self.policy.query_heads == "all" else 1)
 
 
 SHAPES = {
@@ -66,7 +73,7 @@ class World:
     """Inputs of one compression. Replays do not restore the cache: rows that moved once move again, with equal bytes.
 
     There are two sets of queries: those that the engine shim records by default, in a ring whose rows are read in
-    place, and those of every token and head, unless they exceed ``MOST_QUERIES``.
+    place, and those of every token and head in 16 bits, unless they exceed ``MOST_QUERIES``.
     """
 
     def __init__(self, case: Case, device: str, dtype: torch.dtype) -> None:
@@ -82,8 +89,14 @@ class World:
         self.tables = torch.randperm(blocks, generator=generator, device=device).int().view(case.batch, -1)
         self.lengths = torch.full((case.batch,), case.window + TAIL, dtype=torch.int32, device=device)
         self.starts = torch.zeros(case.batch, dtype=torch.int32, device=device)
-        rows = case.batch * case.recorded
-        self.ring = random(case.layers, rows, case.heads, case.dim)
+        rows = case.batch * case.policy.query_rows
+        heads = case.recorded // case.policy.query_rows * case.heads
+        self.ring = PackedQueries(
+            torch.randint(256, (case.layers, rows, heads, case.dim // 2), generator=generator, device=device).byte(),
+            random(case.layers, rows, heads).abs().to(torch.bfloat16),
+        )
+        angle = torch.arange(case.dim // 2, device=device).float()
+        self.ahead = LookAhead(angle.cos(), angle.sin())
         self.ring_rows = torch.randperm(rows, generator=generator, device=device).int().view(case.batch, -1)
         every = (case.layers, case.batch, case.window, case.heads * case.group, case.dim)
         self.every = random(*every) if math.prod(every) * dtype.itemsize <= MOST_QUERIES else None
@@ -99,7 +112,8 @@ class World:
         return compress_window(
             query if scores is None else None, self.cache.k, self.cache.v, self.tables, self.lengths,
             window=self.case.window, keep=self.keep, window_starts=self.starts, scores=scores,
-            query_rows=rows if scores is None else None, backend=backend, **(PAPER if paper else RECOMMENDED),
+            query_rows=rows if scores is None else None, look_ahead=None if paper else self.ahead, backend=backend,
+            **(PAPER if paper else RECOMMENDED),
         )  # fmt: skip
 
     def score(self, backend: str, paper: bool = False) -> torch.Tensor:
@@ -109,7 +123,7 @@ class World:
         return score_window(
             query, self.cache.k, self.tables, self.starts, self.case.window, query_rows=rows, backend=backend,
             attention=scoring.attention, reduction=scoring.reduction, redundancy=scoring.redundancy,
-            v_cache=None if scoring.value_norm is False else self.cache.v,
+            v_cache=None if scoring.value_norm is False else self.cache.v, look_ahead=None if paper else self.ahead,
         )  # fmt: skip
 
     def jobs(self, backend: str) -> dict[str, Callable[[], object]]:
@@ -152,7 +166,8 @@ def floor_bytes(case: Case, size: int = 2) -> dict[str, int]:
     lists = case.layers * case.batch * case.heads
     rows = lists * (case.window // 2 + TAIL) * case.dim * (2 if case.values else 1)
     return {
-        "score": lists * case.dim * size * (case.recorded + case.window * (2 if case.values else 1)),
+        "score": lists
+        * (case.recorded * (case.dim // 2 + 2) + case.dim * size * case.window * (2 if case.values else 1)),
         "paper's score": lists * case.dim * size * case.window * (case.group + 1),
         "compact": 2 * rows * size,
     }

@@ -36,8 +36,8 @@ def page(run: Run) -> str:
         f"# Times of kernels and events\n\n**{head['kind']}.** {machine}.\n",
         "Microseconds: median (a tenth of the samples below - a tenth above). Kernels and events are replayed CUDA "
         "graphs over buffers that exceed L2; the other ways are eager, since they read lengths on the host.\n",
-        "## What is recommended\n\nQueries as the engine shim records them by default: the mean of each GQA group, of "
-        "every second token of window and tail, read in place from a ring.\n",
+        "## What is recommended\n\nQueries as the engine shim records them by default: those of every token and head "
+        "of window and tail, in four bits, read in place from a ring; of DeepSeek-V3 what fits in 4 GiB.\n",
         markdown(("case", *FIRST), ((r["case"], *(cell(r, name) for name in FIRST)) for r in rows)),
         f"Bytes that must move over time, and its share of a plain copy's {head['copy_bandwidth'] / 1e9:.0f} GB/s:\n",
         markdown(("case", *RATED), ((r["case"], *(achieved(r, name) for name in RATED)) for r in rows)),

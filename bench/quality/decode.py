@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kara_kernels.integrations.transformers import KaraCache
-from kara_kernels.integrations.transformers.rotary import find_rotation
+from kara_kernels.integrations.transformers.rotary import find_look_ahead
 
 from .methods import OURS, Method
 from .replay import Window
@@ -71,7 +71,7 @@ def decoding(
 ) -> Iterator[dict[str, Any]]:
     """How long each method stays on the text, and its KL and top-1 agreement after the first compression."""
     model.set_attn_implementation("kara")
-    ahead = find_rotation(model)
+    ahead = find_look_ahead(model)
     scale = next(module.scaling for module in model.modules() if hasattr(module, "scaling"))
     full: Tensor | None = None
     for method, retention in cells:

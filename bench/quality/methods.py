@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kara_kernels.engine import Policy
+from kara_kernels.engine import Policy, QueryRing, Span
 from kara_kernels.ops import score_window
 from kara_kernels.options import PAPER, Scoring, Selection, split_options
+from kara_kernels.windows.queries import FORMS
 
 from . import peers
 from .replay import Scorer, Window
@@ -38,7 +39,7 @@ class Method:
     @property
     def own_scores(self) -> bool:
         """Whether the method uses the library's scores."""
-        return isinstance(self.scorer, Kara)
+        return isinstance(self.scorer, Kara | Served)
 
     @property
     def scored_as(self) -> tuple[Any, ...]:
@@ -69,17 +70,42 @@ class Kara:
         query = window.query if everything else window.query[:, : window.length]
         query = query[:, self.stride - 1 :: self.stride]
         query = query.mean(3) if self.mean_heads else query.flatten(2, 3)
-        if self.look_ahead:
-            query = window.ahead(query[:, None], window.length)[:, 0]
-        keys, values = (  # one block as long as the window
-            [layer.transpose(0, 1)[None] for layer in rows] for rows in (window.window_keys, window.window_values)
-        )
-        zero = torch.zeros(1, dtype=torch.int32, device=query.device)
-        return score_window(
-            list(query[:, None]), keys, zero[None], zero, window.length, scale=window.scale,
-            attention=scoring.attention, reduction=scoring.reduction, redundancy=scoring.redundancy,
-            v_cache=None if scoring.value_norm is False else values,
-        )[:, 0]  # fmt: skip
+        return _scores(window, list(query[:, None]), scoring, self.look_ahead)
+
+
+@dataclass(frozen=True)
+class Served:
+    """The library's scores with queries as an engine's ring records them."""
+
+    policy: Policy = Policy()  # noqa: RUF009, frozen
+
+    def __call__(self, window: Window) -> Tensor:
+        layers, count, heads, group, dim = window.query.shape
+        policy = self.policy
+        ring = QueryRing(
+            policy, layers=layers, query_heads=heads * group, kv_heads=heads, head_dim=dim, max_sequences=1,
+            max_tokens=count, dtype=window.query.dtype, device=window.query.device,
+        )  # fmt: skip
+        ring.prepare([Span("text", 0, 0, count)])
+        for layer, query in enumerate(window.query.flatten(2, 3)):
+            ring.record(layer, query)
+        last = (count - 1) // policy.query_stride
+        rows = torch.tensor([ring.rows_of("text", last, last + 1)], dtype=torch.int32, device=window.query.device)
+        return _scores(window, ring.queries, policy, policy.positions_ahead > 0, query_rows=rows)
+
+
+def _scores(window: Window, query: Any, scoring: Scoring, look_ahead: bool, **given: Any) -> Tensor:
+    keys, values = (  # one block as long as the window
+        [layer.transpose(0, 1)[None] for layer in rows] for rows in (window.window_keys, window.window_values)
+    )
+    device = window.query.device
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    return score_window(
+        query, keys, zero[None], zero, window.length, scale=window.scale, attention=scoring.attention,
+        reduction=scoring.reduction, redundancy=scoring.redundancy,
+        v_cache=None if scoring.value_norm is False else values,
+        look_ahead=window.ahead(window.length, device) if look_ahead and window.ahead else None, **given,
+    )[:, 0]  # fmt: skip
 
 
 def pyramid(kept: int, layers: int) -> list[int]:
@@ -140,6 +166,24 @@ METHODS = [
     Method("PyramidKV", "SnapKV with layer budgets", "peer", peers.snapkv, layer_budgets=pyramid),
     Method("Compactor", "attention without mask x value norm", "peer", peers.compactor),
 ]  # fmt: skip
+
+SERVED_RETENTIONS = (0.3, 0.5)
+
+
+def served() -> list[Method]:
+    """The default with queries as an engine records them: by default, in its other forms, and what memory falls back
+    to."""
+    forms = [Policy(), *(Policy(query_dtype=form) for form in ("fp8", "auto")), Policy(look_ahead=0)]
+    forms += [Policy(query_heads=heads, query_stride=stride) for heads, stride in FORMS]
+    return [Method(_recorded(policy), "", "served", Served(policy), SELECTION) for policy in forms]
+
+
+def _recorded(policy: Policy) -> str:
+    heads = "all heads" if policy.query_heads == "all" else "group means"
+    every = {1: "every token", 2: "every 2nd token"}.get(policy.query_stride, f"every {policy.query_stride}th token")
+    dtype = "16 bits" if policy.query_dtype == "auto" else policy.query_dtype
+    return f"{heads}, {every}, {dtype}" + ", not ahead" * (policy.positions_ahead == 0)
+
 
 ABLATION_RETENTION = 0.3
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache, compress_window
-from kara_kernels.integrations.transformers.rotary import Ahead, find_rotation
+from kara_kernels.integrations.transformers.rotary import Ahead, find_look_ahead
 
 PAGE = 16
 _taken: list[tuple[Tensor, Tensor, Tensor]] | None = None  # inputs recorded by the attention below
@@ -53,8 +53,8 @@ class Window:
     """The input of a scorer: one window of one sequence, all layers.
 
     ``query [L, N, H, G, D]`` post-RoPE queries of the window and then the tail; ``keys``, ``values`` ``[L, H, T, D]``
-    of everything up to the end of the tail; the window is ``keys[:, :, start : start + length]``. ``ahead(query, n)``
-    moves queries ``[..., N, heads, D]`` ahead by ``n`` positions.
+    of everything up to the end of the tail; the window is ``keys[:, :, start : start + length]``. ``ahead(n, device)``
+    has the angles of ``n`` positions; None for models without a rotary embedding.
     """
 
     query: Tensor
@@ -64,7 +64,7 @@ class Window:
     length: int
     scale: float
     seed: int
-    ahead: Ahead
+    ahead: Ahead | None
 
     @property
     def span(self) -> slice:
@@ -88,7 +88,7 @@ class Replay:
     def __init__(self, model: Any, ids: Tensor, prompt: int) -> None:
         global _taken
         self.model, self.prompt, self.length = model, prompt, len(ids)
-        self.ahead = find_rotation(model) or _stay
+        self.ahead = find_look_ahead(model)
         model.set_attn_implementation("replay")
         _taken = []
         try:
@@ -175,11 +175,6 @@ class Replay:
             input_ids=ids[None], position_ids=positions[None], past_key_values=cache, logits_to_keep=wanted
         )
         return out.logits[0].float().log_softmax(-1)
-
-
-def _stay(query: Tensor, n: int) -> Tensor:
-    """Leaves queries as they are, for models without a rotary embedding."""
-    return query
 
 
 def _cache(keys: Tensor, values: Tensor) -> DynamicCache:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kara_kernels.engine import Policy
+
 from . import picture
 from .measure import DISTANCES
-from .methods import ABLATION_RETENTION, BASE, DEFAULT, METHODS, ablations
+from .methods import ABLATION_RETENTION, BASE, DEFAULT, METHODS, SERVED_RETENTIONS, Served, ablations, served
 from .statistics import Table, by_text, difference, mean, ratio, recall_by_kind, recall_tables
 
+SERVED_GROUP = 4
 PEERS = [method.name for method in METHODS if method.family in ("peer", "null")]
 WHAT = {method.name: method.what for method in METHODS}
 
@@ -43,13 +46,14 @@ def _page(result: Mapping[str, Any]) -> list[str]:
         _head(result),
         ["## In short", "", *_short(kl, above, exact, retentions)],
         _fidelity(records, tables, retentions),
+        _served(kl),
         _recall(records, tables, retentions),
         _decoding(records),
         _ablations(kl, by_text(records, "fidelity", "held")),
         ["## Where Kara loses", "", *_losses(kl, above, exact, retentions), *_losses_decoding(records)],
         LIMITS,
     ]
-    return list(itertools.chain.from_iterable([*part, ""] for part in parts))[:-1]
+    return list(itertools.chain.from_iterable([*part, ""] for part in parts if part))[:-1]
 
 
 def _head(result: Mapping[str, Any]) -> list[str]:
@@ -237,6 +241,35 @@ def _decoding(records: Sequence[Mapping[str, Any]]) -> list[str]:
             cells = (f"{mean(kl[name, r]):.4f} ({mean(until[name, r]):.0f})" for r in retentions)
             rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return rows
+
+
+def _served(kl: Table) -> list[str]:
+    """What engines record, by what it loses."""
+    policies = {method.name: method.scorer.policy for method in served() if isinstance(method.scorer, Served)}
+    first = next(iter(policies))
+    if (first, SERVED_RETENTIONS[0]) not in kl:
+        return []
+    rows = [
+        f"## As served: what engines record, over {len(kl[first, SERVED_RETENTIONS[0]])} texts",
+        "",
+        "KL by that of the default with all queries in float32, same texts. The first row is what vLLM and",
+        "KaraBatching record by default. If it does not fit `max_query_gib`, vLLM falls back to the forms below",
+        f"*not ahead*, in this order. *Bits* are those of a token, KV head and dimension, with {SERVED_GROUP} query",
+        "heads per KV head of dimension 128.",
+        "",
+        "| recorded | bits | " + " | ".join(f"{r:.0%}" for r in SERVED_RETENTIONS) + " |",
+        "|---|---|" + "---|" * len(SERVED_RETENTIONS),
+    ]
+    for name, policy in policies.items():
+        if (name, SERVED_RETENTIONS[0]) in kl:
+            shown = (_show(ratio(kl[name, r], kl[DEFAULT, r])) for r in SERVED_RETENTIONS)
+            rows.append(f"| {name} | {_bits(policy):.2g} | " + " | ".join(shown) + " |")
+    return rows
+
+
+def _bits(policy: Policy) -> float:
+    per_element = {"int4": 4 + 16 / 128, "fp8": 8, "auto": 16}[policy.query_dtype]
+    return per_element * (SERVED_GROUP if policy.query_heads == "all" else 1) / policy.query_stride
 
 
 def _ablations(kl: Table, held: Table) -> list[str]:

@@ -18,7 +18,20 @@ from demos.screen import Screen
 from . import sources, texts
 from .decode import decoding, write
 from .measure import AHEAD, PROMPT, Record, fidelity, recall
-from .methods import ABLATION_RETENTION, DEFAULT, FULL, METHODS, RETENTIONS, TAIL, WINDOW, Cell, Method, ablations
+from .methods import (
+    ABLATION_RETENTION,
+    DEFAULT,
+    FULL,
+    METHODS,
+    RETENTIONS,
+    SERVED_RETENTIONS,
+    TAIL,
+    WINDOW,
+    Cell,
+    Method,
+    ablations,
+    served,
+)
 from .tasks import haystacks
 
 WINDOWS, HAYSTACK_WINDOWS = 8, 6
@@ -95,7 +108,8 @@ class Run:
             for task in sources.BENCH
             for own in (False, True)
         }  # fmt: skip
-        self._methods = {method.name: sources.of_method(method) for method in [FULL, *METHODS, *ablations()]}
+        every = [FULL, *METHODS, *served(), *ablations()]
+        self._methods = {method.name: sources.of_method(method) for method in every}
         self._texts_by, self._greedy_by = sources.of_callable(texts.own), sources.of_callable(write)
 
     def records(self) -> list[Record]:
@@ -145,6 +159,7 @@ class Run:
         return texts.shipped() + [texts.Text(**text) for text in self.store.kept(key, make)]
 
     def _documents(self, written: list[texts.Text]) -> Iterator[Item]:
+        cells = self.cells + cells_of(served()[:1] if self.plan.quick else served(), SERVED_RETENTIONS)
         extra = [] if self.plan.quick else cells_of(ablations(), [ABLATION_RETENTION])
         length, read = PROMPT + WINDOWS * WINDOW + TAIL + AHEAD, 0
         for text in written:
@@ -153,9 +168,9 @@ class Run:
                 self.screen.say(f"left out {text.name}: {len(ids)} tokens, {length} are needed")
                 continue
             # Ablations use every other text, to keep the whole run within an hour.
-            cells, read = self.cells if read % 2 else self.cells + extra, read + 1
+            own, read = cells if read % 2 else cells + extra, read + 1
             name, given = f"{text.name} ({text.kind})", torch.tensor(ids, device=self.model.device)
-            yield Item("fidelity", name, ids, cells, partial(fidelity, self.model, name, given, seed=self.plan.seed))
+            yield Item("fidelity", name, ids, own, partial(fidelity, self.model, name, given, seed=self.plan.seed))
 
     def _haystacks(self, written: list[texts.Text]) -> Iterator[Item]:
         filler = [text.text for text in written if text.kind in ("manual", "prose")]

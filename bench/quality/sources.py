@@ -23,12 +23,14 @@ from .methods import Method
 
 BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
 OTHERS = ("integrations/vllm/*", "integrations/__init__.py", "integrations/[ef]*.py")  # no measurement uses these
-KERNELS = ("ops/[!_]*.py", "ops/_[nr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
+KERNELS = ("ops/[!_]*.py", "ops/_[knqr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
 SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py")  # unused if another scorer is used
+# Unused if another scorer is used and no engine runs.
+RING = ("ops/pack.py", "reference/pack.py", "windows/plan.py", "windows/policy.py", "windows/queries.py")
 # Unused if no engine runs, because replays call compress_window themselves.
 SHIM = (
-    "__main__.py", "engine/*", "windows/events.py", "windows/execute.py", "windows/plan.py", "windows/policy.py",
-    "windows/queries.py", "integrations/transformers/[!r]*",  # all but rotary.py
+    "__main__.py", "engine/*", "windows/events.py", "windows/execute.py",
+    "integrations/transformers/[!r]*",  # all but rotary.py
 )  # fmt: skip
 
 
@@ -36,6 +38,7 @@ def of_files(task: str, own_scores: bool, device: str, root: Path = ROOT) -> str
     """A hash of the files that records of ``task`` depend on, on this type of device. ``own_scores``: the library's
     scores are used."""
     idle = OTHERS + (() if own_scores else SCORES) + (() if task == "decoding" else SHIM)
+    idle += () if own_scores or task == "decoding" else RING
     idle += KERNELS if device == "cpu" else ()
     library = root / "kara_kernels"
     files = [root / "bench/quality" / f"{name}.py" for name in BENCH[task]]

@@ -16,10 +16,12 @@ import torch
 from bench import baselines, tables
 from bench.store import digest_of_folders, measure_all
 from demos import DemoError
-from kara_kernels import PagedCache, compress_window
+from kara_kernels import LookAhead, PagedCache, compress_window
 from kara_kernels.engine import Policy
 from kara_kernels.ops import score_window
 from kara_kernels.options import PAPER, RECOMMENDED, split_options
+from kara_kernels.packed import Queries
+from kara_kernels.reference import pack_queries
 
 from . import report
 
@@ -67,13 +69,16 @@ class World:
         self.window, self.keep = case.window, case.window // 2
         self.every = torch.randn(case.layers, case.sequences, case.window, case.heads * case.group, case.dim)
         rows = Policy(window=self.window, keep=self.keep).query_rows
-        self.ring = torch.randn(case.layers, case.sequences * rows, case.heads, case.dim)
+        self.ring = pack_queries(torch.randn(case.layers, case.sequences * rows, case.heads * case.group, case.dim))
+        angle = torch.arange(case.dim // 2).float()
+        self.ahead = LookAhead(angle.cos(), angle.sin())
         self.ring_rows = torch.randperm(case.sequences * rows).int().view(case.sequences, -1)
 
     def recommended(self) -> object:
         return compress_window(
             self.ring, self.cache.k, self.cache.v, self.tables, self.lengths, window=self.window, keep=self.keep,
-            window_starts=self.starts, query_rows=self.ring_rows, backend="torch", **RECOMMENDED,
+            window_starts=self.starts, query_rows=self.ring_rows, look_ahead=self.ahead, backend="torch",
+            **RECOMMENDED,
         )  # fmt: skip
 
     def paper(self) -> object:
@@ -87,10 +92,10 @@ class World:
         scoring, _ = split_options(RECOMMENDED)
         return score_window(
             self.ring, self.cache.k, self.tables, self.starts, self.window, query_rows=self.ring_rows, backend="torch",
-            reduction=scoring.reduction, v_cache=self.cache.v, redundancy=scoring.redundancy,
+            reduction=scoring.reduction, v_cache=self.cache.v, redundancy=scoring.redundancy, look_ahead=self.ahead,
         )  # fmt: skip
 
-    def with_redundancy(self, query: torch.Tensor, rows: torch.Tensor | None = None) -> object:
+    def with_redundancy(self, query: Queries, rows: torch.Tensor | None = None) -> object:
         return score_window(query, self.cache.k, self.tables, self.starts, self.window, query_rows=rows,
                             redundancy=1.0, backend="torch")  # fmt: skip
 

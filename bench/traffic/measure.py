@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from kara_kernels import compress_window
+from kara_kernels import LookAhead, PackedQueries, compress_window
 from kara_kernels.arguments import check_score_window
 from kara_kernels.engine import Policy
 from kara_kernels.ops.score import plan_score
 from kara_kernels.options import PAPER, RECOMMENDED
-from kara_kernels.values import MAX_WINDOW
+from kara_kernels.reference import pack_queries
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the emulator is part of the tests
 from ptx import Launch, emulating
@@ -32,7 +32,7 @@ class Case:
     """One layer of one sequence, with shapes as in `compress_window`.
 
     Uses the recommended options with queries as the engine shim records them, or the published ones with the queries of
-    every token and head of the window.
+    the window in 16 bits. Both have the queries of every token and head.
     """
 
     name: str
@@ -45,17 +45,13 @@ class Case:
     tail: int = Policy().tail
     dtype: torch.dtype = torch.bfloat16
     published: bool = False
-    most_queries: int = MAX_WINDOW  # limited to save emulator time
+    most_queries: int = 256  # limited to save emulator time
     redundancy: float = 0.0
 
     @property
     def queries(self) -> int:
         recorded = Policy(window=self.window, keep=self.keep, tail=self.tail).query_rows
         return min(self.most_queries, self.window if self.published else recorded)
-
-    @property
-    def query_heads(self) -> int:
-        return self.heads * (self.group if self.published else 1)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -72,7 +68,12 @@ class Case:
     @property
     def rows(self) -> int:
         """Query rows per KV head."""
-        return self.queries * self.query_heads // self.heads
+        return self.queries * self.group
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a query row: codes and a scale, or elements."""
+        return self.dim * max(2, self.dtype.itemsize) if self.published else self.dim // 2 + 2
 
     @property
     def keep(self) -> int:
@@ -84,8 +85,8 @@ CASES = (
     Case("Qwen3-14B, W 512", 512, 128, 5),
     Case("SmolLM2", 256, 64, 3),
     Case("Llama-3.1-8B, fp8 cache", 256, 128, 4, dtype=torch.float8_e4m3fn),
-    Case("wide window, streamed", 2048, 128, 4, heads=1, page=32, most_queries=512),
-    Case("DeepSeek-V3, latent", 256, 576, 16, v_dim=0, heads=1, page=64),
+    Case("wide window, streamed", 2048, 128, 4, heads=1, page=32, most_queries=128),
+    Case("DeepSeek-V3, latent", 256, 576, 16, v_dim=0, heads=1, page=64, most_queries=64),
     Case("Llama-3.1-8B, redundancy", 256, 128, 4, redundancy=1.0),
     Case("Llama-3.1-8B, as published", 256, 128, 4, published=True),
     Case("SmolLM2, as published", 256, 64, 3, published=True),
@@ -102,10 +103,14 @@ def tensors(case: Case) -> dict[str, Any]:
     def pool(width: int) -> list[torch.Tensor]:
         return [_aligned(torch.randn(blocks, case.page, case.heads, width).to(case.dtype))]
 
-    queries = _aligned(torch.randn(case.queries, case.query_heads, case.dim).to(wide))
+    queries: Any = _aligned(torch.randn(case.queries, case.heads * case.group, case.dim).to(wide))
+    if not case.published:
+        queries = PackedQueries(*map(_aligned, pack_queries(queries)))
+    angle = torch.arange(case.dim // 2).float()
     return {
         "query": [queries[None] if case.published else queries],
         "query_rows": None if case.published else torch.randperm(case.queries).int()[None],
+        "look_ahead": None if case.published else LookAhead(angle.cos(), angle.sin()),
         "k_cache": pool(case.dim),
         "v_cache": pool(case.values) if case.values else None,
         "block_tables": torch.randperm(blocks).int()[None],
@@ -135,10 +140,9 @@ class Floor:
 
 def floor(case: Case, tiles: int, moving: int) -> Floor:
     """``tiles``: partial rows per KV head. ``moving``: rows of one cache that move, over all heads."""
-    wide = max(2, case.dtype.itemsize)  # of a query's element
     size, partials = case.dtype.itemsize, case.heads * tiles * case.window * 4
     values = case.values if case.norms else 0
-    scoring = case.heads * (case.rows * case.dim * wide + case.window * (case.dim + values) * size) + partials
+    scoring = case.heads * (case.rows * case.row_bytes + case.window * (case.dim + values) * size) + partials
     selection = partials + case.heads * (case.window + case.keep) * 4
     compaction = 2 * moving * (case.dim + case.values) * size
     return Floor(scoring, selection, compaction, 2 * case.heads * case.rows * case.window * case.dim)
@@ -153,14 +157,13 @@ OTHERS = {
 def others(case: Case) -> dict[str, int]:
     """Minimum bytes of plain PyTorch code, by step: each operand and each result of an operation once."""
     size, heads, window = case.dtype.itemsize, case.heads, case.window
-    wide = max(2, size)
     keys = heads * window * case.dim
     logits = heads * case.rows * window * 4
     rows = heads * (case.keep + case.tail) * (case.dim + case.values) * size
     score = heads * window * 4
     return {
         # keys gathered through the block table; queries times keys; two softmaxes; their mean
-        "scoring": keys * size * 3 + heads * case.rows * case.dim * wide
+        "scoring": keys * size * 3 + heads * case.rows * case.dim * max(2, size)
         + logits + 2 * 2 * logits + logits + score,
         # topk reads scores and writes values and int64 indices; sort reads and writes the indices with a permutation
         "selection": score + heads * case.keep * 12 + heads * case.keep * (8 + 8 + 8),
@@ -178,12 +181,14 @@ STEPS = {
 def measure(case: Case) -> dict[str, Any]:
     """Measures one compression of a case, as a row of the table."""
     given = tensors(case)
-    reached = [*given["query"], *given["k_cache"], *(given["v_cache"] or [])]
+    queries = given["query"] if case.published else given["query"][0]
+    reached = [*queries, *given["k_cache"], *(given["v_cache"] or [])]
     with emulating("together", reached) as launches:
         result = compress_window(**given, keep=case.keep, backend="triton", **case.options)
         config, partial = plan_score(check_score_window(
             given["query"], given["k_cache"], given["v_cache"] if case.norms else None, given["block_tables"],
-            given["seq_lens"] - case.window, case.window, given["query_rows"], None, None, None,
+            given["seq_lens"] - case.window, case.window, given["query_rows"], None, None,
+            given["look_ahead"],
             reduction=case.options["reduction"], redundancy=case.redundancy,
         ))  # fmt: skip
     problems = [str(problem) for launch in launches for problem in launch.problems]

@@ -160,22 +160,21 @@ class Event:
 
 
 def queries(policy: Policy, way: Way, group: int) -> int:
-    """Query rows per KV head: all of the window's, or those that the shim records by default."""
-    if way.every_query:
-        return policy.window * group
-    return policy.query_rows * (group if policy.query_heads == "all" else 1)
+    """Query rows per KV head: those of the window, or those that the shim records by default."""
+    return group * (policy.window if way.every_query else policy.query_rows)
 
 
-def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, value_norm: bool = True) -> Event:
+def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, way: Way) -> Event:
     """The cost of one event: ``rows`` query rows per KV head score one window, weighted by values if there are any."""
     memory, window, heads = gpu.bandwidth * BANDWIDTH_SHARE, policy.window, model.layers * model.heads
     config = score_config(window, model.dim, torch.bfloat16, ARCHITECTURES[gpu.target])
     passes = 1 if config.whole else 2
-    values = model.v_dim if value_norm else 0
+    values = model.v_dim if way.value_norm else 0
+    query_bytes = 2 * model.dim if way.every_query else model.dim // 2 + 2
     tiles = -(-rows // config.rows) + bool(values)
     partials = heads * tiles * window * 4
     logits = heads * rows * window * passes
-    read = heads * 2 * (rows * model.dim + window * (model.dim + values)) + partials
+    read = heads * (rows * query_bytes + 2 * window * (model.dim + values)) + partials
     clocks = gpu.units * gpu.clock
     # Programs of a row tile run in parallel. If there are fewer than units, units stay idle.
     busy = min(1.0, heads * tiles / gpu.units)

@@ -29,12 +29,13 @@ def query_arguments(query: Layers, query_rows: Tensor | None) -> dict[str, Any]:
     scales = query.scales
     first, table = (None, None) if scales is None else (scales[0], scales.table)
     s_layer, s_sequence, s_token, s_head = (0, 0, 0, 0) if scales is None else scales.strides
+    rows = query.words if query[0].dtype in FP8_DTYPES else query[0]
+    in_order = query_rows is None
     return {
-        "q_ptr": query.words if query[0].dtype in FP8_DTYPES else query[0], "q_table": query.table, "query_rows_ptr": query_rows, "q_scales_ptr": first,
-        "q_scales_table": table, "stride_q_l": layer, "stride_q_s": sequence if query_rows is None else 0,
-        "stride_q_n": token, "stride_q_h": head, "stride_qr_s": 0 if query_rows is None else query_rows.stride(0),
-        "stride_qs_l": s_layer, "stride_qs_s": s_sequence if query_rows is None else 0, "stride_qs_n": s_token,
-        "stride_qs_h": s_head,
+        "q_ptr": rows, "q_table": query.table, "query_rows_ptr": query_rows, "q_scales_ptr": first,
+        "q_scales_table": table, "stride_q_l": layer, "stride_q_s": sequence if in_order else 0, "stride_q_n": token,
+        "stride_q_h": head, "stride_qr_s": 0 if query_rows is None else query_rows.stride(0), "stride_qs_l": s_layer,
+        "stride_qs_s": s_sequence if in_order else 0, "stride_qs_n": s_token, "stride_qs_h": s_head,
     }  # fmt: skip
 
 

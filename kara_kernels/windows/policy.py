@@ -45,8 +45,8 @@ class Policy(Scoring, Selection):
     query_heads: str = "all"
     """Records ``"all"`` query heads, or the ``"mean"`` of each GQA group, which takes ``G`` times less memory."""
     query_dtype: str = "int4"
-    """Records queries in four bits with a scale per token and head (``"int4"``), as ``"fp8"`` (e4m3fn, saturated), or in
-    their own dtype (``"auto"``)."""
+    """Records queries in four bits with a scale per token and head (``"int4"``), as ``"fp8"`` (e4m3fn, saturated), or
+    in their own dtype (``"auto"``)."""
     look_ahead: int | None = None
     """Scores with queries rotated this many positions ahead. None means ``window`` positions if the engine's adapter
     knows the model's rotary embedding, else 0; and 0 with ``attention="causal"``."""

@@ -22,8 +22,8 @@ aten = torch.ops.aten
 
 
 def small(**settings: Any) -> Policy:
-    """A window of eight tokens is reduced to four, with a tail of four. Every query is recorded."""
-    return Policy(**{"window": 8, "keep": 4, "tail": 4, "query_stride": 1, "query_heads": "all"} | settings)
+    """A window of eight tokens is reduced to four, with a tail of four. Every query is recorded as it is."""
+    return Policy(**{"window": 8, "keep": 4, "tail": 4, "query_dtype": "auto"} | settings)
 
 
 class Decoding:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from shim import DIM, GROUP, HEADS, LAYERS, make_ring, no_waiting, small
 
-from kara_kernels import CompressedWindow, PagedCache, compress_window
+from kara_kernels import CompressedWindow, LookAhead, PagedCache, compress_window
 from kara_kernels.engine import Held, Ledger, PackedCache, Plan, Policy, QueryRing, Span, execute, warm_up
+from kara_kernels.reference import pack_queries
+from kara_kernels.reference.pack import unpacked
 
 V_DIM = 3
 
@@ -158,19 +160,30 @@ def test_queries_are_read_where_the_ring_has_them(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_turned_queries_score(packed: bool) -> None:
+def test_queries_score_further_on(packed: bool) -> None:
+    """A half turn of the first two dimensions changes the signs of both, with no rounding."""
     worker = Worker(small(chunk_fraction=0.0), decoded=(12, 17, 15), unseen=(0, 0, 9))
-
-    def turn(queries: torch.Tensor) -> torch.Tensor:
-        assert queries.shape[:1] + queries.shape[3:] == (LAYERS, HEADS * GROUP, DIM)
-        return queries.roll(1, -1)
-
+    ahead = LookAhead(torch.tensor([-1.0]), torch.tensor([0.0]))
     for name, queries in worker.queries.items():
-        worker.queries[name] = turn(queries[:, None])[:, 0]
+        worker.queries[name] = queries * torch.tensor([-1, -1, 1, 1])
     keeps, ks, vs = worker.expected()
     cache = worker.packed() if packed else worker.cache
-    assert equal(execute(worker.plans, cache, worker.ring, worker.policy, turn=turn), keeps)
+    assert equal(execute(worker.plans, cache, worker.ring, worker.policy, look_ahead=ahead), keeps)
     assert packed or equal(worker.k + worker.v, ks + vs)
+
+
+@pytest.mark.parametrize("heads", ["all", "mean"])
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+def test_queries_score_as_they_were_recorded(form: str, heads: str) -> None:
+    worker = Worker(small(chunk_fraction=0.0, query_dtype=form, query_heads=heads), decoded=(12, 17, 15))
+    for name, queries in worker.queries.items():
+        if heads == "mean":
+            queries = queries.unflatten(2, (HEADS, GROUP)).mean(3)
+        rounded = unpacked(pack_queries(queries)) if form == "int4" else queries.to(torch.float8_e4m3fn).float()
+        worker.queries[name] = rounded
+    keeps, ks, vs = worker.expected()
+    assert equal(execute(worker.plans, worker.cache, worker.ring, worker.policy), keeps)
+    assert equal(worker.k + worker.v, ks + vs)
 
 
 @pytest.mark.parametrize("packed", [False, True])

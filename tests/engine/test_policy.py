@@ -29,6 +29,8 @@ OUT_OF_RANGE = {
     "redundancy": (-1.0, math.inf),
     "query_stride": (0, 257),
     "query_heads": ("max", None),
+    "query_dtype": ("fp4", None),
+    "look_ahead": (-1, 2**31),
     "max_query_gib": (-1.0, math.inf),
 }
 COUNTS = (
@@ -39,7 +41,17 @@ NUMBERS = ("chunk_fraction", "redundancy", "max_query_gib")
 
 def test_every_field_is_checked() -> None:
     assert set(OUT_OF_RANGE) == {field.name for field in dataclasses.fields(Policy)}
-    assert {*COUNTS, *NUMBERS, "attention", "pool", "reduction", "value_norm", "query_heads"} == set(OUT_OF_RANGE)
+    assert {
+        *COUNTS,
+        *NUMBERS,
+        "attention",
+        "pool",
+        "reduction",
+        "value_norm",
+        "query_heads",
+        "query_dtype",
+        "look_ahead",
+    } == set(OUT_OF_RANGE)
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, x) for name, values in OUT_OF_RANGE.items() for x in values])
@@ -113,9 +125,18 @@ def test_what_follows_from_a_policy() -> None:
 
 
 def test_causal_queries_are_all_recorded() -> None:
-    assert Policy(attention="causal", query_stride=1).attention == "causal"
+    assert Policy(attention="causal").attention == "causal"
     with pytest.raises(ValueError, match=r"query_stride: expected 1 with attention='causal' .*, got 2"):
-        Policy(attention="causal")
+        Policy(attention="causal", query_stride=2)
+
+
+def test_it_looks_one_window_ahead_unless_told() -> None:
+    assert Policy(window=64, keep=32).positions_ahead == 64
+    assert Policy(window=64, keep=32, attention="causal").positions_ahead == 0
+    assert Policy(window=64, keep=32, look_ahead=7).positions_ahead == 7
+    assert Policy(look_ahead=7, attention="causal").positions_ahead == 7
+    with pytest.raises(TypeError, match=r"^look_ahead: expected an int, got str$"):
+        Policy(look_ahead="far")  # type: ignore[arg-type]
 
 
 def test_who_waits_for_no_gain_may_drop_nothing_and_have_any_blocks() -> None:

@@ -11,7 +11,11 @@ import torch
 from shim import DIM, GROUP, HEADS, LAYERS, asks, aten, batch_of, make_ring, no_waiting, query_of, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kara_kernels.engine import QueryRing, Span
+from kara_kernels import PackedQueries
+from kara_kernels.engine import Policy, QueryRing, Span, fit_queries, ring_bytes
+from kara_kernels.reference import pack_queries
+
+FORMS = ["auto", "fp8", "int4"]
 
 
 def run_step(ring: QueryRing, spans: Sequence[Span], padding: int = 0) -> bool:
@@ -28,7 +32,13 @@ def assert_selected(ring: QueryRing, name: str, positions: Sequence[int]) -> Non
         want = torch.stack([query_of(name, position, layer) for position in positions])
         if ring.policy.query_heads == "mean":
             want = want.unflatten(1, (HEADS, GROUP)).mean(2)
-        assert torch.equal(queries[layer, rows], want)
+        if isinstance(queries, PackedQueries):
+            for got, part in zip(queries.layer(layer), pack_queries(want), strict=True):
+                assert torch.equal(got[rows], part)
+        elif ring.policy.query_dtype == "fp8":
+            assert torch.equal(queries[layer].float()[rows], want.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+        else:
+            assert torch.equal(queries[layer, rows], want)
 
 
 class Graph(TorchDispatchMode):
@@ -61,6 +71,11 @@ def test_the_ring_reports_what_it_takes() -> None:
     assert strided == LAYERS * (3 * 3 + 1) * HEADS * GROUP * DIM * 4
     larger = make_ring(small(query_stride=4), rows=5)
     assert larger.nbytes == larger.queries.nbytes == LAYERS * (3 * 5 + 1) * HEADS * GROUP * DIM * 4
+    for form, size in (("fp8", DIM), ("int4", DIM // 2 + 2)):
+        smaller = make_ring(small(query_dtype=form))
+        assert smaller.nbytes == smaller.queries.nbytes == LAYERS * 37 * HEADS * GROUP * size
+    # A token of the cache takes 2 * HEADS * DIM elements per layer.
+    assert ring.kv_tokens == pytest.approx(12 * GROUP / 2, rel=0.1)
     with pytest.raises(ValueError, match=r"rows: expected 12\.\.2147483647, got 11"):
         make_ring(policy, rows=11)
 
@@ -79,9 +94,10 @@ def test_the_memory_of_the_ring_is_bounded() -> None:
         make_ring(small(max_query_gib=1), max_sequences=800_000, device="meta")
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stride", [1, 2, 3, 5])
-def test_a_ring_keeps_the_newest_of_every_nth_query(stride: int) -> None:
-    policy = small(query_stride=stride)
+def test_a_ring_keeps_the_newest_of_every_nth_query(stride: int, form: str) -> None:
+    policy = small(query_stride=stride, query_dtype=form)
     ring = make_ring(policy)
     first = 7
     recorded: list[int] = []
@@ -121,16 +137,40 @@ def test_prompts_take_no_room() -> None:
     assert_selected(ring, "a", [9, 10])
 
 
-def test_means_of_groups() -> None:
-    policy = small(query_heads="mean")
+def test_an_odd_head_dimension_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match="query_dtype: expected 'fp8' or 'auto' for an odd head dimension, got D = 5"):
+        make_ring(small(query_dtype="int4"), head_dim=5)
+
+
+def test_what_is_recorded_falls_back_by_loss() -> None:
+    """To the first form whose ring fits. Memory falls with every step."""
+    shape = {"layers": 2, "query_heads": 12, "kv_heads": 3, "head_dim": 64, "max_sequences": 5, "dtype": torch.bfloat16}
+
+    def needed(policy: Policy) -> int:
+        heads = 12 if policy.query_heads == "all" else 3
+        return ring_bytes(policy, 2, heads, 64, 5, torch.bfloat16)
+
+    forms = [("all", 1), ("all", 2), ("mean", 1), ("mean", 2), ("mean", 4), ("mean", 8)]
+    sizes = [needed(Policy(query_heads=heads, query_stride=stride)) for heads, stride in forms]
+    assert sizes == sorted(sizes, reverse=True)
+    for (heads, stride), size in zip(forms, sizes, strict=True):
+        for spare in (0, 1):
+            found = fit_queries(Policy(max_query_gib=(size + spare) / 2**30), **shape)
+            assert (found.query_heads, found.query_stride, found.query_dtype) == (heads, stride, "int4")
+    nothing = Policy(max_query_gib=(sizes[-1] - 1) / 2**30)
+    assert fit_queries(nothing, **shape) == nothing
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_means_of_groups(form: str) -> None:
+    policy = small(query_heads="mean", query_dtype=form)
     ring = make_ring(policy)
     run_step(ring, [Span("a", 3, 3, 20)], padding=1)
-    assert ring.queries.shape == (LAYERS, 3 * 12 + 1, HEADS, DIM)
     assert_selected(ring, "a", range(11, 23))
     # With as many KV heads as query heads there is nothing to average.
     alone = make_ring(policy, kv_heads=HEADS * GROUP)
     run_step(alone, [Span("a", 0, 0, 3)])
-    assert alone.queries.shape == (LAYERS, 3 * 12 + 1, HEADS * GROUP, DIM)
+    assert alone.nbytes == GROUP * ring.nbytes
 
 
 def test_a_long_step_leaves_no_targets_to_a_short_one() -> None:
@@ -188,9 +228,10 @@ def test_queries_of_several_sequences_are_selected_at_once() -> None:
             assert_selected(ring, plan.request_id, range(plan.last_query - count + 1, plan.last_query + 1))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stride", [1, 3])
-def test_a_larger_ring_takes_over_what_a_smaller_one_holds(stride: int) -> None:
-    policy = small(query_stride=stride)
+def test_a_larger_ring_takes_over_what_a_smaller_one_holds(stride: int, form: str) -> None:
+    policy = small(query_stride=stride, query_dtype=form)
     ring, larger = make_ring(policy), make_ring(policy, rows=31, max_sequences=4)
     run_step(ring, [Span("a", 0, 0, 33), Span("b", 4, 0, 7)])
     last = 32 // stride

@@ -22,7 +22,7 @@ def look_ahead_of(model: Any, policy: Policy, device: torch.device) -> LookAhead
     None if that is 0, or if the operator left it open and the embedding is not of a known kind.
 
     Raises:
-        ValueError: the operator asks for positions ahead, and the embedding is of another kind or its table ends before.
+        ValueError: the operator asks for positions ahead, and the embedding is of another kind or its table too short.
     """
     n = policy.positions_ahead
     if not n:
@@ -35,8 +35,8 @@ def look_ahead_of(model: Any, policy: Policy, device: torch.device) -> LookAhead
             return None
         length = f" of {len(tables[0].cos_sin_cache)} positions" if len(alike) == 1 else ""
         raise ValueError(
-            f"kara: look_ahead: expected 0 without one rotary embedding of a known kind that reaches {n} positions, got "
-            f"{', '.join(kinds) or 'none'}{length}"
+            f"kara: look_ahead: expected 0 without one rotary embedding of a known kind for more than {n} positions, "
+            f"got {', '.join(kinds) or 'none'}{length}"
         )
     table = tables[0].cos_sin_cache.to(device)
     return LookAhead.of_table(table, n, interleaved=not tables[0].is_neox_style)
