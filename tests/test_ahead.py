@@ -92,17 +92,21 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["queries", "packed queries"])
+@pytest.mark.parametrize("form", ["plain", "fp8", "packed"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
 @pytest.mark.parametrize(("dim", "rotary", "window", "dtype"), SHAPES)
 def test_the_kernel_turns_keys_as_it_loads_them(
-    dim: int, rotary: int, window: int, dtype: torch.dtype, interleaved: bool, packed: bool
+    dim: int, rotary: int, window: int, dtype: torch.dtype, interleaved: bool, form: str
 ) -> None:
     """It scores like the reference with a pool whose keys were turned before, and moves the keys as they are."""
     wide = torch.bfloat16 if dtype in FP8_DTYPES else dtype
     world = World(Plan(MIXED, 2, 2, 3, window, 20, dim, dim, 8, dtype=dtype, query_dtype=wide)).give_values()
     ahead = look([(0.37 * i) % 3 - 1.2 for i in range(rotary // 2)], interleaved)
-    query: Any = pack_queries(torch.stack(world.query), backend="torch") if packed else world.query
+    query: Any = world.query
+    if form == "packed":
+        query = pack_queries(torch.stack(world.query), backend="torch")
+    elif form == "fp8":
+        query = [layer.to(torch.float8_e4m3fn) for layer in world.query]
     rest: dict[str, Any] = {
         "block_tables": world.block_tables, "seq_lens": world.seq_lens, "window": window, "keep": window // 2,
         "window_starts": world.window_starts, "protected_lens": world.protected_lens,

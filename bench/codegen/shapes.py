@@ -72,7 +72,7 @@ def arguments(shape: Shape) -> dict[str, Any]:
     if shape.recorded:
         queries = PackedQueries.empty(*queries.shape)
         queries.scales.zero_()
-    if shape.recorded or shape.ahead:
+    if (shape.recorded and v_dim) or shape.ahead:
         angles = torch.zeros(shape.dim // (4 if shape.ahead == "partial" else 2))
         ahead = LookAhead(angles, angles, shape.ahead == "interleaved")
     return {

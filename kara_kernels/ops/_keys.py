@@ -19,6 +19,19 @@ class KeyRows(NamedTuple):
 
 
 @triton.jit
+def load_halves(keys, offs_w, SIZE: tl.constexpr, FORMAT: tl.constexpr, FORM: tl.constexpr):
+    """Both halves of keys that turn in whole, each loaded once, as ``[SIZE, tokens]``."""
+    HALF: tl.constexpr = FORM.rotary // 2
+    offs_d = tl.arange(0, SIZE)
+    inside = offs_d < HALF
+    cos = tl.load(keys.cos + offs_d, mask=inside, other=0.0)[:, None]
+    sin = tl.load(keys.sin + offs_d, mask=inside, other=0.0)[:, None]
+    x = load_rows(keys, offs_w, offs_d, FORM.window, FORMAT, tl.float32)
+    y = load_rows(keys, offs_w, HALF + offs_d, FORM.window, FORMAT, tl.float32)
+    return (x * cos + y * sin).to(FORM.dtype), (y * cos - x * sin).to(FORM.dtype)
+
+
+@triton.jit
 def load_keys(keys, offs_w, offs_d, FORMAT: tl.constexpr, FORM: tl.constexpr):
     """Keys of window tokens ``offs_w`` as ``[dims, tokens]`` of ``FORM.dtype``, zero outside the window and
     ``FORMAT.dim``."""

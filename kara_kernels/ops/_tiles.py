@@ -16,12 +16,15 @@ class ScoreConfig:
     block_w: int  # keys of a tile
     d0: int  # sliced: a slice of the head dimension. Otherwise all of it, as one power of two ...
     d1: int  # ... and a second one for the rest (0: none), because padding 192 to 256 would cost a third more work
+    halves: bool  # True: d0 and d1 are the halves of a head, which look_ahead pairs
     rows: int  # query rows of a program
     num_warps: int
 
 
 @functools.lru_cache(maxsize=256)
-def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture) -> ScoreConfig:
+def score_config(
+    window: int, dim: int, dtype: torch.dtype, target: Architecture, rotary: str = ""
+) -> ScoreConfig:
     """Launch configuration from shape and target alone. A choice that depended on the batch would change last bits.
 
     ``dtype`` is the input type of the matrix products.
@@ -30,10 +33,13 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
     block_w = max(16, triton.next_power_of_2(window))
     d0 = max(16, 1 << (dim.bit_length() - 1))
     d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
+    halves = rotary == "halves"
+    if halves:
+        d0 = d1 = max(16, triton.next_power_of_2(dim // 2))
     # 64 accumulators per thread at 8 warps. 128 reached 255 registers, and spilled with a second query tile.
     # Two products per tile (d1) need more registers: 32 rows still spilled on sm_90 and sm_100.
     block_m = min(64, max(16, 16384 // block_w))
-    if d1:  # 16 rows of W = 128, D = 192 left sm_120's assembler at 64 registers, where it spilled; 32 did not
+    if d1 and not halves:  # 16 rows of W = 128, D = 192 left sm_120's assembler at 64 registers, where it spilled; 32 did not
         block_m = 32 if block_w <= 128 and not target.amd else 16
     if target.slice_dims == 32 and block_w == 256:
         block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
@@ -43,7 +49,8 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
         return needed + (0 if target.amd else 16384) <= target.shared_memory
 
     # float32 runs as three TF32 products. Their fragments leave registers only for a slice of 32 dimensions.
-    if dtype != torch.float32 and block_w <= 1024:
+    turnable = not rotary or halves or block_w * (d0 + d1) <= 16384
+    if dtype != torch.float32 and block_w <= 1024 and turnable:
         if d1 and not fits(block_m):
             block_m = 16
         if d0 == 256 and block_w == 256 and (target.amd or not fits(block_m)):
@@ -51,13 +58,13 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
         if fits(block_m):
             # For D >= 256, 4 warps filled only a sixteenth of a multiprocessor, and spilled at D = 576.
             num_warps = 4 if block_w <= 128 and d0 + d1 <= 128 else 8
-            return ScoreConfig(True, False, block_m, block_w, d0, d1, rows, num_warps)
+            return ScoreConfig(True, False, block_m, block_w, d0, d1, halves, rows, num_warps)
     slice_ = 32 if dtype == torch.float32 else target.slice_dims
     while dim % slice_ and slice_ > 16:
         slice_ //= 2
     # Heads too wide to keep on chip. One pass takes half the products and exponentials of two. There are 64
     # accumulators per thread, as above.
-    if dtype != torch.float32 and block_w <= 256:
-        return ScoreConfig(True, True, 64, block_w, slice_, 0, rows, 8)
+    if dtype != torch.float32 and block_w <= 256 and not rotary:
+        return ScoreConfig(True, True, 64, block_w, slice_, 0, False, rows, 8)
     # With 64 keys two programs fit a multiprocessor. 128 spilled on sm_100.
-    return ScoreConfig(False, True, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, rows, 8)
+    return ScoreConfig(False, True, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, False, rows, 8)

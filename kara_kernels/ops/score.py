@@ -27,7 +27,7 @@ from ..checks import FP8_DTYPES
 from ..packed import Queries
 from ..paged import row_alignment
 from ..reference.score import score_windows
-from ._keys import KeyRows, load_keys
+from ._keys import KeyRows, load_halves, load_keys
 from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, load_queries, query_arguments
 from ._rows import FP8_NAMES, PagedRows, pool_arguments
@@ -91,18 +91,21 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     D1: tl.constexpr = CONFIG.d1
     offs_w = tl.arange(0, BLOCK_W)
     d0 = tl.arange(0, D0)
-    k0 = load_keys(keys, offs_w, d0, FORMAT, FORM)
-    k1 = k0  # unused if one power of two covers D
-    if D1 > 0:
-        d1 = D0 + tl.arange(0, D1)
-        k1 = load_keys(keys, offs_w, d1, FORMAT, FORM)
+    SECOND: tl.constexpr = FORM.rotary // 2 if CONFIG.halves else D0
+    if CONFIG.halves:
+        k0, k1 = load_halves(keys, offs_w, D0, FORMAT, FORM)
+    else:
+        k0 = load_keys(keys, offs_w, d0, FORMAT, FORM)
+        k1 = k0  # unused if one power of two covers D
+        if D1 > 0:
+            k1 = load_keys(keys, offs_w, D0 + tl.arange(0, D1), FORMAT, FORM)
     columns = tl.zeros([BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         q0 = load_queries(queries, scale, offs_m, 0, row_last, D0, FORMAT.dim, FORM)
         logits = tl.dot(q0, k0, input_precision=FORM.precision)
         if D1 > 0:
-            q1 = load_queries(queries, scale, offs_m, D0, row_last, D1, FORMAT.dim, FORM)
+            q1 = load_queries(queries, scale, offs_m, SECOND, row_last, D1, FORMAT.dim, FORM)
             logits = tl.dot(q1, k1, logits, input_precision=FORM.precision)
         logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
         columns += _column_sums(logits, offs_m, row_last, FORM)
@@ -248,7 +251,8 @@ def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
     """The launch configuration, and the partial rows that it writes per KV head."""
     assert a.query is not None
     q, k, how = a.query[0], a.cache.k[0], a.scoring
-    config = score_config(a.window, k.shape[3], _matrix_dtype(q, k), architecture(k.device))
+    rotary = "" if a.look_ahead is None else a.look_ahead.kind(k.shape[3])
+    config = score_config(a.window, k.shape[3], _matrix_dtype(q, k), architecture(k.device), rotary)
     rows = _count(a) * (q.shape[2] // k.shape[2])
     tiles = -(-rows // config.rows) + a.value_norm + (how.redundancy > 0)  # triton.cdiv takes 10 us here
     return config, PartialRows(tiles, 1 / rows, how.reduction == "rms", a.value_norm, how.redundancy)
