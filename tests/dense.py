@@ -98,16 +98,22 @@ def best_of_causal(layer: int, s: int, tokens: list[int], judges: list[int], kee
     return logits.softmax(-1).mean((1, 2)).topk(keep).indices.sort(-1).values
 
 
+def turned(query: Tensor, ahead: int, theta: float) -> Tensor:
+    """Queries ``[..., D]`` rotated ``ahead`` positions, their halves as complex numbers."""
+    dim = query.shape[-1]
+    turns = torch.polar(torch.ones(dim // 2).double(), ahead * theta ** (-torch.arange(0, dim, 2) / dim).double())
+    rotated = torch.complex(query[..., : dim // 2], query[..., dim // 2 :]) * turns
+    return torch.cat((rotated.real, rotated.imag), -1)
+
+
 def best_for_later(
     layer: int, s: int, tokens: list[int], judges: list[int], keep: int, scale: float, ahead: int, theta: float
 ) -> Tensor:
     """The same with the root mean square over judges and group, times value norms, and with the judges rotated
-    ``ahead`` positions. The rotation treats the halves of a query as complex numbers."""
+    ``ahead`` positions."""
     query, key, value = (x[s].double() for x in _seen[layer])
-    heads, dim = key.shape[0], key.shape[2]
-    turns = torch.polar(torch.ones(dim // 2).double(), ahead * theta ** (-torch.arange(0, dim, 2) / dim).double())
-    turned = torch.complex(query[..., : dim // 2], query[..., dim // 2 :]) * turns
-    query = torch.cat((turned.real, turned.imag), -1)[:, judges].unflatten(0, (heads, -1))  # [H, G, n, D]
+    heads = key.shape[0]
+    query = turned(query, ahead, theta)[:, judges].unflatten(0, (heads, -1))  # [H, G, n, D]
     mass = (query @ key[:, None, tokens].mT * scale).softmax(-1)
     score = mass.square().mean((1, 2)).sqrt() * value[:, tokens].norm(dim=-1)
     return score.topk(keep).indices.sort(-1).values

@@ -4,7 +4,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from ..checks import FP8_DTYPES
 from ._triton import Architecture, triton
 
 
@@ -22,12 +24,11 @@ class ScoreConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def score_config(
-    window: int, dim: int, dtype: torch.dtype, target: Architecture, rotary: str = ""
-) -> ScoreConfig:
+def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture, rotary: str = "") -> ScoreConfig:
     """Launch configuration from shape and target alone. A choice that depended on the batch would change last bits.
 
-    ``dtype`` is the input type of the matrix products.
+    ``dtype`` is the input type of the matrix products. ``rotary`` is empty, or the kind of ``look_ahead``: ``"halves"``
+    are turned as two operands, others with a second load of every key, which takes twice the registers.
     """
     rows = 512  # keys are read and a partial row is written once per 512 query rows: under 2 % of the bytes at W = 256
     block_w = max(16, triton.next_power_of_2(window))
@@ -39,7 +40,9 @@ def score_config(
     # 64 accumulators per thread at 8 warps. 128 reached 255 registers, and spilled with a second query tile.
     # Two products per tile (d1) need more registers: 32 rows still spilled on sm_90 and sm_100.
     block_m = min(64, max(16, 16384 // block_w))
-    if d1 and not halves:  # 16 rows of W = 128, D = 192 left sm_120's assembler at 64 registers, where it spilled; 32 did not
+    if halves:  # they need fewer registers than unequal parts, but 64 rows of D = 192 spilled with Triton 3.6
+        block_m = min(block_m, 64 if d0 + d1 <= 128 else 32)
+    elif d1:  # 16 rows of W = 128, D = 192 left sm_120's assembler at 64 registers, where it spilled; 32 did not
         block_m = 32 if block_w <= 128 and not target.amd else 16
     if target.slice_dims == 32 and block_w == 256:
         block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
@@ -68,3 +71,12 @@ def score_config(
         return ScoreConfig(True, True, 64, block_w, slice_, 0, False, rows, 8)
     # With 64 keys two programs fit a multiprocessor. 128 spilled on sm_100.
     return ScoreConfig(False, True, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, False, rows, 8)
+
+
+def matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
+    """The dtype of products: the query's, which represents any fp8 key exactly, or float32 if dtypes are mixed. Packed
+    and fp8 queries take the keys' dtype, and fp8 keys are exact in bfloat16."""
+    if query.dtype == torch.uint8 or query.dtype in FP8_DTYPES:
+        return torch.bfloat16 if keys.dtype in FP8_DTYPES else keys.dtype
+    mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES
+    return torch.float32 if mixed else query.dtype

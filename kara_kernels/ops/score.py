@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..ahead import LookAhead
 from ..arguments import ScoreArguments, check_score_window
-from ..checks import FP8_DTYPES
 from ..packed import Queries
 from ..paged import row_alignment
 from ..reference.score import score_windows
@@ -31,7 +30,7 @@ from ._keys import KeyRows, load_halves, load_keys
 from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, load_queries, query_arguments
 from ._rows import FP8_NAMES, PagedRows, pool_arguments
-from ._tiles import ScoreConfig, score_config
+from ._tiles import ScoreConfig, matrix_dtype, score_config
 from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
 
@@ -252,7 +251,7 @@ def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
     assert a.query is not None
     q, k, how = a.query[0], a.cache.k[0], a.scoring
     rotary = "" if a.look_ahead is None else a.look_ahead.kind(k.shape[3])
-    config = score_config(a.window, k.shape[3], _matrix_dtype(q, k), architecture(k.device), rotary)
+    config = score_config(a.window, k.shape[3], matrix_dtype(q, k), architecture(k.device), rotary)
     rows = _count(a) * (q.shape[2] // k.shape[2])
     tiles = -(-rows // config.rows) + a.value_norm + (how.redundancy > 0)  # triton.cdiv takes 10 us here
     return config, PartialRows(tiles, 1 / rows, how.reduction == "rms", a.value_norm, how.redundancy)
@@ -262,15 +261,6 @@ def _count(a: ScoreArguments) -> int:
     """``N``, the number of queries per sequence."""
     assert a.query is not None
     return a.query[0].shape[1] if a.query_rows is None else a.query_rows.shape[1]
-
-
-def _matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
-    """The dtype of products: the query's, which represents any fp8 key exactly, or float32 if dtypes are mixed. Packed
-    and fp8 queries take the keys' dtype, and fp8 keys are exact in bfloat16."""
-    if query.dtype == torch.uint8 or query.dtype in FP8_DTYPES:
-        return torch.bfloat16 if keys.dtype in FP8_DTYPES else keys.dtype
-    mixed = keys.dtype != query.dtype and keys.dtype not in FP8_DTYPES
-    return torch.float32 if mixed else query.dtype
 
 
 def launch_score(
@@ -284,7 +274,7 @@ def launch_score(
     layers, sequences, heads, tiles, window = partials.shape
     values = a.cache.v if rows.value_norm and a.cache.v is not None else a.cache.k  # keys are a placeholder
     q, device = a.query[0], partials.device
-    dtype = _matrix_dtype(q, a.cache.k[0])
+    dtype = matrix_dtype(q, a.cache.k[0])
     cos, sin, interleaved = a.look_ahead or (None, None, False)
     form = ScoreForm(
         heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from dense import _seen, dense_logits, replay
+from dense import _seen, dense_logits, replay, turned
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
@@ -210,9 +210,10 @@ class Dense:
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
 
-    def scores(self, served, events, stride, attention="bidirectional"):
+    def scores(self, served, events, stride, attention="bidirectional", ahead=0):
         """For each event ``[L, H, W]``: mean attention of each key of its window from the recorded queries. These are
-        every ``stride``-th of the newest window + tail decoded tokens, or, if causal, those of the window's tokens."""
+        every ``stride``-th of the newest window + tail decoded tokens, moved ``ahead``, or, if causal, those of the
+        window's tokens."""
         self.logits(served, events)
         heads = self.model.config.num_key_value_heads
         found = []
@@ -229,7 +230,8 @@ class Dense:
             layers = []
             for layer, (query, key, _) in sorted(_seen.items()):
                 query, key = query[0].double(), key[0].double()
-                judge = query[:, judges].unflatten(0, (heads, -1))  # [H, G, N, D]
+                judge = turned(query[:, judges], ahead, self.model.config.rope_parameters["rope_theta"])
+                judge = judge.unflatten(0, (heads, -1))  # [H, G, N, D]
                 keys = torch.stack([key[h, held[layer][0][h][window]] for h in range(heads)])
                 logits = judge @ keys.mT[:, None] * key.shape[-1] ** -0.5
                 if attention == "causal":

@@ -15,7 +15,9 @@ from kara_kernels.engine import PackedCache
         pytest.param({}, {}, 3, id="defaults"),
         pytest.param({"pool": "layer"}, {}, 3, id="one list per layer"),
         pytest.param({"pool": "model", "tail": 0}, {}, 3, id="one list, no tail"),
-        pytest.param({"query_heads": "all", "query_stride": 8}, {}, 3, id="all heads of few queries"),
+        pytest.param({"query_heads": "mean", "query_stride": 8}, {}, 3, id="means of few queries"),
+        pytest.param({"query_dtype": "fp8"}, {}, 3, id="queries in fp8"),
+        pytest.param({"look_ahead": 0, "query_dtype": "auto"}, {}, 3, id="not ahead, queries as they are"),
         pytest.param({"attention": "causal", "query_stride": 1}, {}, 3, id="causal"),
         pytest.param(
             {"window": 40, "keep": 9, "tail": 3, "period": 5, "max_sequences": 1}, {}, 3, id="odd lengths, period, cap"
@@ -239,23 +241,30 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
         assert kara.runner.kara_ring.sequences <= 1
 
 
-@pytest.mark.parametrize(("stride", "attention"), [(1, "bidirectional"), (4, "bidirectional"), (1, "causal")])
-def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention):
-    """By the dense model's queries and keys, kept tokens have at least the attention of dropped ones."""
+@pytest.mark.parametrize(
+    ("stride", "attention", "ahead"),
+    [(1, "bidirectional", 0), (4, "bidirectional", 0), (1, "bidirectional", None), (1, "causal", None)],
+)
+def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention, ahead):
+    """By the dense model's queries and keys, kept tokens have at least the attention of dropped ones. By default the
+    queries are moved one window ahead."""
     policy = {
         **KARA,
         "attention": attention,
         "query_stride": stride,
-        "query_heads": "all",
+        "query_dtype": "auto",
+        "look_ahead": ahead,
         "chunk_fraction": 0.0,
         "reduction": "mean",
         "value_norm": False,
     }
+    moved = KARA["window"] if (attention, ahead) == ("bidirectional", None) else 0
     with engine(model, policy, trace=trace) as kara:
         for served in kara.generate(prompts(5, 77), greedy(260)):
             events = kara.events_of(served.request_id)
             assert len(events) >= 3
-            for event, scores in zip(events, dense.scores(served, events, stride, attention), strict=True):
+            found = dense.scores(served, events, stride, attention, moved)
+            for event, scores in zip(events, found, strict=True):
                 kept = torch.tensor(event["keep_indices"])  # [L, H, K]
                 is_kept = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, kept, True)
                 worst = scores.masked_fill(~is_kept, torch.inf).min(-1).values

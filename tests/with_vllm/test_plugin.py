@@ -41,7 +41,7 @@ def configure(model, kara, **options):
         ({"tail": 1.5}, ["tail", "expected an int", "float"]),
         ({"chunk_fraction": 2}, ["chunk_fraction", "expected 0.0..1.0", "2"]),
         ({"attention": "sideways"}, ["attention", "'bidirectional', 'causal'", "'sideways'"]),
-        ({"attention": "causal"}, ["query_stride", "expected 1", "2"]),
+        ({"attention": "causal", "query_stride": 2}, ["query_stride", "expected 1", "2"]),
         ({"trace": 7}, ["trace", "expected a file name", "int"]),
         ({"trace": "/nowhere/trace"}, ["trace", "can be written", "/nowhere/trace: No such file"]),
         ("on", ["expected an object of settings", "str"]),
@@ -144,13 +144,16 @@ def test_a_ring_beyond_its_bound_is_refused(model):
         pass
 
 
-def test_the_query_stride_follows_the_memory_unless_it_is_set(model):
-    """3 layers and means of 2 heads of 32 in float32 take 768 bytes per query, for 384 tokens of 100 sequences."""
-    every_second, every_eighth = 768 * 192 * 100 / 2**30, 768 * 48 * 100 / 2**30
-    for gib, stride in ((4.0, 2), (every_second * 1.01, 2), (every_second * 0.99, 4), (every_eighth * 1.01, 8)):
-        config = configure(model, {"max_query_gib": gib}, dtype="float32", max_num_seqs=100)
-        assert settings.settings_of(config).policy.query_stride == stride
-    config = configure(model, {"max_query_gib": every_eighth, "query_stride": 1}, dtype="float32", max_num_seqs=100)
+def test_what_is_recorded_follows_the_memory_unless_it_is_set(model):
+    """3 layers and 4 heads of 32 in four bits take 216 bytes per query, for 384 tokens of 100 sequences."""
+    everything = 216 * 384 * 100 / 2**30
+    cases = [(4.0, "all", 1), (1.01, "all", 1), (0.99, "all", 2), (0.49, "mean", 2), (0.24, "mean", 4)]
+    for share, heads, stride in cases:
+        config = configure(model, {"max_query_gib": everything * share}, dtype="float32", max_num_seqs=100)
+        policy = settings.settings_of(config).policy
+        assert (policy.query_heads, policy.query_stride) == (heads, stride)
+    given = {"max_query_gib": everything / 8, "query_stride": 1}
+    config = configure(model, given, dtype="float32", max_num_seqs=100)
     assert settings.settings_of(config).policy.query_stride == 1  # and the worker will say what is wrong with it
 
 
