@@ -23,6 +23,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from recorded import as_recorded, held
 
 from kara_kernels import PagedCache
 from kara_kernels.engine import Held, Ledger, PackedCache, Plan, Policy, QueryRing, Span, execute
@@ -502,19 +503,16 @@ class Engine:
     def _check_queries(self, plans: list[Plan]) -> None:
         """Checks that the ring returns the queries at the plan's positions, layer by layer."""
         stride = self.policy.query_stride
-        mean = self.policy.query_heads == "mean"
         for count in {plan.num_queries for plan in plans}:
             group = [plan for plan in plans if plan.num_queries == count]
-            queries, rows = self.ring.select(group)
-            assert (queries.shape[2], rows.shape) == (HEADS if mean else HEADS * GROUP, (len(group), count))
+            _, rows = self.ring.select(group)
+            assert rows.shape == (len(group), count)
             for plan, of_plan in zip(group, rows, strict=True):
                 positions = [(plan.last_query - back) * stride for back in range(count)][::-1]
                 codes = torch.tensor([self._query_code(plan.request_id, position) for position in positions])
                 for layer in range(LAYERS):
-                    expected = self._queries(codes, layer)
-                    if mean:
-                        expected = expected.unflatten(1, (HEADS, GROUP)).mean(2)
-                    assert torch.equal(queries[layer, of_plan], expected)
+                    expected = as_recorded(self._queries(codes, layer), self.policy, HEADS)
+                    assert torch.equal(held(self.ring, layer, of_plan), expected)
 
     def check(self) -> None:
         """Checks what must hold between any two steps."""
@@ -572,6 +570,7 @@ def draw_setup(rng: random.Random, tensors: str) -> Setup:
         min_freed_blocks=rng.randint(1, -(-(window - keep) // page)),
         query_stride=rng.choice([1, 1, 2, min(3, window)]),
         query_heads=rng.choice(["all", "mean"]),
+        query_dtype=rng.choice(["int4", "fp8", "auto"]),
         pool=rng.choice(["head", "layer", "model"]),
     )
     blocks = -(-rng.randint(40, 90) // page)

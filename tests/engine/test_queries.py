@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import as_recorded, held
 from shim import DIM, GROUP, HEADS, LAYERS, asks, aten, batch_of, make_ring, no_waiting, query_of, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kara_kernels import PackedQueries
 from kara_kernels.engine import Policy, QueryRing, Span, fit_queries, ring_bytes
-from kara_kernels.reference import pack_queries
 
 FORMS = ["auto", "fp8", "int4"]
 
@@ -27,18 +26,10 @@ def run_step(ring: QueryRing, spans: Sequence[Span], padding: int = 0) -> bool:
 
 def assert_selected(ring: QueryRing, name: str, positions: Sequence[int]) -> None:
     """The ring returns exactly the queries at these positions, oldest first."""
-    queries, [rows] = ring.select([asks(name, positions[-1] // ring.policy.query_stride, len(positions))])
+    _, [rows] = ring.select([asks(name, positions[-1] // ring.policy.query_stride, len(positions))])
     for layer in range(LAYERS):
         want = torch.stack([query_of(name, position, layer) for position in positions])
-        if ring.policy.query_heads == "mean":
-            want = want.unflatten(1, (HEADS, GROUP)).mean(2)
-        if isinstance(queries, PackedQueries):
-            for got, part in zip(queries.layer(layer), pack_queries(want), strict=True):
-                assert torch.equal(got[rows], part)
-        elif ring.policy.query_dtype == "fp8":
-            assert torch.equal(queries[layer].float()[rows], want.clamp(-448, 448).to(torch.float8_e4m3fn).float())
-        else:
-            assert torch.equal(queries[layer, rows], want)
+        assert torch.equal(held(ring, layer, rows), as_recorded(want, ring.policy, HEADS))
 
 
 class Graph(TorchDispatchMode):

@@ -139,8 +139,8 @@ def test_layers_that_are_not_plain_attention_are_refused(layers, words):
 
 
 def test_a_ring_beyond_its_bound_is_refused(model):
-    too_large = r"max_query_gib: .* at most 0.0001 GiB, got .* 8 sequences"
-    with pytest.raises(ValueError, match=too_large), engine(model, {**KARA, "max_query_gib": 0.0001}):
+    too_large = r"max_query_gib: .* at most 1e-05 GiB, got .* 8 sequences"
+    with pytest.raises(ValueError, match=too_large), engine(model, {**KARA, "max_query_gib": 1e-5}):
         pass
 
 
