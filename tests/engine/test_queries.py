@@ -11,7 +11,7 @@ import torch
 from shim import DIM, GROUP, HEADS, LAYERS, asks, aten, batch_of, make_ring, no_waiting, query_of, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kara_kernels.engine import QueryRing, Span
+from kara_kernels.engine import Policy, QueryRing, Span, fit_queries
 
 
 def run_step(ring: QueryRing, spans: Sequence[Span], padding: int = 0) -> bool:
@@ -266,6 +266,11 @@ def test_async_scheduling_may_prepare_the_next_step_before_this_one_runs() -> No
             ring.record(layer, batch_of(spans, layer, padding=10))
     assert_selected(ring, "a", range(5))
     assert_selected(ring, "b", range(6))
+
+
+def test_causal_scoring_needs_every_query_even_if_memory_is_scarce() -> None:
+    policy = Policy(attention="causal", max_query_gib=1e-9)
+    assert fit_queries(policy, 2, 12, 3, 64, 5, torch.bfloat16) == policy
 
 
 def test_a_step_without_queries_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
