@@ -9,21 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm
-from harness import KARA, engine, greedy, make_model, prompts
+from harness import KARA, configure, engine, greedy, make_model, prompts
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from kara_kernels.integrations.vllm import hook, register, settings
 from kara_kernels.integrations.vllm.windows import configure as windows
 from kara_kernels.integrations.vllm.windows.runner import KaraRunner
 from kara_kernels.integrations.vllm.windows.scheduler import KaraScheduler
-
-
-def configure(model, kara, **options):
-    return EngineArgs(
-        model=model, block_size=32, max_model_len=512, additional_config={"kara": kara}, **options
-    ).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +34,7 @@ def configure(model, kara, **options):
         ({"tail": 1.5}, ["tail", "expected an int", "float"]),
         ({"chunk_fraction": 2}, ["chunk_fraction", "expected 0.0..1.0", "2"]),
         ({"attention": "sideways"}, ["attention", "'bidirectional', 'causal'", "'sideways'"]),
-        ({"attention": "causal"}, ["query_stride", "expected 1", "2"]),
+        ({"attention": "causal", "query_stride": 2}, ["query_stride", "expected 1", "2"]),
         ({"trace": 7}, ["trace", "expected a file name", "int"]),
         ({"trace": "/nowhere/trace"}, ["trace", "can be written", "/nowhere/trace: No such file"]),
         ("on", ["expected an object of settings", "str"]),
@@ -104,7 +97,7 @@ def layer(**changes):
     impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0, "scale": 0.125}
     own = {
         "num_heads": 4, "num_kv_heads": 2, "head_size": 32, "attn_type": "decoder", "sliding_window": None,
-        "kv_sharing_target_layer_name": None,
+        "kv_sharing_target_layer_name": None, "kv_cache_dtype": "auto",
     }  # fmt: skip
     impl.update({key: value for key, value in changes.items() if key in impl})
     own.update({key: value for key, value in changes.items() if key not in impl})
@@ -124,34 +117,25 @@ def layer(**changes):
         ([layer(), layer(num_kv_heads=4)], "the same heads and scale in every layer"),
         ([layer(), layer(scale=1.0)], "the same heads and scale in every layer"),
         ([], "the same heads and scale in every layer, got no layer"),
-        ([layer(num_kv_heads=1)], "at most 2 tensor-parallel ranks"),
+        ([layer(kv_cache_dtype="fp8")], "a quantised KV cache: fp8"),
     ],
 )
 def test_layers_that_are_not_plain_attention_are_refused(layers, words):
     runner = KaraRunner()
     runner.compilation_config = SimpleNamespace(static_forward_context=dict(zip("0123", layers, strict=False)))
-    runner.vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 2),
-        parallel_config=SimpleNamespace(tensor_parallel_size=4),
-    )
     with pytest.raises(ValueError, match=f"kara: .*{words}"):
         runner._attention_layers()
 
 
-def test_a_ring_beyond_its_bound_is_refused(model):
-    too_large = r"max_query_gib: .* at most 0.0001 GiB, got .* 8 sequences"
-    with pytest.raises(ValueError, match=too_large), engine(model, {**KARA, "max_query_gib": 0.0001}):
-        pass
-
-
-def test_the_query_stride_follows_the_memory_unless_it_is_set(model):
-    """3 layers and means of 2 heads of 32 in float32 take 768 bytes per query, for 384 tokens of 100 sequences."""
-    every_second, every_eighth = 768 * 192 * 100 / 2**30, 768 * 48 * 100 / 2**30
-    for gib, stride in ((4.0, 2), (every_second * 1.01, 2), (every_second * 0.99, 4), (every_eighth * 1.01, 8)):
-        config = configure(model, {"max_query_gib": gib}, dtype="float32", max_num_seqs=100)
-        assert settings.settings_of(config).policy.query_stride == stride
-    config = configure(model, {"max_query_gib": every_eighth, "query_stride": 1}, dtype="float32", max_num_seqs=100)
-    assert settings.settings_of(config).policy.query_stride == 1  # and the worker will say what is wrong with it
+def test_what_is_recorded_follows_the_memory_unless_it_is_set(model):
+    """In four bits, 3 layers of 4 heads of 32 take 216 bytes per query, for 384 tokens of 100 sequences."""
+    most = 216 * 384 * 100 / 2**30
+    for share, form in ((1.01, ("all", 1)), (0.99, ("all", 2)), (0.49, ("mean", 2)), (0.24, ("mean", 4))):
+        config = configure(model, {"max_query_gib": share * most}, max_num_seqs=100)
+        policy = settings.settings_of(config).policy
+        assert (policy.query_heads, policy.query_stride) == form
+    with pytest.raises(ValueError, match="kara: max_query_gib: expected a query ring of at most"):
+        configure(model, {"max_query_gib": 0.99 * most, "query_stride": 1}, max_num_seqs=100)
 
 
 def test_configuring_twice_is_configuring_once(model):

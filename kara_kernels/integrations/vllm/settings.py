@@ -48,7 +48,15 @@ def settings_of(config: Any) -> Settings:
             raise TypeError(f"trace: expected a file name, got {type(trace).__name__}")
         return Settings(Policy.from_settings(rest, beside=("trace",)), trace)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"kara: {error}") from None
+        raise refusal(error, given) from None
+
+
+def refusal(error: Exception, given: Any, advice: str = "") -> ValueError:
+    """The error as an operator reads it: in one line, and without blame for a setting that was not set."""
+    name = str(error).partition(":")[0]
+    defaulted = f"{name} was not set" if name in Policy.__dataclass_fields__ and name not in given else ""
+    notes = "; ".join(filter(None, (defaulted, advice)))
+    return ValueError(f"kara: {error} ({notes})" if notes else f"kara: {error}")
 
 
 def is_supported(version: str) -> bool:
