@@ -167,3 +167,35 @@ def test_other_keys_are_others_business(model, warned, given):
     register()
     VllmConfig(additional_config=given)
     assert warned == []
+
+
+# ------------------------------------------------------------------------------------------------- hash
+
+
+def hash_of(model, kara, **options):
+    register()
+    return configure(model, kara, dtype="float32", max_num_seqs=8, **options).compute_hash()
+
+
+def test_what_is_not_in_the_hash_reuses_what_vllm_keeps_between_starts(model, tmp_path):
+    first = hash_of(model, KARA)
+    trace = str(tmp_path / "trace")
+    for other in ({"keep": 16}, {"trace": trace}, {"pool": "layer"}, {"period": 3}, {"max_query_gib": 3.5}):
+        assert hash_of(model, {**KARA, **other}) == first, other
+
+
+def test_what_takes_memory_is_in_the_hash(model):
+    """vLLM keeps the measured memory between starts (VLLM_ENABLE_STARTUP_PLAN), and the ring is part of it."""
+    rings = [{}, {"window": 128}, {"tail": 32}, {"query_stride": 4}, {"query_heads": "mean"}, {"query_dtype": "fp8"}]
+    hashes = {hash_of(model, {**KARA, **ring}) for ring in rings}
+    without = configure(model, None, additional_config={}, dtype="float32", max_num_seqs=8).compute_hash()
+    assert len(hashes | {without}) == len(rings) + 1
+
+
+def test_other_additional_settings_stay_in_the_hash_and_readable(model):
+    given = {"kara": KARA, "theirs": {"a": 1}}
+    config = configure(model, KARA, additional_config=given)
+    assert config.additional_config["theirs"] == {"a": 1}
+    other = configure(model, KARA, additional_config={**given, "theirs": {"a": 2}})
+    assert config.compute_hash() != other.compute_hash()
+    assert given == {"kara": KARA, "theirs": {"a": 1}}

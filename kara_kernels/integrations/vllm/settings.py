@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +41,12 @@ def settings_of(config: Any) -> Settings:
     Raises:
         ValueError: unknown keys, or values of the wrong type or range. One line names key, expected and got.
     """
-    given = config.additional_config["kara"]
+    return settings_in(config.additional_config)
+
+
+def settings_in(additional: Mapping[str, Any]) -> Settings:
+    """The settings in additional settings of vLLM; the same for :func:`settings_of`."""
+    given = additional["kara"]
     # vLLM shows a ValueError of its configuration as one message, and a TypeError as a traceback.
     try:
         if not isinstance(given, dict):
@@ -57,6 +66,21 @@ def refusal(error: Exception, given: Any, advice: str = "") -> ValueError:
     defaulted = f"{name} was not set" if name in Policy.__dataclass_fields__ and name not in given else ""
     notes = "; ".join(filter(None, (defaulted, advice)))
     return ValueError(f"kara: {error} ({notes})" if notes else f"kara: {error}")
+
+
+class Additional(UserDict):
+    """The additional settings, with a hash that changes only with what vLLM keeps from one start to the next.
+
+    vLLM would hash a dict whole and, after every change, compile the model again. Nothing of Kara is compiled, because
+    attention is an opaque operation to the compiler. But vLLM may also keep the memory that it measured
+    (``VLLM_ENABLE_STARTUP_PLAN``), and the query ring is part of that.
+    """
+
+    def compute_hash(self) -> str:
+        """The hash that vLLM asks for."""
+        policy = settings_in(self).policy
+        ring = [policy.query_rows, policy.query_heads, policy.query_dtype]
+        return hashlib.sha256(json.dumps({**self, "kara": ring}, sort_keys=True).encode()).hexdigest()
 
 
 def is_supported(version: str) -> bool:

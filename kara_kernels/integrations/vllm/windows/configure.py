@@ -11,7 +11,7 @@ from typing import Any
 
 from kara_kernels.engine import Held, Ledger, Policy, check_ring, fit_queries
 
-from ..settings import refusal, settings_of
+from ..settings import Additional, refusal, settings_of
 
 _ROOM = __name__.rpartition(".")[0]
 SCHEDULER = f"{_ROOM}.scheduler.KaraScheduler"
@@ -207,4 +207,4 @@ def _fit_queries(config: Any) -> None:
         check_ring(policy, *ring)
     except ValueError as error:
         raise refusal(error, kara, "--max-num-seqs sets how many run") from None
-    config.additional_config = {**config.additional_config, "kara": {**kara, **form}}
+    config.additional_config = Additional({**config.additional_config, "kara": {**kara, **form}})
