@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+import vllm
 from harness import KARA, configure, engine, greedy, prompts
 from vllm.config import VllmConfig
 
-from kara_kernels.integrations.vllm import hook, register
+from kara_kernels.integrations.vllm import hook, register, settings
 
 FP8 = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": FP8}
@@ -199,3 +200,15 @@ def test_other_additional_settings_stay_in_the_hash_and_readable(model):
     other = configure(model, KARA, additional_config={**given, "theirs": {"a": 2}})
     assert config.compute_hash() != other.compute_hash()
     assert given == {"kara": KARA, "theirs": {"a": 1}}
+
+
+# --------------------------------------------------------------------------------------------- versions
+
+
+def test_a_version_that_was_only_read_is_warned_about(model, monkeypatch, warned):
+    (read,) = [minor for minor, proof in settings.SUPPORTED.items() if proof != "run"]
+    monkeypatch.setattr(vllm, "__version__", f"{read}.0")
+    for _ in range(2):
+        configure(model, KARA)
+    said = [x for x in warned if "never run" in x]
+    assert said == [f"Kara was never run with vLLM {read}.0; its code was only read. It was run with vLLM 0.32.*"]

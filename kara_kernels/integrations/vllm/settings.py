@@ -11,8 +11,9 @@ from typing import Any
 
 from kara_kernels.engine import Policy
 
-SUPPORTED = ("0.32",)
-"""Minor versions of vLLM that this plugin is written for and tested with."""
+RUN = "run"
+SUPPORTED = {"0.32": RUN, "0.33": "read, not run"}
+"""Minor versions of vLLM that this plugin is written for, and how that was proved."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,26 @@ class Additional(UserDict):
         return hashlib.sha256(json.dumps({**self, "kara": ring}, sort_keys=True).encode()).hexdigest()
 
 
-def is_supported(version: str) -> bool:
-    """Whether the plugin is tested with this version of vLLM."""
-    return version.startswith(tuple(f"{minor}." for minor in SUPPORTED))
+def proof_for(version: str) -> str | None:
+    """How it was proved that the plugin fits this version of vLLM, or None if it was not."""
+    return next((proof for minor, proof in SUPPORTED.items() if version.startswith(f"{minor}.")), None)
+
+
+def versions(proof: str | None = None) -> str:
+    """The supported versions in words, or only those with this proof."""
+    return " or ".join(f"{minor}.*" for minor, how in SUPPORTED.items() if proof in (None, how))
 
 
 def check_version() -> None:
-    """Raises a ValueError for an unsupported version of vLLM."""
+    """Raises a ValueError for an unsupported version of vLLM, and warns of one that was never run."""
     import vllm
+    from vllm.logger import init_logger
 
-    if not is_supported(vllm.__version__):
-        expected = " or ".join(f"{minor}.*" for minor in SUPPORTED)
-        raise ValueError(f"kara: expected vLLM {expected}, got {vllm.__version__}")
+    proof = proof_for(vllm.__version__)
+    if proof is None:
+        raise ValueError(f"kara: expected vLLM {versions()}, got {vllm.__version__}")
+    if proof != RUN:
+        init_logger("vllm.kara").warning_once(
+            f"Kara was never run with vLLM {vllm.__version__}; its code was only read. It was run with vLLM "
+            f"{versions(RUN)}"
+        )

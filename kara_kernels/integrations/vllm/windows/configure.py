@@ -69,7 +69,7 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     ),
     "prefill context parallelism": lambda c: (getattr(c.parallel_config, "prefill_context_parallel_size", 1) or 1) > 1,
     "dual-batch overlap (--enable-dbo)": lambda c: c.parallel_config.enable_dbo,
-    "KV connectors (--kv-transfer-config)": lambda c: c.kv_transfer_config is not None,
+    "KV connectors (--kv-transfer-config, --kv-offloading-size)": lambda c: c.kv_transfer_config is not None,
     "encoder cache connectors (--ec-transfer-config)": lambda c: getattr(c, "ec_transfer_config", None) is not None,
     "asynchronous scheduling (--async-scheduling)": lambda c: c.scheduler_config.async_scheduling is True,
     "another scheduler (--scheduler-cls)": _other_scheduler,
