@@ -8,6 +8,7 @@ from harness import KARA, configure, engine, greedy, prompts
 from vllm.config import VllmConfig
 
 from kara_kernels.integrations.vllm import hook, register, settings
+from kara_kernels.integrations.vllm.windows import configure as windows
 
 FP8 = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": FP8}
@@ -90,6 +91,17 @@ def test_no_weights_are_read_before_a_model_is_refused(model, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [({"sliding_window": 128}, "sliding windows"), ({"quantization_config": COMPRESSED}, "a quantised KV cache: fp8")],
+)
+def test_layers_are_refused_if_the_configuration_shows_nothing(model, monkeypatch, overrides, words):
+    monkeypatch.setattr(windows, "UNSUPPORTED", {})
+    refused = pytest.raises(ValueError, match=f"kara: expected plain attention in layer .*, got {words}$")
+    with refused, engine(model, hf_overrides=overrides):
+        pass
+
+
 # --------------------------------------------------------------------------------- ring and lengths
 
 
@@ -120,6 +132,14 @@ def test_requests_that_could_never_be_compressed_are_an_error(model, trace, kara
     with engine(model, kara, trace=trace, max_model_len=longest) as one:
         one.generate(prompts(1), greedy(longest - 1))
         assert [event["logical_len"] for event in one.events()] == [longest - 2]
+
+
+def test_a_model_length_that_vllm_fits_to_its_memory_is_checked_again(model):
+    with (
+        pytest.raises(ValueError, match=r"kara: window: .* before --max-model-len 64, got"),
+        engine(model, KARA, max_model_len=-1, num_gpu_blocks_override=3),
+    ):
+        pass
 
 
 # ------------------------------------------------------------------------------------------ messages
