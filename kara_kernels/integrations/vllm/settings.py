@@ -46,7 +46,7 @@ def settings_of(config: Any) -> Settings:
 
 
 def settings_in(additional: Mapping[str, Any]) -> Settings:
-    """The settings in additional settings of vLLM; the same for :func:`settings_of`."""
+    """Like :func:`settings_of`, in the additional settings themselves."""
     given = additional["kara"]
     # vLLM shows a ValueError of its configuration as one message, and a TypeError as a traceback.
     try:
