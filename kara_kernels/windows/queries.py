@@ -72,9 +72,7 @@ class QueryRing:
         heads = kv_heads if self._mean else query_heads
         # Queries that are not recorded go to the last row.
         self._trash = max_sequences * self.rows
-        self.nbytes = check_ring(
-            policy, layers, query_heads, kv_heads, head_dim, max_sequences, dtype, self.rows
-        )  # fmt: skip
+        self.nbytes = check_ring(policy, layers, heads, head_dim, max_sequences, dtype, self.rows)
         """Bytes of all rings together."""
         self.kv_tokens = self.nbytes / (max_sequences * layers * 2 * kv_heads * head_dim * dtype.itemsize)
         """Tokens whose keys and values, in ``dtype``, take as much memory as one sequence's ring."""
@@ -189,12 +187,9 @@ def ring_bytes(
 
 
 def check_ring(
-    policy: Policy, layers: int, query_heads: int, kv_heads: int, head_dim: int, max_sequences: int,
-    dtype: torch.dtype, rows: int | None = None,
-) -> int:  # fmt: skip
-    """The bytes of a :class:`QueryRing`. Raises ValueError if they exceed ``max_query_gib``."""
-    rows = policy.query_rows if rows is None else rows
-    heads = kv_heads if policy.query_heads == "mean" else query_heads
+    policy: Policy, layers: int, heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype, rows: int
+) -> int:
+    """The bytes of :func:`ring_bytes`. Raises ValueError if they exceed ``max_query_gib``."""
     nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype, rows)
     if nbytes > policy.max_query_gib * 2**30:
         raise ValueError(

@@ -189,13 +189,12 @@ def _fit_queries(config: Any) -> None:
 
     kara, model = config.additional_config["kara"], config.model_config
     policy, parallel = settings_of(config).policy, config.parallel_config
-    ring = (
-        model.get_num_layers(parallel), model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel),
-        model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype,
-    )  # fmt: skip
+    layers = model.get_num_layers(parallel)
+    heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
+    rest = model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype
     form = {}
     if "query_stride" not in kara and "query_heads" not in kara:
-        fitted = fit_queries(policy, *ring)
+        fitted = fit_queries(policy, layers, heads, kv_heads, *rest)
         form = {"query_heads": fitted.query_heads, "query_stride": fitted.query_stride}
         if fitted != policy:
             init_logger("vllm.kara").warning_once(
@@ -204,7 +203,8 @@ def _fit_queries(config: Any) -> None:
             )
         policy = fitted
     try:
-        check_ring(policy, *ring)
+        recorded = kv_heads if policy.query_heads == "mean" else heads
+        check_ring(policy, layers, recorded, *rest, policy.query_rows)
     except ValueError as error:
         raise refusal(error, kara, "--max-num-seqs sets how many run") from None
     config.additional_config = Additional({**config.additional_config, "kara": {**kara, **form}})
