@@ -262,7 +262,21 @@ def prepared(config: Path, *arguments: str) -> Any:
 
 
 def test_blocks_of_a_load(config: Path) -> None:
-    load = prepared(config, "--requests", "30", "--tokens", "150", "--block-size", "32")
+    load = prepared(
+        config,
+        "--requests",
+        "30",
+        "--tokens",
+        "150",
+        "--block-size",
+        "32",
+        "--tail",
+        "32",
+        "--window",
+        "64",
+        "--keep",
+        "32",
+    )
     assert len(load.prompts) == len(load.lengths) == 30
     assert load.demand == 30 * 5
     assert load.longest == 160
@@ -300,6 +314,7 @@ def test_what_no_server_has_room_for_is_refused_before_one_starts(
         (["--policy", "[1]"], "--policy must be a JSON object"),
         (["--policy", '{"windw": 3}'], "windw: expected one of"),
         (["--keep", "256"], "keep: expected"),
+        (["--tokens", "384"], "--tokens: expected more than the 384 of --window plus --tail, got 384"),
         (["--picture", "x.txt"], "--picture must end in"),
         (["--model", "./missing"], "there is no such directory"),
         (["--frobnicate"], "unrecognized arguments"),

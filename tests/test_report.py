@@ -113,7 +113,7 @@ def test_without_triton_transformers_and_vllm() -> None:
     found = rows(run("-c", code))
     assert [found[name] for name in ("triton", "transformers", "vllm")] == ["not installed"] * 3
     assert found["CPU tensors"] == "PyTorch; triton cannot be imported"
-    assert found["vLLM plugin"] == "idle: vLLM is not installed, expected 0.32.*"
+    assert found["vLLM plugin"] == "idle: vLLM is not installed, expected 0.32.* or 0.33.*"
 
 
 def test_a_broken_pytorch_is_one_line(tmp_path: Path) -> None:
@@ -217,8 +217,9 @@ def test_why_pytorch_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("0.32.1", [], None, {"vLLM plugin": "unknown to vLLM: install kara-kernels"}),
         ("0.32.1", ["kara"], "other,none", {"vLLM plugin": "registered, but VLLM_PLUGINS leaves it out"}),
         ("0.32.1", ["kara"], "other,kara", {"vLLM plugin": "registered, off until --additional-config"}),
-        ("0.33.0", ["kara"], None, {"vLLM version": "0.33.0 is not supported, expected 0.32.*"}),
-        ("0.32.1", ["kara"], None, {"vLLM version": "0.32.1 is supported", "refused": "speculative decoding"}),
+        ("0.34.0", ["kara"], None, {"vLLM version": "0.34.0 is not supported, expected 0.32.* or 0.33.*"}),
+        ("0.33.0", ["kara"], None, {"vLLM version": "0.33.0 is supported: read, not run"}),
+        ("0.32.1", ["kara"], None, {"vLLM version": "0.32.1 is supported: run", "refused": "speculative decoding"}),
     ],
 )
 def test_what_vllm_would_do(

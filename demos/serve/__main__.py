@@ -148,6 +148,9 @@ def _policy(options: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[st
         policy.check_page_size(options.block_size)
     except (ValueError, TypeError) as error:
         raise DemoError(f"--window, --keep, --tail or --policy: {error}", 2) from error
+    due = policy.window + policy.tail
+    if options.tokens <= due:
+        raise DemoError(f"--tokens: expected more than the {due:,} of --window plus --tail, got {options.tokens:,}", 2)
     return given, dataclasses.asdict(policy) | given
 
 

@@ -18,9 +18,9 @@ from ..windows.events import Compression
 from ..windows.execute import PackedCache, execute, warm_up
 from ..windows.plan import Held, Ledger, Plan
 from ..windows.policy import Policy
-from ..windows.queries import QueryRing, Span, fit_queries, ring_bytes
+from ..windows.queries import QueryRing, Span, check_ring, fit_queries, ring_bytes
 
 __all__ = [
-    "Compression", "Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "execute", "fit_queries",
-    "ring_bytes", "warm_up",
+    "Compression", "Held", "Ledger", "PackedCache", "Plan", "Policy", "QueryRing", "Span", "check_ring", "execute",
+    "fit_queries", "ring_bytes", "warm_up",
 ]  # fmt: skip

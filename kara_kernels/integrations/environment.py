@@ -186,15 +186,17 @@ def _paths() -> dict[str, Any]:
 
 def _vllm() -> dict[str, Any]:
     """What the plugin would do in this environment's vLLM."""
-    from .vllm.settings import SUPPORTED, is_supported
+    from .vllm.settings import SUPPORTED, proof_for
     from .vllm.windows import configure
 
     version = _version("vllm")
+    proof = None if version is None else proof_for(version)
     plugins = [entry.name for entry in metadata.entry_points(group="vllm.general_plugins") if entry.value == PLUGIN]
     allowed = os.environ.get("VLLM_PLUGINS")
     return {
         "version": version,
-        "supported": version is not None and is_supported(version),
+        "supported": proof is not None,
+        "proof": proof,
         "expected": [f"{minor}.*" for minor in SUPPORTED],
         "registered": bool(plugins),
         "left_out": bool(plugins) and allowed is not None and not set(plugins) & set(allowed.split(",")),
@@ -282,7 +284,7 @@ def _vllm_rows(vllm: dict[str, Any]) -> list[tuple[str, str]]:
         return [("vLLM plugin", state), ("vLLM version", refusal)]
     return [
         ("vLLM plugin", state),
-        ("vLLM version", f"{vllm['version']} is supported ({expected})"),
+        ("vLLM version", f"{vllm['version']} is supported: {vllm['proof']}"),
         ("with kara", f"scheduler {_short(vllm['scheduler'])}"),
         *(("", f"worker {_short(ours)} for {theirs}") for theirs, ours in vllm["workers"].items()),
         ("refused", "; ".join(vllm["refused"])),

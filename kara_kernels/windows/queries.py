@@ -72,17 +72,10 @@ class QueryRing:
         heads = kv_heads if self._mean else query_heads
         # Queries that are not recorded go to the last row.
         self._trash = max_sequences * self.rows
-        self.nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype, self.rows)
+        self.nbytes = check_ring(policy, layers, heads, head_dim, max_sequences, dtype, self.rows)
         """Bytes of all rings together."""
         self.kv_tokens = self.nbytes / (max_sequences * layers * 2 * kv_heads * head_dim * dtype.itemsize)
         """Tokens whose keys and values, in ``dtype``, take as much memory as one sequence's ring."""
-        if self.nbytes > policy.max_query_gib * 2**30:
-            raise ValueError(
-                f"max_query_gib: expected a query ring of at most {policy.max_query_gib} GiB, got "
-                f"{self.nbytes / 2**30:.2f} for {max_sequences} sequences ({self.rows} queries of {heads} heads of "
-                f"{head_dim} in {layers} layers each): raise query_stride or max_query_gib, set query_heads to "
-                f"'mean', or let fewer sequences run at once"
-            )
         self.queries = _room((layers, self._trash + 1, heads, head_dim), policy.query_dtype, dtype, device)
         """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
@@ -193,6 +186,20 @@ def ring_bytes(
     return layers * (max_sequences * rows + 1) * heads * size
 
 
+def check_ring(
+    policy: Policy, layers: int, heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype, rows: int
+) -> int:
+    """The bytes of :func:`ring_bytes`. Raises ValueError if they exceed ``max_query_gib``."""
+    nbytes = ring_bytes(policy, layers, heads, head_dim, max_sequences, dtype, rows)
+    if nbytes > policy.max_query_gib * 2**30:
+        raise ValueError(
+            f"max_query_gib: expected a query ring of at most {policy.max_query_gib} GiB, got {nbytes / 2**30:.2f} for "
+            f"{max_sequences} sequences ({rows} queries of {heads} heads of {head_dim} in {layers} layers each): raise "
+            f"query_stride or max_query_gib, set query_heads to 'mean', or let fewer sequences run at once"
+        )
+    return nbytes
+
+
 def fit_queries(
     policy: Policy, layers: int, query_heads: int, kv_heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype
 ) -> Policy:
@@ -200,8 +207,9 @@ def fit_queries(
 
     The first form is what the policy itself says. If none fits, the policy stays as it is, and the ring is refused.
     """
+    most = 1 if policy.attention == "causal" else policy.window
     for heads, stride in ((policy.query_heads, policy.query_stride), *FORMS):
-        form = replace(policy, query_heads=heads, query_stride=min(stride, policy.window))
+        form = replace(policy, query_heads=heads, query_stride=min(stride, most))
         recorded = kv_heads if heads == "mean" else query_heads
         if ring_bytes(form, layers, recorded, head_dim, max_sequences, dtype) <= policy.max_query_gib * 2**30:
             return form

@@ -300,6 +300,11 @@ def test_async_scheduling_may_prepare_the_next_step_before_this_one_runs() -> No
     assert_selected(ring, "b", range(6))
 
 
+def test_causal_scoring_needs_every_query_even_if_memory_is_scarce() -> None:
+    policy = Policy(attention="causal", max_query_gib=1e-9)
+    assert fit_queries(policy, 2, 12, 3, 64, 5, torch.bfloat16) == policy
+
+
 def test_a_step_without_queries_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = make_ring(small(query_stride=4), device="meta")
     with no_waiting(monkeypatch) as mode:

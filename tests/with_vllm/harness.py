@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
 
 VOCABULARY = 512
 KARA = {"window": 64, "keep": 32, "tail": 16, "query_stride": 2}
@@ -47,6 +48,12 @@ def prompts(*lengths, seed=1):
 
 def greedy(tokens, **options):
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **options)
+
+
+def configure(model, kara, **options):
+    """vLLM's configuration, without an engine."""
+    settings = {"block_size": 32, "max_model_len": 512, "additional_config": {"kara": kara}}
+    return EngineArgs(model=model, **{**settings, **options}).create_engine_config()
 
 
 @dataclass

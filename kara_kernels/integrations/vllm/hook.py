@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -24,7 +25,9 @@ def install() -> None:
     @functools.wraps(finish)
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = self.additional_config
-        if not isinstance(given, dict) or "kara" not in given:
+        if not isinstance(given, Mapping) or "kara" not in given:
+            if given and isinstance(given, Mapping):
+                warn_of_misspelt_key(given)
             finish(self, *args, **kwargs)
             return
         before(self)
@@ -33,6 +36,20 @@ def install() -> None:
 
     __post_init__.kara = True  # type: ignore[attr-defined]
     VllmConfig.__post_init__ = __post_init__
+
+
+def warn_of_misspelt_key(given: Mapping) -> None:
+    """Warns once about a key that was probably meant to be ``kara``. vLLM ignores keys that nobody knows."""
+    from difflib import get_close_matches
+
+    from vllm.logger import init_logger
+
+    for key in given:
+        name = str(key).casefold()
+        if key != "kara" and (name.startswith("kara") or get_close_matches(name, ["kara"], cutoff=0.75)):
+            init_logger("vllm.kara").warning_once(
+                f"Kara stays off: --additional-config has the key {key!r}, expected 'kara'"
+            )
 
 
 def before(config: Any) -> None:

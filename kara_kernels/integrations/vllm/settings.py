@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kara_kernels.engine import Policy
 
-SUPPORTED = ("0.32",)
-"""Minor versions of vLLM that this plugin is written for and tested with."""
+RUN = "run"
+SUPPORTED = {"0.32": RUN, "0.33": "read, not run"}
+"""Minor versions of vLLM that this plugin is written for, and how that was proved."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,12 @@ def settings_of(config: Any) -> Settings:
     Raises:
         ValueError: unknown keys, or values of the wrong type or range. One line names key, expected and got.
     """
-    given = config.additional_config["kara"]
+    return settings_in(config.additional_config)
+
+
+def settings_in(additional: Mapping[str, Any]) -> Settings:
+    """Like :func:`settings_of`, in the additional settings themselves."""
+    given = additional["kara"]
     # vLLM shows a ValueError of its configuration as one message, and a TypeError as a traceback.
     try:
         if not isinstance(given, dict):
@@ -48,18 +58,52 @@ def settings_of(config: Any) -> Settings:
             raise TypeError(f"trace: expected a file name, got {type(trace).__name__}")
         return Settings(Policy.from_settings(rest, beside=("trace",)), trace)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"kara: {error}") from None
+        raise refusal(error, given) from None
 
 
-def is_supported(version: str) -> bool:
-    """Whether the plugin is tested with this version of vLLM."""
-    return version.startswith(tuple(f"{minor}." for minor in SUPPORTED))
+def refusal(error: Exception, given: Any, advice: str = "") -> ValueError:
+    """The error as an operator reads it: in one line, and without blame for a setting that was not set."""
+    name = str(error).partition(":")[0]
+    defaulted = f"{name} was not set" if name in Policy.__dataclass_fields__ and name not in given else ""
+    notes = "; ".join(filter(None, (defaulted, advice)))
+    return ValueError(f"kara: {error} ({notes})" if notes else f"kara: {error}")
+
+
+class Additional(UserDict):
+    """The additional settings, with a hash that changes only with what vLLM keeps from one start to the next.
+
+    vLLM would hash a dict whole and, after every change, compile the model again. Nothing of Kara is compiled, because
+    attention is an opaque operation to the compiler. But vLLM may also keep the memory that it measured
+    (``VLLM_ENABLE_STARTUP_PLAN``), and the query ring is part of that.
+    """
+
+    def compute_hash(self) -> str:
+        """The hash that vLLM asks for."""
+        policy = settings_in(self).policy
+        ring = [policy.query_rows, policy.query_heads, policy.query_dtype]
+        return hashlib.sha256(json.dumps({**self, "kara": ring}, sort_keys=True).encode()).hexdigest()
+
+
+def proof_for(version: str) -> str | None:
+    """How it was proved that the plugin fits this version of vLLM, or None if it was not."""
+    return next((proof for minor, proof in SUPPORTED.items() if version.startswith(f"{minor}.")), None)
+
+
+def versions(proof: str | None = None) -> str:
+    """The supported versions in words, or only those with this proof."""
+    return " or ".join(f"{minor}.*" for minor, how in SUPPORTED.items() if proof in (None, how))
 
 
 def check_version() -> None:
-    """Raises a ValueError for an unsupported version of vLLM."""
+    """Raises a ValueError for an unsupported version of vLLM, and warns of one that was never run."""
     import vllm
+    from vllm.logger import init_logger
 
-    if not is_supported(vllm.__version__):
-        expected = " or ".join(f"{minor}.*" for minor in SUPPORTED)
-        raise ValueError(f"kara: expected vLLM {expected}, got {vllm.__version__}")
+    proof = proof_for(vllm.__version__)
+    if proof is None:
+        raise ValueError(f"kara: expected vLLM {versions()}, got {vllm.__version__}")
+    if proof != RUN:
+        init_logger("vllm.kara").warning_once(
+            f"Kara was never run with vLLM {vllm.__version__}; its code was only read. It was run with vLLM "
+            f"{versions(RUN)}"
+        )

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from kara_kernels.engine import Policy, fit_queries
+from kara_kernels.engine import Held, Ledger, Policy, check_ring, fit_queries
 
-from ..settings import settings_of
+from ..settings import Additional, refusal, settings_of
 
 _ROOM = __name__.rpartition(".")[0]
 SCHEDULER = f"{_ROOM}.scheduler.KaraScheduler"
@@ -27,9 +27,33 @@ def _other_scheduler(config: Any) -> Any:
     return given not in (None, SCHEDULER) and given
 
 
-def _other_cache_dtype(config: Any) -> Any:
+def _quantised(cache_dtype: str) -> bool:
+    return cache_dtype not in ("auto", "float16", "bfloat16", "float32")
+
+
+def _quantised_cache(config: Any) -> Any:
     given = config.cache_config.cache_dtype
-    return given not in ("auto", "float16", "bfloat16", "float32") and given
+    if given == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None:
+        given = "fp8"  # what vLLM's attention layers will make of it
+    return _quantised(given) and given
+
+
+def _sliding_window(config: Any) -> Any:
+    model = config.model_config.hf_text_config
+    kinds = getattr(model, "layer_types", None)
+    return (kinds is None or "sliding_attention" in kinds) and getattr(model, "sliding_window", None)
+
+
+def _unequal_heads(config: Any) -> Any:
+    """Fields that vLLM keeps for each layer, because they differ."""
+    layers = config.model_config.model_arch_config.per_layer_overrides or []
+    differing = {name for layer in layers for name in layer}
+    return ", ".join(sorted(differing & {"total_num_attention_heads", "total_num_kv_heads", "head_size"}))
+
+
+def _more_ranks_than_heads(config: Any) -> Any:
+    heads, ranks = config.model_config.get_total_num_kv_heads(), config.parallel_config.tensor_parallel_size
+    return heads < ranks and f"{heads} and {ranks}"
 
 
 def _multi_modal(config: Any) -> Any:
@@ -45,11 +69,11 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     ),
     "prefill context parallelism": lambda c: (getattr(c.parallel_config, "prefill_context_parallel_size", 1) or 1) > 1,
     "dual-batch overlap (--enable-dbo)": lambda c: c.parallel_config.enable_dbo,
-    "KV connectors (--kv-transfer-config)": lambda c: c.kv_transfer_config is not None,
+    "KV connectors (--kv-transfer-config, --kv-offloading-size)": lambda c: c.kv_transfer_config is not None,
     "encoder cache connectors (--ec-transfer-config)": lambda c: getattr(c, "ec_transfer_config", None) is not None,
     "asynchronous scheduling (--async-scheduling)": lambda c: c.scheduler_config.async_scheduling is True,
     "another scheduler (--scheduler-cls)": _other_scheduler,
-    "a quantised KV cache (--kv-cache-dtype)": _other_cache_dtype,
+    "a quantised KV cache (of the checkpoint, or --kv-cache-dtype, which overrides it)": _quantised_cache,
     "fast prefill of shared KV (--kv-sharing-fast-prefill)": lambda c: c.cache_config.kv_sharing_fast_prefill,
     "diffusion models": lambda c: getattr(c, "diffusion_config", None) is not None,
     "pooling models": lambda c: c.model_config.runner_type == "pooling",
@@ -57,9 +81,16 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     "multi-modal inputs (--language-model-only allows text)": _multi_modal,
     "multi-head latent attention": lambda c: c.model_config.use_mla,
     "hybrid or attention-free models": lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+    "sliding windows": _sliding_window,
+    "chunked attention": lambda c: getattr(c.model_config.hf_text_config, "attention_chunk_size", None),
+    "ALiBi": lambda c: c.model_config.uses_alibi,
+    "attention sinks": lambda c: getattr(c.model_config.hf_text_config, "attention_sinks", False),
+    "soft-capped logits": lambda c: getattr(c.model_config.hf_text_config, "attn_logit_softcapping", None),
+    "layers of unequal heads": _unequal_heads,
+    "fewer KV heads than tensor-parallel ranks (--tensor-parallel-size)": _more_ranks_than_heads,
 }
-"""Features of a configuration that are rejected at start-up, named as an operator knows them. The error also shows the
-result of a test that is not a bool."""
+"""Features of a configuration that are rejected at start-up, before weights are read, named as an operator knows them.
+The error also shows the result of a test that is not a bool."""
 
 
 def _value_size(layer: Any) -> Any:
@@ -68,6 +99,7 @@ def _value_size(layer: Any) -> Any:
 
 
 UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
+    "a quantised KV cache": lambda x: _quantised(x.kv_cache_dtype) and x.kv_cache_dtype,
     "sliding windows": lambda x: getattr(x, "sliding_window", None) is not None,
     "ALiBi": lambda x: getattr(x.impl, "alibi_slopes", None) is not None,
     "attention sinks": lambda x: getattr(x.impl, "sinks", None) is not None,
@@ -76,7 +108,7 @@ UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
     "attention other than a decoder's": lambda x: x.attn_type != "decoder" and x.attn_type,
     "values of another size than keys": _value_size,
 }
-"""The same for an attention layer, checked when its model is loaded."""
+"""The same for an attention layer, checked when its model is loaded, for what the configuration does not show."""
 
 
 def before(config: Any) -> None:
@@ -91,7 +123,7 @@ def after(config: Any) -> None:
     """After vLLM has completed its configuration: sets the worker and logs the settings."""
     from vllm.logger import init_logger
 
-    _refuse(config)  # again, because --kv-offloading-size becomes a KV connector only now
+    _refuse(config)  # again, because only now --kv-offloading-size is a KV connector and quantisation is known
     _fit_queries(config)
     settings = settings_of(config)
     parallel = config.parallel_config
@@ -99,19 +131,41 @@ def after(config: Any) -> None:
         if parallel.worker_cls not in WORKERS:
             raise ValueError(f"kara: expected one of the workers {', '.join(WORKERS)}, got {parallel.worker_cls}")
         parallel.worker_cls = WORKERS[parallel.worker_cls]
-    if config.cache_config.block_size is not None:
-        check_block_size(settings.policy, config.cache_config.block_size)
+    check_sizes(config, config.cache_config.block_size)
     said = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(settings.policy).items())
     # A child of vLLM's logger, so that its handlers and levels apply.
     init_logger("vllm.kara").info_once(f"Kara compresses the KV cache while decoding: {said}, trace={settings.trace!r}")
 
 
-def check_block_size(policy: Policy, block_size: int) -> None:
-    """Raises a ValueError for settings that could never free a block of this size."""
+def check_sizes(config: Any, block_size: int) -> None:
+    """Raises a ValueError for settings that could never free a block, or never compress a request.
+
+    vLLM may choose another block size or a shorter model length when it has measured its memory.
+    """
+    policy, given = settings_of(config).policy, config.additional_config["kara"]
+    longest = config.model_config.max_model_len
     try:
         policy.check_page_size(block_size)
     except ValueError as error:
-        raise ValueError(f"kara: {error} (set --block-size to change the block)") from None
+        raise refusal(error, given, "--block-size changes the block") from None
+    if not _ever_compresses(policy, block_size, longest):
+        names = ("window", "tail", "protected")
+        got = ", ".join(f"{x}={getattr(policy, x)}{'' if x in given else ' (default)'}" for x in names)
+        raise ValueError(
+            f"kara: window: expected a request to fill protected, window and tail before --max-model-len {longest}, "
+            f"got {got}"
+        )
+
+
+def _ever_compresses(policy: Policy, block_size: int, longest: int) -> bool:
+    """Whether a prompt of one token, to which most can be added, is compressed before it is ``longest`` tokens long."""
+    ledger = Ledger(dataclasses.replace(policy, period=1), block_size)
+    ledger.start("", 1, 0)
+    due = max(1, policy.protected) + policy.window + policy.tail
+    # Of `longest` tokens the last is never computed, and the one before only after the last plan. No window waits for
+    # more than one block.
+    lengths = range(due, min(due + block_size, longest - 2) + 1)
+    return any(ledger.plan([Held("", length, range(-(-length // block_size)), 0)]) for length in lengths)
 
 
 def found_in(thing: Any, unsupported: dict[str, Callable[[Any], Any]]) -> list[str]:
@@ -134,17 +188,23 @@ def _fit_queries(config: Any) -> None:
     from vllm.logger import init_logger
 
     kara, model = config.additional_config["kara"], config.model_config
-    if "query_stride" in kara or "query_heads" in kara:
-        return
     policy, parallel = settings_of(config).policy, config.parallel_config
-    fitted = fit_queries(
-        policy, model.get_num_layers(parallel), model.get_num_attention_heads(parallel),
-        model.get_num_kv_heads(parallel), model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype,
-    )  # fmt: skip
-    form = {"query_heads": fitted.query_heads, "query_stride": fitted.query_stride}
-    if fitted != policy:
-        init_logger("vllm.kara").warning_once(
-            f"Kara records fewer queries, to stay within max_query_gib={policy.max_query_gib}: {form}. Scores are less "
-            f"accurate. Raise max_query_gib, or let fewer sequences run at once (--max-num-seqs)"
-        )
-    config.additional_config = {**config.additional_config, "kara": {**kara, **form}}
+    layers = model.get_num_layers(parallel)
+    heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
+    rest = model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype
+    form = {}
+    if "query_stride" not in kara and "query_heads" not in kara:
+        fitted = fit_queries(policy, layers, heads, kv_heads, *rest)
+        form = {"query_heads": fitted.query_heads, "query_stride": fitted.query_stride}
+        if fitted != policy:
+            init_logger("vllm.kara").warning_once(
+                f"Kara records fewer queries, to stay within max_query_gib={policy.max_query_gib}: {form}. Scores are "
+                f"less accurate. Raise max_query_gib, or let fewer sequences run at once (--max-num-seqs)"
+            )
+        policy = fitted
+    try:
+        recorded = kv_heads if policy.query_heads == "mean" else heads
+        check_ring(policy, layers, recorded, *rest, policy.query_rows)
+    except ValueError as error:
+        raise refusal(error, kara, "--max-num-seqs sets how many run") from None
+    config.additional_config = Additional({**config.additional_config, "kara": {**kara, **form}})

@@ -25,7 +25,7 @@ from kara_kernels.paged import PagedCache
 
 from ..layout import paged_view
 from ..settings import settings_of
-from .configure import UNSUPPORTED_LAYERS, check_block_size, found_in
+from .configure import UNSUPPORTED_LAYERS, check_sizes, found_in
 from .rotary import look_ahead_of
 from .scheduler import KaraSpec, Step
 
@@ -98,7 +98,7 @@ class KaraRunner(_Mixin):
                 f"with kernel blocks of {sizes}"
             )
         block_size = groups[0].kv_cache_spec.block_size
-        check_block_size(self.kara.policy, block_size)
+        check_sizes(self.vllm_config, block_size)
         self.kara_cache = paged_view(list(self.kara_layers.values()), self.kv_cache_config.num_blocks, block_size)
         logger.info("Kara moves rows in %s blocks", "packed" if isinstance(self.kara_cache, PackedCache) else "plain")
         assert self.kara_ring is not None
@@ -115,10 +115,6 @@ class KaraRunner(_Mixin):
             raise ValueError(
                 f"kara: expected the same heads and scale in every layer, got {sorted(shapes) or 'no layer'}"
             )
-        total = self.vllm_config.model_config.get_total_num_kv_heads()
-        ranks = self.vllm_config.parallel_config.tensor_parallel_size
-        if ranks > total:
-            raise ValueError(f"kara: expected at most {total} tensor-parallel ranks, one per KV head, got {ranks}")
         return layers
 
     def _recording(self, index: int, forward: Any) -> Any:

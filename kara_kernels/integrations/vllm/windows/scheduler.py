@@ -22,7 +22,7 @@ from kara_kernels.engine import Held, Ledger, Plan
 
 from ..settings import settings_of
 from ..stats import Report, with_report
-from .configure import check_block_size
+from .configure import check_sizes
 
 
 @dataclass
@@ -94,7 +94,7 @@ class KaraScheduler(Scheduler):
             raise ValueError(f"kara: expected one KV cache group of full attention, got {kinds or 'none'}")
         policy = settings_of(self.vllm_config).policy
         self._manager = managers[0]
-        check_block_size(policy, self._manager.block_size)
+        check_sizes(self.vllm_config, self._manager.block_size)
         self._ledger = self._manager.ledger = Ledger(policy, self._manager.block_size)
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
