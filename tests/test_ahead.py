@@ -17,6 +17,8 @@ from worlds import Plan, Sequenced, World
 
 from kara_kernels import LookAhead, compress_window, reference
 from kara_kernels.checks import FP8_DTYPES
+from kara_kernels.engine import Policy
+from kara_kernels.integrations.vllm.windows.rotary import look_ahead_of
 from kara_kernels.ops import score_window
 from kara_kernels.ops.pack import pack_queries
 
@@ -139,6 +141,43 @@ def test_angles_of_a_table(factor: float) -> None:
     assert torch.allclose(ahead.cos, expected.cos, atol=1e-5)
     assert torch.allclose(ahead.sin, expected.sin, atol=1e-5)
     assert ahead.interleaved
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """What vLLM's class of this name has."""
+
+    def __init__(self, is_neox_style: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("cos_sin_cache", table(100, [1.0, 0.1]).to(torch.bfloat16))
+        self.is_neox_style = is_neox_style
+
+
+class MRotaryEmbedding(RotaryEmbedding):
+    pass
+
+
+@pytest.mark.parametrize("neox", [True, False])
+def test_angles_of_vllm(neox: bool) -> None:
+    rotary, policy = RotaryEmbedding(neox), Policy(window=64, keep=32)
+    model = torch.nn.ModuleList([rotary, torch.nn.ModuleList([rotary])])
+    found = look_ahead_of(model, policy, torch.device("cpu"))
+    assert found is not None
+    assert found.interleaved is not neox
+    assert torch.allclose(found.cos, look([64.0, 6.4], False).cos, atol=0.01)
+    nothing = Policy(window=64, keep=32, look_ahead=0)
+    assert look_ahead_of(model, nothing, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("modules", "got"), [
+    ([], "none"), ([MRotaryEmbedding()], "MRotaryEmbedding of 100 positions"),
+    ([RotaryEmbedding(), RotaryEmbedding()], "RotaryEmbedding"), ([RotaryEmbedding()], "RotaryEmbedding of 100"),
+])  # fmt: skip
+def test_other_embeddings_of_vllm_do_not_look_ahead(modules: list[torch.nn.Module], got: str) -> None:
+    """Of an unknown kind, more than one, or with too short a table: by default not at all, and not on demand."""
+    model, cpu = torch.nn.ModuleList(modules), torch.device("cpu")
+    assert look_ahead_of(model, Policy(window=128, keep=32), cpu) is None
+    with pytest.raises(ValueError, match=rf"kara: look_ahead: expected 0 .* than 100 positions, got {got}"):
+        look_ahead_of(model, Policy(look_ahead=100), cpu)
 
 
 COS = torch.zeros(2)

@@ -206,8 +206,10 @@ def test_the_cpu_bench_times_what_is_recommended_as_the_shim_records_it(monkeypa
     recommended, paper = calls
     assert {name: recommended[name] for name in RECOMMENDED} == dict(RECOMMENDED)
     assert {name: paper[name] for name in PAPER} == dict(PAPER)
-    assert recommended["query_rows"].shape == (1, (case.window + 128) // 2)
-    assert recommended["q"].shape == (case.layers, (case.window + 128) // 2, case.heads, case.dim)
+    rows, heads = case.window + 128, case.heads * case.group
+    assert recommended["query_rows"].shape == (1, rows)
+    assert recommended["q"].codes.shape == (case.layers, rows, heads, case.dim // 2)
+    assert len(recommended["look_ahead"].cos) == case.dim // 2
     assert paper["q"].shape == (case.layers, 1, case.window, case.heads * case.group, case.dim)
 
 
@@ -294,16 +296,16 @@ def test_quantiles() -> None:
 
 def test_floor_of_a_case() -> None:
     case = measure.Case("c", layers=2, heads=3, group=4, dim=8, window=16, batch=5)
-    lists, rows, recorded = 2 * 3 * 5, 8 + 128, (16 + 128) // 2
+    lists, rows, recorded = 2 * 3 * 5, 8 + 128, 4 * (16 + 128)
     assert case.recorded == recorded
     assert measure.floor_bytes(case) == {
-        "score": lists * 8 * 2 * (recorded + 16 + 16),  # a query of each group, a key and a value
+        "score": lists * (recorded * (4 + 2) + 8 * 2 * (16 + 16)),  # codes and scales, keys and values
         "paper's score": lists * 8 * 2 * (4 * 16 + 16),
         "compact": lists * rows * 8 * 2 * 2 * 2,
     }
     latent = measure.Case("c", 2, 3, 4, 8, 16, 5, values=False)
     assert measure.floor_bytes(latent)["compact"] == lists * rows * 8 * 2 * 2
-    assert measure.floor_bytes(latent)["score"] == lists * 8 * 2 * (recorded + 16)
+    assert measure.floor_bytes(latent)["score"] == lists * (recorded * (4 + 2) + 8 * 2 * 16)
 
 
 def test_what_is_timed_first_is_what_the_shim_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,8 +334,10 @@ def test_what_is_timed_first_is_what_the_shim_would_run(monkeypatch: pytest.Monk
             assert given["query_rows"] is None
             assert given["reduction"] == "mean"
         else:
-            assert given["query"].shape[1:3] == (case.batch * case.recorded, case.heads)
-            assert given["query_rows"].shape == (case.batch, (case.window + 128) // 2)
+            rows, heads = case.window + 128, case.heads * case.group
+            assert given["query"].codes.shape[1:3] == (case.batch * rows, heads)
+            assert given["query_rows"].shape == (case.batch, rows)
+            assert len(given["look_ahead"].cos) == case.dim // 2
             assert given["reduction"] == "rms"
     calls.clear()
     jobs["event"]()

@@ -60,7 +60,7 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-GROUND = {"values", "checks", "overlap", "packed", "paged", "arguments", "options"}
+GROUND = {"ahead", "values", "checks", "overlap", "packed", "paged", "arguments", "options"}
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,9 @@ GROUND = {"values", "checks", "overlap", "packed", "paged", "arguments", "option
         ("checks.py", {"values"}),
         ("overlap.py", set()),
         ("packed.py", {"checks"}),
+        ("ahead.py", {"values", "checks"}),
         ("paged.py", {"checks", "overlap", "packed"}),
-        ("arguments.py", {"values", "checks", "options", "paged"}),
+        ("arguments.py", {"values", "checks", "options", "paged", "ahead"}),
         ("options.py", {"values"}),
         ("reference", {*GROUND, "reference"}),
         ("ops", {*GROUND, "reference", "ops"}),

@@ -128,10 +128,12 @@ def warm_up(
     k_scale: float | Tensor | None = None, reduce_scores: Callable[[Tensor], Tensor] | None = None,
     look_ahead: LookAhead | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """Compiles the kernels that :func:`execute` launches with these options, so that the first request does not wait.
+    """Compiles the kernels that :func:`execute` launches with these options, and the ring's, so that the first request
+    does not wait. Call it before the first step.
 
     It compresses one empty sequence, which is skipped, so the cache does not change. ``reduce_scores`` is called too.
     """
+    ring.warm_up()
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
     nobody = Plan("", 0, 0, 0, window_start=0, blocks=(0,), first_written=0, kept_blocks=0, last_query=0, num_queries=0)

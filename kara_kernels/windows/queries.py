@@ -67,7 +67,7 @@ class QueryRing:
         self.policy = policy
         self.rows = policy.query_rows if rows is None else check_count("rows", rows, policy.query_rows, 2**31 - 1)
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
-        self._kv_heads = kv_heads
+        self._query_heads, self._kv_heads, self._head_dim, self._dtype = query_heads, kv_heads, head_dim, dtype
         self._mean = policy.query_heads == "mean" and query_heads > kv_heads
         heads = kv_heads if self._mean else query_heads
         # Queries that are not recorded go to the last row.
@@ -124,6 +124,12 @@ class QueryRing:
             self._targets[: len(targets)].copy_(staged(targets, torch.int64, self._targets.device), non_blocking=True)
         self._written = end
         return bool(marks)
+
+    def warm_up(self) -> None:
+        """Compiles what ``record`` launches. Call it before the first step."""
+        self.record(
+            0, torch.zeros(1, self._query_heads, self._head_dim, dtype=self._dtype, device=self._targets.device)
+        )
 
     def record(self, layer: int, query: Tensor) -> None:
         """Writes the queries ``[T, H*G, D]`` of one layer, padding included, to the rows set by ``prepare``."""

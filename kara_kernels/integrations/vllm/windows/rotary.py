@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kara_kernels import LookAhead
+from kara_kernels.ahead import LookAhead
 from kara_kernels.engine import Policy
 
 # vLLM's embeddings whose angles are linear in the position and do not depend on the text length.
