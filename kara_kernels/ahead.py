@@ -26,11 +26,6 @@ class LookAhead(NamedTuple):
     interleaved: bool = False
     """Pairs are dimensions ``2i`` and ``2i + 1`` (GPT-J). By default they are ``i`` and ``i + R/2`` (GPT-NeoX)."""
 
-    def kind(self, dim: int) -> str:
-        """``"halves"`` if the first half of ``D = dim`` dimensions pairs with the second, else ``"others"``."""
-        whole = not self.interleaved and 2 * len(self.cos) == dim and len(self.cos) % 2 == 0
-        return "halves" if whole else "others"
-
     @staticmethod
     def of_table(table: Tensor, n: int, *, interleaved: bool = False) -> LookAhead:
         """From ``table [positions, R]``, whose rows are cosines and then sines of all pairs, as vLLM keeps them.

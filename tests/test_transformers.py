@@ -10,18 +10,27 @@ transformers = pytest.importorskip("transformers")
 
 from dense import best_for_later, best_of_causal, best_of_window, column_of, dense_logits, replay  # noqa: E402
 from transformers import (  # noqa: E402
+    CohereConfig,
+    CohereForCausalLM,
     DynamicCache,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
+from kara_kernels import reference  # noqa: E402
 from kara_kernels.integrations.transformers import KaraCache, kara_attention  # noqa: E402
 from kara_kernels.integrations.transformers.rotary import find_look_ahead  # noqa: E402
 
@@ -288,6 +297,42 @@ def test_looking_ahead_turns_queries_as_the_model_does(kind):
     x, y = at(3).chunk(2, -1)
     assert not interleaved
     torch.testing.assert_close(torch.cat((x * cos - y * sin, y * cos + x * sin), -1), at(23), rtol=1e-4, atol=1e-5)
+
+
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+ROTARY_MODELS = {
+    "whole heads": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2}),
+    "half of each head": (PhiForCausalLM, PhiConfig, {}),
+    "interleaved": (CohereForCausalLM, CohereConfig, {"num_key_value_heads": 2}),
+    "half of each head, interleaved": (GlmForCausalLM, GlmConfig, {"num_key_value_heads": 2, "head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY_MODELS)
+def test_looking_ahead_rotates_as_models_do(kind, monkeypatch):
+    """The query of one token at position 3, moved 20 ahead, is its query at position 23."""
+    torch.manual_seed(0)
+    kind_of_model, kind_of_config, more = ROTARY_MODELS[kind]
+    model = kind_of_model(kind_of_config(**SHAPE, **more, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
+    taken = []
+
+    def take(module, query, key, value, mask, **kwargs):
+        taken.append(query[0, :, 0])
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "take", take)
+    model.set_attn_implementation("take")
+    for position in (3, 23):
+        model(torch.tensor([[7]]), position_ids=torch.tensor([[position]]))
+    ahead = find_look_ahead(model)(20, taken[0].device)
+    before, after = taken[0], taken[model.config.num_hidden_layers]
+    assert ahead.interleaved == ("interleaved" in kind)
+    assert 2 * len(ahead.cos) == before.shape[-1] // (2 if "half" in kind else 1)
+    # A key turned back scores as the query turned ahead.
+    key = torch.randn(1, 5, 1, before.shape[-1])
+    given = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 5
+    moved = reference.score_window(before[None, None], key, *given, look_ahead=ahead)
+    torch.testing.assert_close(moved, reference.score_window(after[None, None], key, *given))
 
 
 def test_no_rotation_is_taken_from_other_models(llama):

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from ..ahead import LookAhead
 from ._rows import load_rows
 from ._triton import tl, triton
 
@@ -16,6 +17,16 @@ class KeyRows(NamedTuple):
     stride_token: Any
     cos: Any  # [R/2]; None: keys are not turned
     sin: Any
+
+
+def pairs_of(ahead: LookAhead | None, dim: int) -> str:
+    """Which of ``D = dim`` dimensions turn together: the first half with the second (``"halves"``), ``"others"``, or
+    none (``""``)."""
+    if ahead is None:
+        return ""
+    half = len(ahead.cos)
+    # The codes of packed queries can only be split between bytes.
+    return "halves" if 2 * half == dim and half % 2 == 0 and not ahead.interleaved else "others"
 
 
 @triton.jit

@@ -24,17 +24,17 @@ class ScoreConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture, rotary: str = "") -> ScoreConfig:
+def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture, pairs: str = "") -> ScoreConfig:
     """Launch configuration from shape and target alone. A choice that depended on the batch would change last bits.
 
-    ``dtype`` is the input type of the matrix products. ``rotary`` is empty, or the kind of ``look_ahead``: ``"halves"``
+    ``dtype`` is the input type of the matrix products. ``pairs`` are those that ``look_ahead`` turns: ``"halves"``
     are turned as two operands, others with a second load of every key, which takes twice the registers.
     """
     rows = 512  # keys are read and a partial row is written once per 512 query rows: under 2 % of the bytes at W = 256
     block_w = max(16, triton.next_power_of_2(window))
     d0 = max(16, 1 << (dim.bit_length() - 1))
     d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
-    halves = rotary == "halves"
+    halves = pairs == "halves"
     if halves:
         d0 = d1 = max(16, triton.next_power_of_2(dim // 2))
     # 64 accumulators per thread at 8 warps. 128 reached 255 registers, and spilled with a second query tile.
@@ -52,7 +52,7 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
         return needed + (0 if target.amd else 16384) <= target.shared_memory
 
     # float32 runs as three TF32 products. Their fragments leave registers only for a slice of 32 dimensions.
-    turnable = not rotary or halves or block_w * (d0 + d1) <= 16384
+    turnable = not pairs or halves or block_w * (d0 + d1) <= 16384
     if dtype != torch.float32 and block_w <= 1024 and turnable:
         if d1 and not fits(block_m):
             block_m = 16
@@ -67,7 +67,7 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
         slice_ //= 2
     # Heads too wide to keep on chip. One pass takes half the products and exponentials of two. There are 64
     # accumulators per thread, as above.
-    if dtype != torch.float32 and block_w <= 256 and not rotary:
+    if dtype != torch.float32 and block_w <= 256 and not pairs:
         return ScoreConfig(True, True, 64, block_w, slice_, 0, False, rows, 8)
     # With 64 keys two programs fit a multiprocessor. 128 spilled on sm_100.
     return ScoreConfig(False, True, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, False, rows, 8)

@@ -26,7 +26,7 @@ from ..arguments import ScoreArguments, check_score_window
 from ..packed import Queries
 from ..paged import row_alignment
 from ..reference.score import score_windows
-from ._keys import KeyRows, load_halves, load_keys
+from ._keys import KeyRows, load_halves, load_keys, pairs_of
 from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, load_queries, query_arguments
 from ._rows import FP8_NAMES, PagedRows, pool_arguments
@@ -250,8 +250,8 @@ def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
     """The launch configuration, and the partial rows that it writes per KV head."""
     assert a.query is not None
     q, k, how = a.query[0], a.cache.k[0], a.scoring
-    rotary = "" if a.look_ahead is None else a.look_ahead.kind(k.shape[3])
-    config = score_config(a.window, k.shape[3], matrix_dtype(q, k), architecture(k.device), rotary)
+    dim = k.shape[3]
+    config = score_config(a.window, dim, matrix_dtype(q, k), architecture(k.device), pairs_of(a.look_ahead, dim))
     rows = _count(a) * (q.shape[2] // k.shape[2])
     tiles = -(-rows // config.rows) + a.value_norm + (how.redundancy > 0)  # triton.cdiv takes 10 us here
     return config, PartialRows(tiles, 1 / rows, how.reduction == "rms", a.value_norm, how.redundancy)
