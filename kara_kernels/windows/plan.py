@@ -146,6 +146,23 @@ class Ledger:
         """Whether the sequence has a full window and tail. Cheap: call it before you create a :class:`Held`."""
         return self.uncompressed(request_id, logical_len) >= self.policy.window + self.policy.tail
 
+    def peak(self, prompt_len: int, total: int) -> int:
+        """The most rows that a sequence of ``total`` tokens holds, if it is computed in the chunks of :meth:`chunk`."""
+        policy, protected = self.policy, max(prompt_len, self.policy.protected)
+        most = policy.window + policy.tail + self.page_size  # before a compression
+        windows = max(0, total - protected - policy.tail) // policy.window
+        return min(total, protected + windows * policy.keep + most)
+
+    def chunk(self, request_id: str, prompt_len: int, computed: int) -> int:
+        """The most tokens that a sequence with ``computed`` ones should compute next, when its text is already known.
+
+        Up to its next window, and one block more, since a window waits for its gain no longer. If it waits for another
+        reason, the sequence goes on by a block.
+        """
+        state, policy = self._states.get(request_id), self.policy
+        frontier = max(prompt_len, policy.protected) if state is None else state.frontier + state.dropped
+        return max(self.page_size, frontier + policy.window + policy.tail + self.page_size - computed)
+
     def plan(self, held: Iterable[Held]) -> list[Plan]:
         """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
 

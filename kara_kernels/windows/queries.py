@@ -139,7 +139,7 @@ class QueryRing:
         if isinstance(self.queries, PackedQueries):
             pack_queries(query, out=self.queries.layer(layer), rows=rows)
         elif self.queries.dtype == FP8:
-            query = query.clamp(-_LARGEST, _LARGEST).to(FP8)  # beyond the largest lies NaN
+            query = query.clamp(-_LARGEST, _LARGEST).to(FP8)  # beyond the largest, older PyTorch makes NaN
             self.queries[layer].view(torch.uint8).index_copy_(0, rows, query.view(torch.uint8))
         else:
             self.queries[layer].index_copy_(0, rows, query)

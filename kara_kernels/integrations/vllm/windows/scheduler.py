@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +43,19 @@ class KaraManager(FullAttentionManager):
     """A manager for full attention that indexes block tables by physical tokens. The scheduler sets ``ledger``."""
 
     ledger: Ledger
+    requests: Mapping[str, Request]
 
     @property
     def has_positionally_stable_blocks(self) -> bool:
         return False
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        return super().get_num_blocks_to_allocate(
-            request_id, num_tokens - self.ledger.dropped(request_id), *args, **kwargs
-        )
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+    ) -> int:
+        num_tokens -= self.ledger.dropped(request_id)
+        if apply_admission_cap:  # asks for the whole text. A preempted one is compressed while it is recomputed
+            num_tokens = self.ledger.peak(self.requests[request_id].num_prompt_tokens, num_tokens)
+        return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         dropped = self.ledger.dropped(request_id)
@@ -96,6 +100,7 @@ class KaraScheduler(Scheduler):
         self._manager = managers[0]
         check_sizes(self.vllm_config, self._manager.block_size)
         self._ledger = self._manager.ledger = Ledger(policy, self._manager.block_size)
+        self._manager.requests = self.requests
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._preempted: list[str] = []
@@ -121,6 +126,14 @@ class KaraScheduler(Scheduler):
         self._counts["blocks_freed"] += sum(len(plan.freed) for plan in plans)
         return output
 
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """vLLM's last word on the size of a chunk. A preempted text is recomputed up to its next window only, so that
+        it never needs the blocks that it had before it was compressed."""
+        most = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if num_new_tokens <= 1 or num_computed_tokens + most <= request.num_prompt_tokens:
+            return most
+        return min(most, self._ledger.chunk(request.request_id, request.num_prompt_tokens, num_computed_tokens))
+
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._seconds += getattr(model_runner_output, "kara_seconds", 0.0)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -131,14 +144,14 @@ class KaraScheduler(Scheduler):
         return outputs
 
     def _held(self) -> Sequence[Held]:
-        """Running requests that are due, whose prompt is fully computed and that have no tokens in flight."""
+        """Running requests that are due and have no tokens in flight."""
         held = []
         for request in self.running:
             name, computed = request.request_id, request.num_computed_tokens
             if not self._ledger.is_due(name, computed):
                 continue
             # The next prompt of a session would come after its frontier.
-            if request.is_prefill_chunk or request.num_in_flight_tokens or request.resumable:
+            if request.num_in_flight_tokens or request.resumable:
                 continue
             blocks = self._manager.req_to_blocks[name]
             first_owned = len(blocks)
