@@ -106,6 +106,7 @@ class Ledger:
         ``gain``: it would free too few blocks yet; ``queries``: too few are recorded; ``cap``: others went first."""
         self._states: dict[str, _State] = {}
         self._planned: dict[str, Plan] = {}  # plans of the latest round, until committed
+        self._of_round: set[str] = set()  # sequences with a plan in the latest round, committed or not
         self._started = 0
         self._rounds = 0
 
@@ -156,12 +157,12 @@ class Ledger:
     def chunk(self, request_id: str, prompt_len: int, computed: int) -> int:
         """The most tokens that a sequence with ``computed`` ones should compute next, when its text is already known.
 
-        Up to its next window, and one block more, since a window waits for its gain no longer. If it waits for another
-        reason, the sequence goes on by a block.
+        Up to its next window and tail. While that window has to wait, the sequence goes on by a block at a time.
         """
         state, policy = self._states.get(request_id), self.policy
         frontier = max(prompt_len, policy.protected) if state is None else state.frontier + state.dropped
-        return max(self.page_size, frontier + policy.window + policy.tail + self.page_size - computed)
+        left = frontier + policy.window + policy.tail - computed
+        return left if left > 0 else self.page_size
 
     def plan(self, held: Iterable[Held]) -> list[Plan]:
         """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
@@ -171,17 +172,35 @@ class Ledger:
 
         Raises ValueError if a sequence that is due has fewer blocks than rows.
         """
-        self._planned = {}
+        self._planned, self._of_round = {}, set()
         self._rounds += 1
         if (self._rounds - 1) % self.policy.period:
             return []
-        due = [found for sequence in held if (found := self._plan(sequence)) is not None]
-        due.sort(key=lambda found: (-found[0], self._states[found[1].request_id].order))
-        plans = [plan for _, plan in due]
+        plans = self._in_turn(held, self.policy.tail, urgent=False)
         for plan in plans[self.policy.max_sequences :]:
             self._skip(self._states[plan.request_id], "cap")
         del plans[self.policy.max_sequences :]
-        self._planned = {plan.request_id: plan for plan in plans}
+        return self._remember(plans)
+
+    def relieve(self, held: Iterable[Held], blocks: int) -> list[Plan]:
+        """More compressions of this step, which free ``blocks`` blocks if they can. Call it after :meth:`plan`, when
+        the engine would otherwise preempt a sequence.
+
+        Sequences without a plan are compressed with a tail of at least ``policy.least_tail``, as many as it takes.
+        ``period`` and ``max_sequences`` do not hold, and every plan frees a block.
+        """
+        others = [sequence for sequence in held if sequence.request_id not in self._of_round]
+        plans: list[Plan] = []
+        for plan in self._in_turn(others, self.policy.least_tail, urgent=True):
+            if blocks <= 0:
+                break
+            plans.append(plan)
+            blocks -= len(plan.freed)
+        return self._remember(plans)
+
+    def _remember(self, plans: list[Plan]) -> list[Plan]:
+        self._planned |= {plan.request_id: plan for plan in plans}
+        self._of_round |= self._planned.keys()
         return plans
 
     def commit(self, plan: Plan) -> None:
@@ -199,14 +218,19 @@ class Ledger:
         state.windows += 1
         state.said.clear()
 
-    def _plan(self, held: Held) -> tuple[int, Plan] | None:
+    def _in_turn(self, held: Iterable[Held], tail: int, urgent: bool) -> list[Plan]:
+        """Plans of all sequences that need not wait. Those with the most uncompressed tokens go first."""
+        due = [found for sequence in held if (found := self._plan(sequence, tail, urgent)) is not None]
+        due.sort(key=lambda found: (-found[0], self._states[found[1].request_id].order))
+        return [plan for _, plan in due]
+
+    def _plan(self, held: Held, tail: int, urgent: bool) -> tuple[int, Plan] | None:
         """The number of compressible tokens and the plan for the oldest window, or None if it has to wait."""
-        state = self._states.get(held.request_id)
-        if state is None or not self.is_due(held.request_id, held.logical_len):
+        state, policy, page = self._states.get(held.request_id), self.policy, self.page_size
+        enough = policy.window + tail
+        if state is None or self.uncompressed(held.request_id, held.logical_len) < enough:
             return None
-        policy, page = self.policy, self.page_size
         physical = held.logical_len - state.dropped
-        enough = policy.window + policy.tail
         filled = -(-physical // page)
         if len(held.blocks) < filled:
             raise ValueError(
@@ -215,19 +239,21 @@ class Ledger:
             )
         after = physical - policy.dropped
         kept = -(-after // page)
+        gain = filled - kept
         begin = max(state.frontier, held.first_owned * page)
-        start, first, last = self._judges(state, begin, held.logical_len)
+        start, first, last = self._judges(state, begin, held.logical_len, urgent)
         reason = ""
         if physical - begin < enough:
             reason = "shared"
         # One more block of tokens covers every possible gain. After that the window is compressed anyway.
-        elif filled - kept < policy.min_freed_blocks and physical - begin < enough + page:
+        elif (urgent and not gain) or (gain < policy.min_freed_blocks and physical - begin < enough + page):
             reason = "gain"
         # Decoded tokens served by the prefix cache have no recorded queries, so wait until enough are recorded.
         elif physical - start < enough or last - first + 1 < max(1, policy.query_rows // 4):
             reason = "queries"
         if reason:
-            self._skip(state, reason)
+            if not urgent:
+                self._skip(state, reason)
             return None
         return physical - begin, Plan(
             request_id=held.request_id, logical_len=held.logical_len, physical_len=physical, new_len=after,
@@ -235,7 +261,7 @@ class Ledger:
             last_query=last, num_queries=last - first + 1,
         )  # fmt: skip
 
-    def _judges(self, state: _State, begin: int, logical: int) -> tuple[int, int, int]:
+    def _judges(self, state: _State, begin: int, logical: int, urgent: bool) -> tuple[int, int, int]:
         """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""
         policy, stride = self.policy, self.policy.query_stride
         newest = (logical - 1) // stride
@@ -248,7 +274,10 @@ class Ledger:
             return start, first, first + policy.window - 1
         rows = policy.query_rows
         # Queries of the window and its tail. If it had to wait, later ones have overwritten the oldest.
-        first = max(oldest, min(-(-(begin + state.dropped) // stride), newest - rows + 1))
+        first = -(-(begin + state.dropped) // stride)
+        if not urgent:  # always as many, however samples fall
+            first = min(first, newest - rows + 1)
+        first = max(oldest, first)
         return begin, first, min(newest, first + rows - 1)
 
     def _skip(self, state: _State, reason: str) -> None:

@@ -31,6 +31,8 @@ class Policy(Scoring, Selection):
     """``K``: tokens of a window that are kept; less than ``window``."""
     tail: int = 128
     """Newest tokens, which a compression leaves alone. Their queries score the window before them."""
+    pressure_tail: int | None = None
+    """``tail`` when an engine is short of blocks. None is a quarter of ``tail``."""
     protected: int = 0
     """Tokens from the start of a sequence that are never compressed. The whole prompt is protected in any case."""
     period: int = 1
@@ -58,6 +60,8 @@ class Policy(Scoring, Selection):
         Selection.__post_init__(self)
         for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 0)):
             check_count(name, getattr(self, name), low, 2**31 - 1)
+        if self.pressure_tail is not None:
+            check_count("pressure_tail", self.pressure_tail, 0, self.tail)
         least = min(1, self.min_freed_blocks)  # tokens that must be dropped, because dropping none never frees a block
         check_count("window", self.window, 1 + least, MAX_WINDOW)
         check_count("keep", self.keep, 1, self.window - least)
@@ -113,6 +117,11 @@ class Policy(Scoring, Selection):
     def query_rows(self) -> int:
         """Queries recorded per sequence: those of one window and its tail."""
         return -(-(self.window + self.tail) // self.query_stride)
+
+    @property
+    def least_tail(self) -> int:
+        """``pressure_tail``, or what None means."""
+        return self.tail // 4 if self.pressure_tail is None else self.pressure_tail
 
     @property
     def positions_ahead(self) -> int:

@@ -448,3 +448,51 @@ def test_no_causal_sequence_starves(prompt: int) -> None:
         for sequence in sequences:
             sequence.logical += 1
     assert min(ledger.windows("a"), ledger.windows("b")) >= 400 // (2 * 4 + 8 + 4)
+
+
+def test_who_lacks_blocks_compresses_early() -> None:
+    """With a shorter tail, those with most to compress first, and no more than it takes."""
+    ledger = Ledger(small(pressure_tail=1), 4)
+    sequences = [Decoding(ledger, name, prompt=4, decoded=n) for name, n in (("a", 12), ("b", 9), ("c", 11), ("d", 8))]
+    held = [sequence.held() for sequence in sequences]
+    [due] = ledger.plan(held)
+    ledger.commit(due)
+    assert due.request_id == "a"
+    assert ledger.relieve(held, 0) == []
+    assert [plan.request_id for plan in ledger.relieve(held, 1)] == ["c"]
+    plans = ledger.relieve([held[1], held[3]], 9)
+    assert [plan.request_id for plan in plans] == ["b"]  # d has no tail, and nobody is compressed twice in a step
+    assert (plans[0].window_start, plans[0].num_queries, plans[0].last_query) == (4, 9, 12)
+    ledger.commit(plans[0])
+    assert ledger.dropped("b") == 4
+    assert not ledger.skipped
+
+
+def test_compressing_early_has_to_free_a_block() -> None:
+    """A window that has waited long enough for its gain is compressed without one, but not to free blocks."""
+    ledger = Ledger(small(keep=7, pressure_tail=0), 8)
+    sequence = Decoding(ledger, prompt=4, decoded=10)  # 14 rows become 13: two blocks hold either
+    assert ledger.plan([sequence.held()]) == []
+    assert ledger.relieve([sequence.held()], 5) == []
+    sequence.logical = 4 + 13  # 17 rows become 16
+    assert ledger.plan([sequence.held()]) != []
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 9])
+@pytest.mark.parametrize("page", [1, 3, 8])
+def test_a_known_text_is_computed_in_chunks_that_hold_no_more_than_the_peak(page: int, prompt: int) -> None:
+    """As after a preemption: the text is there, and every window is compressed before the next chunk."""
+    ledger = Ledger(small(), page)
+    total = prompt + 61
+    chunk = ledger.chunk("a", prompt, 0)
+    assert chunk >= prompt + 8 + 4
+    ledger.start("a", prompt, 0)
+    computed, most = 0, 0
+    while computed < total:
+        computed += min(ledger.chunk("a", prompt, computed), total - computed)
+        most = max(most, computed - ledger.dropped("a"))
+        for plan in ledger.plan([Held("a", computed, range(computed), 0)]):
+            ledger.commit(plan)
+    assert most <= ledger.peak(prompt, total) < total
+    assert (61 - 4) // 8 - 1 <= ledger.windows("a") <= (61 - 4) // 8  # the last may still wait for its gain
+    assert ledger.peak(prompt, prompt + 3) == prompt + 3

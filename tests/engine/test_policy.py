@@ -31,6 +31,7 @@ OUT_OF_RANGE = {
     "query_heads": ("max", None),
     "query_dtype": ("fp4", None),
     "look_ahead": (-1, 2**31),
+    "pressure_tail": (-1, 129),
     "max_query_gib": (-1.0, math.inf),
 }
 COUNTS = (
@@ -51,6 +52,7 @@ def test_every_field_is_checked() -> None:
         "query_heads",
         "query_dtype",
         "look_ahead",
+        "pressure_tail",
     } == set(OUT_OF_RANGE)
 
 

@@ -6,7 +6,7 @@ from harness import KARA, engine, greedy, prompts
 from vllm import SamplingParams
 
 import kara_kernels.integrations.vllm.layout as layout
-from kara_kernels.engine import PackedCache
+from kara_kernels.engine import Ledger, PackedCache
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,25 @@ def test_preemption_in_a_tiny_pool(model, dense, trace, chunk):
             [request] = [r for r in served if r.request_id == event["request_id"]]
             held = event["physical_len_before"] - event["window_start"]
             assert held <= most, (request.request_id, event["logical_len"], event["window_start"])
+
+
+def test_requests_are_compressed_early_before_one_is_preempted(model, dense, trace, monkeypatch):
+    """Blocks are short because four windows fall due together. With tails of 16 nobody needs to be preempted."""
+    settings, recomputed = {**KARA, "tail": 96, "pressure_tail": 16}, []
+    for relieved in (False, True):
+        with monkeypatch.context() as patch:
+            if not relieved:
+                patch.setattr(Ledger, "relieve", lambda *args: [])
+            told = trace if relieved else None
+            with engine(model, settings, trace=told, num_gpu_blocks_override=19, max_model_len=416) as kara:
+                served = kara.generate(prompts(5, 40, 20, 30), greedy(200))
+                recomputed.append(sum(sum(request.recomputed) for request in served))
+                if relieved:
+                    early = [e for e in kara.events() if e["physical_len_before"] - e["window_start"] < 64 + 96]
+                    assert early
+                    dense.assert_equal(kara, served, compressions=1)
+                    kara.assert_nothing_leaks()
+    assert recomputed[1] <= recomputed[0] / 3, recomputed
 
 
 def no_block_once(kara):

@@ -56,6 +56,7 @@ def with_report(outputs: EngineCoreOutputs, report: Report) -> KaraOutputs:
 _LABELS = ("model_name", "engine")
 _COUNTERS = {
     "compressions": "Windows that were compressed.",
+    "urgent_compressions": "Windows of them that were compressed early, because blocks were short.",
     "tokens_dropped": "Tokens dropped from the KV cache.",
     "blocks_freed": "KV cache blocks freed by compressions.",
     "compress_seconds": "Host seconds that workers spent on compressions.",

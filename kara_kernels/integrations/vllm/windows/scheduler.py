@@ -110,10 +110,11 @@ class KaraScheduler(Scheduler):
         self._preempted.append(request.request_id)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        plans = self._ledger.plan(self._held())
-        for plan in plans:
-            self._ledger.commit(plan)
-            self._manager.shrink(plan)
+        plans = self._apply(self._ledger.plan(self._held(self._ledger.policy.tail)))
+        if (lacking := self._lacking_blocks()) > 0:
+            urgent = self._apply(self._ledger.relieve(self._held(self._ledger.policy.least_tail), lacking))
+            self._counts["urgent_compressions"] += len(urgent)
+            plans += urgent
         output = super().schedule(*args, **kwargs)
         # A request that vLLM preempts in this step has lost the blocks of its plan.
         plans = [plan for plan in plans if self._ledger.windows(plan.request_id)]
@@ -143,12 +144,26 @@ class KaraScheduler(Scheduler):
                 outputs[client] = with_report(output, self._report())
         return outputs
 
-    def _held(self) -> Sequence[Held]:
-        """Running requests that are due and have no tokens in flight."""
-        held = []
+    def _apply(self, plans: list[Plan]) -> list[Plan]:
+        for plan in plans:
+            self._ledger.commit(plan)
+            self._manager.shrink(plan)
+        return plans
+
+    def _lacking_blocks(self) -> int:
+        """Blocks that the next token of every running request needs, beyond those that are free."""
+        page, needed = self._manager.block_size, 0
+        for request in self.running:
+            rows = request.num_computed_tokens + 1 - self._ledger.dropped(request.request_id)
+            needed += max(0, -(-rows // page) - len(self._manager.req_to_blocks[request.request_id]))
+        return needed - self._manager.block_pool.get_num_free_blocks()
+
+    def _held(self, tail: int) -> Sequence[Held]:
+        """Running requests with a window and a tail of decoded tokens, none of them in flight."""
+        held, enough = [], self._ledger.policy.window + tail
         for request in self.running:
             name, computed = request.request_id, request.num_computed_tokens
-            if not self._ledger.is_due(name, computed):
+            if self._ledger.uncompressed(name, computed) < enough:
                 continue
             # The next prompt of a session would come after its frontier.
             if request.num_in_flight_tokens or request.resumable:
