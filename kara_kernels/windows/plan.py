@@ -44,6 +44,10 @@ class Plan(NamedTuple):
     new_len: int
     window_start: int
     """Physical index of the first window token."""
+    window: int
+    """``W``, tokens of the window."""
+    keep: int
+    """``K``, how many of them stay."""
     blocks: tuple[int, ...]
     """All blocks before the compression. Those from index ``first_written`` on are rewritten or freed."""
     first_written: int
@@ -71,6 +75,7 @@ class _State:
     """One running sequence."""
 
     order: int
+    policy: Policy
     recorded_from: int  # logical position of the first query in the ring
     frontier: int
     dropped: int = 0
@@ -83,13 +88,14 @@ class Ledger:
 
     Call ``start`` when a sequence's first tokens are scheduled. Call ``forget`` when it finishes, is aborted **or is
     preempted**. After preemption the compressed cache is lost with its blocks, and the sequence is recomputed. No state
-    depends on a position in the batch.
+    depends on a position in the batch. A sequence that was never started is never compressed.
 
     Args:
         policy: the compression settings.
         page_size: ``P``, tokens per block; 1 for slot tables.
         query_rows: queries that the ring holds per sequence. The default and minimum is ``policy.query_rows``. With
-            more, a window that had to wait is still scored by its own queries and those of its tail.
+            more, a window that had to wait is still scored by its own queries and those of its tail, and sequences may
+            have larger windows.
 
     Raises:
         TypeError, ValueError: settings that could never free a block of this size; too few rows.
@@ -109,17 +115,28 @@ class Ledger:
         self._started = 0
         self._rounds = 0
 
-    def start(self, request_id: str, prompt_len: int, computed: int) -> None:
+    def start(
+        self, request_id: str, prompt_len: int, computed: int, *, window: int | None = None, keep: int | None = None
+    ) -> None:
         """Registers a sequence that starts, or restarts after preemption.
 
         Args:
             request_id: its name.
             prompt_len: tokens that are never compressed. If ``policy.protected`` is larger, it counts instead.
             computed: tokens served by the prefix cache, whose queries were not recorded.
+            window, keep: the sequence's own, instead of the policy's.
+
+        Raises:
+            TypeError, ValueError: a ``window`` or ``keep`` that a policy could not have, or more queries than the ring
+                holds.
         """
+        policy = self.policy.resized(window, keep)
+        if policy is not self.policy:
+            policy.check_page_size(self.page_size)
+            check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         self._planned.pop(request_id, None)
-        frontier = max(prompt_len, self.policy.protected)
-        self._states[request_id] = _State(self._started, max(prompt_len, computed), frontier)
+        frontier = max(prompt_len, policy.protected)
+        self._states[request_id] = _State(self._started, policy, max(prompt_len, computed), frontier)
         self._started += 1
 
     def forget(self, request_id: str) -> None:
@@ -144,7 +161,10 @@ class Ledger:
 
     def is_due(self, request_id: str, logical_len: int) -> bool:
         """Whether the sequence has a full window and tail. Cheap: call it before you create a :class:`Held`."""
-        return self.uncompressed(request_id, logical_len) >= self.policy.window + self.policy.tail
+        state = self._states.get(request_id)
+        if state is None:
+            return False
+        return self.uncompressed(request_id, logical_len) >= state.policy.window + state.policy.tail
 
     def plan(self, held: Iterable[Held]) -> list[Plan]:
         """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
@@ -177,8 +197,8 @@ class Ledger:
             raise ValueError(f"plan: expected an uncommitted one of the latest round, got {plan}")
         del self._planned[plan.request_id]
         state = self._states[plan.request_id]
-        state.dropped += self.policy.dropped
-        state.frontier = plan.window_start + self.policy.keep
+        state.dropped += plan.window - plan.keep
+        state.frontier = plan.window_start + plan.keep
         state.windows += 1
         state.said.clear()
 
@@ -187,7 +207,7 @@ class Ledger:
         state = self._states.get(held.request_id)
         if state is None or not self.is_due(held.request_id, held.logical_len):
             return None
-        policy, page = self.policy, self.page_size
+        policy, page = state.policy, self.page_size
         physical = held.logical_len - state.dropped
         enough = policy.window + policy.tail
         filled = -(-physical // page)
@@ -214,13 +234,13 @@ class Ledger:
             return None
         return physical - begin, Plan(
             request_id=held.request_id, logical_len=held.logical_len, physical_len=physical, new_len=after,
-            window_start=start, blocks=tuple(held.blocks), first_written=start // page, kept_blocks=kept,
-            last_query=last, num_queries=last - first + 1,
+            window_start=start, window=policy.window, keep=policy.keep, blocks=tuple(held.blocks),
+            first_written=start // page, kept_blocks=kept, last_query=last, num_queries=last - first + 1,
         )  # fmt: skip
 
     def _judges(self, state: _State, begin: int, logical: int) -> tuple[int, int, int]:
         """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""
-        policy, stride = self.policy, self.policy.query_stride
+        policy, stride = state.policy, state.policy.query_stride
         newest = (logical - 1) // stride
         # Sample n is the query at logical position n * stride. The ring holds the newest ones.
         oldest = max((state.recorded_from - 1) // stride, newest - self.query_rows) + 1

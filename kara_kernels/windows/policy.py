@@ -90,6 +90,13 @@ class Policy(Scoring, Selection):
             raise ValueError(f"{unknown}: expected one of {', '.join([*known, *beside])}, got {unknown}")
         return cls(**settings)
 
+    def resized(self, window: int | None = None, keep: int | None = None) -> Policy:
+        """The same policy with another ``window`` or ``keep``, where one is given."""
+        if window is None and keep is None:
+            return self
+        window, keep = self.window if window is None else window, self.keep if keep is None else keep
+        return dataclasses.replace(self, window=window, keep=keep)
+
     def check_page_size(self, page_size: int) -> None:
         """Raises ValueError for settings that could never free a block of ``page_size`` tokens."""
         check_count("page_size", page_size, 1, 2**31 - 1)

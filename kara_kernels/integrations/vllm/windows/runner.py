@@ -186,9 +186,7 @@ class KaraRunner(_Mixin):
             kept = _of_all_ranks(kept.cpu())
             if rank:
                 continue
-            record = Compression.of(
-                plan, self.kara.policy, kept, seconds=seconds, request_id=name, recomputed_len=recomputed
-            )
+            record = Compression.of(plan, kept, seconds=seconds, request_id=name, recomputed_len=recomputed)
             line = json.dumps(record.as_dict(), separators=(",", ":")) + "\n"
             # One unbuffered write, so that lines of data-parallel engines do not mix.
             with open(path, "ab", buffering=0) as file:
