@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vllm.envs as envs
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,9 +21,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from kara_kernels.engine import Held, Ledger, Plan
 
+from ..requests import Choice, RequestError, choose
 from ..settings import settings_of
 from ..stats import Report, with_report
 from .configure import check_sizes
+
+logger = init_logger("vllm.kara")
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Step:
     """For each plan: the client's request id, and the tokens recomputed when it last resumed, else 0."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Logical minus physical length of scheduled requests if not 0, after these plans."""
+    alone: set[str] = field(default_factory=set)
+    """Scheduled requests that are never compressed, so their queries are not recorded."""
     preempted: list[str] = field(default_factory=list)
     """Requests that lost their blocks."""
 
@@ -92,10 +98,12 @@ class KaraScheduler(Scheduler):
         kinds = ", ".join(type(manager).__name__ for manager in managers)
         if len(managers) != 1 or not isinstance(managers[0], KaraManager):
             raise ValueError(f"kara: expected one KV cache group of full attention, got {kinds or 'none'}")
-        policy = settings_of(self.vllm_config).policy
         self._manager = managers[0]
         check_sizes(self.vllm_config, self._manager.block_size)
-        self._ledger = self._manager.ledger = Ledger(policy, self._manager.block_size)
+        self._settings = settings_of(self.vllm_config)
+        self._ledger = self._manager.ledger = Ledger(
+            self._settings.policy, self._manager.block_size, query_rows=self._settings.query_rows
+        )
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._preempted: list[str] = []
@@ -114,7 +122,8 @@ class KaraScheduler(Scheduler):
         plans = [plan for plan in plans if self._ledger.windows(plan.request_id)]
         self._start(output)
         dropped = {name: n for name in output.num_scheduled_tokens if (n := self._ledger.dropped(name))}
-        output.kara = Step(plans, [self._client(plan.request_id) for plan in plans], dropped, self._preempted)
+        alone = {name for name in output.num_scheduled_tokens if self.requests[name].kara.own is None}
+        output.kara = Step(plans, [self._client(plan.request_id) for plan in plans], dropped, alone, self._preempted)
         self._preempted = []
         self._counts["compressions"] += len(plans)
         self._counts["tokens_dropped"] += sum(plan.physical_len - plan.new_len for plan in plans)
@@ -157,7 +166,16 @@ class KaraScheduler(Scheduler):
         for name, computed in begun:
             request = self.requests[name]
             request.kara_recomputed = request.num_tokens if request.num_preemptions else 0
-            self._ledger.start(name, request.num_prompt_tokens, computed)
+            request.kara = self._choose(request)
+            if request.kara.own is not None:
+                self._ledger.start(name, request.num_prompt_tokens, computed, **request.kara.own)
+
+    def _choose(self, request: Request) -> Choice:
+        try:
+            return choose(request.sampling_params, self._settings, self._manager.block_size)
+        except RequestError as error:  # no front end has checked it, because vLLM's front end in Rust runs no plugins
+            logger.error("Kara leaves request %s alone: %s", request.request_id, error)
+            return Choice(None, "request")
 
     def _client(self, request_id: str) -> tuple[str, int]:
         """The client's request id, without the eight random digits that vLLM appends, and the recomputed tokens."""
