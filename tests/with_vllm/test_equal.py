@@ -291,14 +291,22 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
 
 
 @pytest.mark.parametrize(
-    ("stride", "attention", "ahead"),
-    [(1, "bidirectional", 0), (4, "bidirectional", 0), (1, "bidirectional", None), (1, "causal", None)],
+    ("stride", "attention", "ahead", "own"),
+    [
+        (1, "bidirectional", 0, ...),
+        (4, "bidirectional", 0, ...),
+        (1, "bidirectional", None, ...),
+        (1, "causal", None, ...),
+        (4, "bidirectional", None, {"window": 96, "keep": 40}),
+        (1, "causal", None, {"window": 96, "keep": 40}),
+    ],
 )
-def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention, ahead):
+def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention, ahead, own):
     """By the dense model's queries and keys, kept tokens have at least the attention of dropped ones. By default the
-    queries are moved one window ahead."""
+    queries are moved one window of the server ahead."""
     policy = {
         **KARA,
+        "windows": [] if own is ... else [own["window"]],
         "attention": attention,
         "query_stride": stride,
         "query_dtype": "auto",
@@ -309,7 +317,7 @@ def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride
     }
     moved = KARA["window"] if (attention, ahead) == ("bidirectional", None) else 0
     with engine(model, policy, trace=trace) as kara:
-        for served in kara.generate(prompts(5, 77), greedy(260)):
+        for served in kara.generate(prompts(5, 77), asking(own, 320)):
             events = kara.events_of(served.request_id)
             assert len(events) >= 3
             found = dense.scores(served, events, stride, attention, moved)
