@@ -251,8 +251,9 @@ def test_the_shim_compiles_nothing_after_its_warm_up(
         assert sorted(compiled) == ["compact_kernel", "keep_kernel", "score_kernel"]
         ring.prepare([Span(str(s), 0, 0, 1) for s in range(9)])
         plans = [
-            Plan(str(s), 99, 80 + s, 64 + s, window_start=16 + s, blocks=tuple(range(8 * s, 8 * s + 6 + s % 3)),
-                 first_written=s % 2, kept_blocks=5, last_query=40, num_queries=policy.query_rows)
+            Plan(str(s), 99, 80 + s, 64 + s, window_start=16 + s, window=32, keep=16 - s,
+                 blocks=tuple(range(8 * s, 8 * s + 6 + s % 3)), first_written=s % 2, kept_blocks=5, last_query=40,
+                 num_queries=policy.query_rows)
             for s in range(9)
         ]  # fmt: skip
         for count in range(1, 10):

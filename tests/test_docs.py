@@ -130,7 +130,7 @@ def commands() -> list[Any]:
     lines = [
         (str(block), line)
         for block in blocks("sh")
-        for line in block.code.splitlines()
+        for line in block.code.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("#")
     ]
     return [pytest.param(line, id=f"{where} {line.split('  #')[0][:40]}") for where, line in lines]
@@ -152,6 +152,8 @@ def test_shell_blocks_name_what_exists(line: str) -> None:
         assert all((ROOT / word).exists() for word in words[3:])
     elif words[1] == "-m" and (ROOT / words[2].replace(".", "/") / "__main__.py").exists():
         check_options(words[2], words[3:])
+    elif words[:3] == ["curl", "-s", "localhost:8000/v1/completions"]:
+        assert set(json.loads(json.loads(words[-1])["vllm_xargs"]["kara"])) <= {"keep", "window"}
     else:
         assert words == ["curl", "-s", "localhost:8000/metrics", "|", "grep", "kara:"], line
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .plan import Plan
-from .policy import Policy
 
 
 class Compression(NamedTuple):
@@ -38,14 +37,12 @@ class Compression(NamedTuple):
 
     @classmethod
     def of(
-        cls, plan: Plan, policy: Policy, keep_indices: Tensor, *, seconds: float, request_id: str | None = None,
-        recomputed_len: int = 0,
-    ) -> Compression:  # fmt: skip
+        cls, plan: Plan, keep_indices: Tensor, *, seconds: float, request_id: str | None = None, recomputed_len: int = 0
+    ) -> Compression:
         """The record of an executed plan.
 
         Args:
             plan: the executed plan.
-            policy: the policy it was made with.
             keep_indices: int32 ``[L, H, K]`` on the CPU, as :func:`kara_kernels.engine.execute` returned them. With
                 tensor parallelism ``H`` counts the heads of all ranks.
             seconds, recomputed_len: see the fields.
@@ -54,7 +51,7 @@ class Compression(NamedTuple):
         return cls(
             request_id=plan.request_id if request_id is None else request_id, logical_len=plan.logical_len,
             physical_len_before=plan.physical_len, physical_len_after=plan.new_len, window_start=plan.window_start,
-            window=policy.window, keep=policy.keep, keep_indices=keep_indices, freed_blocks=len(plan.freed),
+            window=plan.window, keep=plan.keep, keep_indices=keep_indices, freed_blocks=len(plan.freed),
             recomputed_len=recomputed_len, seconds=seconds,
         )  # fmt: skip
 

@@ -93,10 +93,11 @@ def execute(
             any of their sequences.
         cache: the engine's pools, all layers.
         ring: the recorded queries.
-        policy: the policy that the plans were made with.
+        policy: the policy that the plans were made with. Each plan has its own ``window`` and ``keep``.
         scale, k_scale, reduce_scores, look_ahead, backend: see :func:`kara_kernels.compress_window`.
             ``look_ahead`` is ``policy.positions_ahead`` positions of the model's rotary embedding.
-        scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of computing scores.
+        scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of computing scores. All plans
+            then have one ``window``.
 
     Returns:
         The keep list of each plan, int32 ``[L, H, K]``, window-relative and ascending, on the cache's device.
@@ -109,8 +110,7 @@ def execute(
     kept: dict[int, Tensor] = {}
     for places in _groups(plans, packed, scores is not None):
         group = [plans[s] for s in places]
-        # With scores a group is one plan or all of them.
-        of_group = None if scores is None else scores[:, places[0] : places[-1] + 1]
+        of_group = None if scores is None else torch.stack([scores[:, s] for s in places], 1)
         tables = [plan.touched for plan in group]
         if isinstance(cache, PackedCache):
             blocks = upload(tables[0], torch.int64, cache.pools[0].device)
@@ -136,7 +136,7 @@ def warm_up(
     ring.warm_up()
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
-    nobody = Plan("", 0, 0, 0, window_start=0, blocks=(0,), first_written=0, kept_blocks=0, last_query=0, num_queries=0)
+    nobody = Plan("", 0, 0, 0, 0, policy.window, policy.keep, (0,), 0, 0, last_query=0, num_queries=0)
     count = policy.window if policy.attention == "causal" else policy.query_rows
     call = _Call(ring, _options(policy, scale, k_scale, reduce_scores, look_ahead, backend))
     call.launch([nobody], [range(count)], [(0,)], cache, None)
@@ -147,8 +147,8 @@ def _options(
 ) -> dict[str, Any]:  # fmt: skip
     """Options of :func:`compress_window` that do not depend on the plans."""
     return {
-        "window": policy.window, "keep": policy.keep, "scale": scale, "k_scale": k_scale,
-        "reduce_scores": reduce_scores, "look_ahead": look_ahead, "backend": backend, **policy.selection,
+        "scale": scale, "k_scale": k_scale, "reduce_scores": reduce_scores, "look_ahead": look_ahead,
+        "backend": backend, **policy.selection,
     }  # fmt: skip
 
 
@@ -186,17 +186,17 @@ class _Call:
         lengths, starts, places, table = given.split([len(part) for part in numbers])
         query, chosen = (self.ring.queries, places.view(count, -1)) if scores is None else (None, None)
         return compress_window(
-            query, cache.k, cache.v, table.view(count, width), lengths, window_starts=starts, query_rows=chosen,
-            scores=scores, **self.options,
+            query, cache.k, cache.v, table.view(count, width), lengths, window=plans[0].window, keep=plans[0].keep,
+            window_starts=starts, query_rows=chosen, scores=scores, **self.options,
         ).keep_indices  # fmt: skip
 
 
 def _groups(plans: Sequence[Plan], packed: bool, scored: bool) -> list[list[int]]:
     """Indices of plans that one call compresses. A packed cache takes one plan per call. Other caches take all plans
-    with the same number of queries, which is usually all of them."""
+    with the same window, keep and number of queries, which is usually all of them."""
     if packed:
         return [[s] for s in range(len(plans))]
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for s, plan in enumerate(plans):
-        groups.setdefault(0 if scored else plan.num_queries, []).append(s)
+        groups.setdefault((plan.window, plan.keep, 0 if scored else plan.num_queries), []).append(s)
     return list(groups.values())

@@ -44,6 +44,10 @@ class Plan(NamedTuple):
     new_len: int
     window_start: int
     """Physical index of the first window token."""
+    window: int
+    """``W``, tokens of the window."""
+    keep: int
+    """``K``, how many of them stay."""
     blocks: tuple[int, ...]
     """All blocks before the compression. Those from index ``first_written`` on are rewritten or freed."""
     first_written: int
@@ -71,6 +75,7 @@ class _State:
     """One running sequence."""
 
     order: int
+    policy: Policy
     recorded_from: int  # logical position of the first query in the ring
     frontier: int
     dropped: int = 0
@@ -83,13 +88,14 @@ class Ledger:
 
     Call ``start`` when a sequence's first tokens are scheduled. Call ``forget`` when it finishes, is aborted **or is
     preempted**. After preemption the compressed cache is lost with its blocks, and the sequence is recomputed. No state
-    depends on a position in the batch.
+    depends on a position in the batch. A sequence that was never started is never compressed.
 
     Args:
         policy: the compression settings.
         page_size: ``P``, tokens per block; 1 for slot tables.
         query_rows: queries that the ring holds per sequence. The default and minimum is ``policy.query_rows``. With
-            more, a window that had to wait is still scored by its own queries and those of its tail.
+            more, a window that had to wait is still scored by its own queries and those of its tail, and sequences may
+            have larger windows.
 
     Raises:
         TypeError, ValueError: settings that could never free a block of this size; too few rows.
@@ -110,17 +116,28 @@ class Ledger:
         self._started = 0
         self._rounds = 0
 
-    def start(self, request_id: str, prompt_len: int, computed: int) -> None:
+    def start(
+        self, request_id: str, prompt_len: int, computed: int, *, window: int | None = None, keep: int | None = None
+    ) -> None:
         """Registers a sequence that starts, or restarts after preemption.
 
         Args:
             request_id: its name.
             prompt_len: tokens that are never compressed. If ``policy.protected`` is larger, it counts instead.
             computed: tokens served by the prefix cache, whose queries were not recorded.
+            window, keep: the sequence's own, instead of the policy's.
+
+        Raises:
+            TypeError, ValueError: a ``window`` or ``keep`` that a policy could not have, or more queries than the ring
+                holds.
         """
+        policy = self.policy.resized(window, keep)
+        if policy is not self.policy:
+            policy.check_page_size(self.page_size)
+            check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         self._planned.pop(request_id, None)
-        frontier = max(prompt_len, self.policy.protected)
-        self._states[request_id] = _State(self._started, max(prompt_len, computed), frontier)
+        frontier = max(prompt_len, policy.protected)
+        self._states[request_id] = _State(self._started, policy, max(prompt_len, computed), frontier)
         self._started += 1
 
     def forget(self, request_id: str) -> None:
@@ -143,23 +160,30 @@ class Ledger:
         state = self._states.get(request_id)
         return 0 if state is None else max(0, logical_len - state.dropped - state.frontier)
 
-    def is_due(self, request_id: str, logical_len: int) -> bool:
-        """Whether the sequence has a full window and tail. Cheap: call it before you create a :class:`Held`."""
-        return self.uncompressed(request_id, logical_len) >= self.policy.window + self.policy.tail
+    def is_due(self, request_id: str, logical_len: int, *, urgent: bool = False) -> bool:
+        """Whether the sequence has a full window and tail. ``urgent``: or a tail for :meth:`relieve`. Cheap: call it
+        before you create a :class:`Held`."""
+        state = self._states.get(request_id)
+        if state is None:
+            return False
+        return self.uncompressed(request_id, logical_len) >= _enough(state.policy, urgent)
 
-    def peak(self, prompt_len: int, total: int) -> int:
+    def peak(self, prompt_len: int, total: int, *, window: int | None = None, keep: int | None = None) -> int:
         """The most rows that a sequence of ``total`` tokens holds, if it is computed in the chunks of :meth:`chunk`."""
-        policy, protected = self.policy, max(prompt_len, self.policy.protected)
-        most = policy.window + policy.tail + self.page_size  # before a compression
+        policy = self.policy.resized(window, keep)
+        protected, most = max(prompt_len, policy.protected), policy.window + policy.tail + self.page_size
         windows = max(0, total - protected - policy.tail) // policy.window
         return min(total, protected + windows * policy.keep + most)
 
-    def chunk(self, request_id: str, prompt_len: int, computed: int) -> int:
+    def chunk(
+        self, request_id: str, prompt_len: int, computed: int, *, window: int | None = None, keep: int | None = None
+    ) -> int:
         """The most tokens that a sequence with ``computed`` ones should compute next, when its text is already known.
 
-        Up to its next window and tail. While that window has to wait, the sequence goes on by a block at a time.
+        Up to its next window and tail. While that window has to wait, the sequence goes on by a block at a time. The
+        sequence may not have started yet; ``window`` and ``keep`` are those of :meth:`start`.
         """
-        state, policy = self._states.get(request_id), self.policy
+        state, policy = self._states.get(request_id), self.policy.resized(window, keep)
         frontier = max(prompt_len, policy.protected) if state is None else state.frontier + state.dropped
         left = frontier + policy.window + policy.tail - computed
         return left if left > 0 else self.page_size
@@ -176,7 +200,7 @@ class Ledger:
         self._rounds += 1
         if (self._rounds - 1) % self.policy.period:
             return []
-        plans = self._in_turn(held, self.policy.tail, urgent=False)
+        plans = self._in_turn(held)
         for plan in plans[self.policy.max_sequences :]:
             self._skip(self._states[plan.request_id], "cap")
         del plans[self.policy.max_sequences :]
@@ -186,16 +210,21 @@ class Ledger:
         """More compressions of this step, which free ``blocks`` blocks if they can. Call it after :meth:`plan`, when
         the engine would otherwise preempt a sequence.
 
-        Sequences without a plan are compressed with a tail of at least ``policy.least_tail``, as many as it takes.
-        ``period`` and ``max_sequences`` do not hold, and every plan frees a block.
+        Sequences without a plan are compressed with a tail of at least ``policy.least_tail``, as many as it takes. If
+        that frees too few blocks, those without a ``keep`` of their own keep ``policy.least_keep``. ``period`` and
+        ``max_sequences`` do not hold, and every plan frees a block.
         """
         others = [sequence for sequence in held if sequence.request_id not in self._of_round]
         plans: list[Plan] = []
-        for plan in self._in_turn(others, self.policy.least_tail, urgent=True):
-            if blocks <= 0:
+        for pressure in (1, 2):
+            plans, freed = [], 0
+            for plan in self._in_turn(others, pressure):
+                if freed >= blocks:
+                    break
+                plans.append(plan)
+                freed += len(plan.freed)
+            if freed >= blocks:
                 break
-            plans.append(plan)
-            blocks -= len(plan.freed)
         return self._remember(plans)
 
     def _remember(self, plans: list[Plan]) -> list[Plan]:
@@ -213,23 +242,27 @@ class Ledger:
             raise ValueError(f"plan: expected an uncommitted one of the latest round, got {plan}")
         del self._planned[plan.request_id]
         state = self._states[plan.request_id]
-        state.dropped += self.policy.dropped
-        state.frontier = plan.window_start + self.policy.keep
+        state.dropped += plan.window - plan.keep
+        state.frontier = plan.window_start + plan.keep
         state.windows += 1
         state.said.clear()
 
-    def _in_turn(self, held: Iterable[Held], tail: int, urgent: bool) -> list[Plan]:
+    def _in_turn(self, held: Iterable[Held], pressure: int = 0) -> list[Plan]:
         """Plans of all sequences that need not wait. Those with the most uncompressed tokens go first."""
-        due = [found for sequence in held if (found := self._plan(sequence, tail, urgent)) is not None]
+        due = [found for sequence in held if (found := self._plan(sequence, pressure)) is not None]
         due.sort(key=lambda found: (-found[0], self._states[found[1].request_id].order))
         return [plan for _, plan in due]
 
-    def _plan(self, held: Held, tail: int, urgent: bool) -> tuple[int, Plan] | None:
-        """The number of compressible tokens and the plan for the oldest window, or None if it has to wait."""
-        state, policy, page = self._states.get(held.request_id), self.policy, self.page_size
-        enough = policy.window + tail
-        if state is None or self.uncompressed(held.request_id, held.logical_len) < enough:
+    def _plan(self, held: Held, pressure: int) -> tuple[int, Plan] | None:
+        """The number of compressible tokens and the plan for the oldest window, or None if it has to wait.
+
+        ``pressure`` is 0, 1 with a shorter tail, or 2 with a smaller ``keep`` as well.
+        """
+        state, urgent = self._states.get(held.request_id), pressure > 0
+        if state is None or not self.is_due(held.request_id, held.logical_len, urgent=urgent):
             return None
+        policy, page, enough = state.policy, self.page_size, _enough(state.policy, urgent)
+        keep = policy.least_keep if pressure > 1 and policy is self.policy else policy.keep
         physical = held.logical_len - state.dropped
         filled = -(-physical // page)
         if len(held.blocks) < filled:
@@ -237,7 +270,7 @@ class Ledger:
                 f"blocks: expected at least {filled} for the {physical} rows of {held.request_id}, "
                 f"got {len(held.blocks)}"
             )
-        after = physical - policy.dropped
+        after = physical - (policy.window - keep)
         kept = -(-after // page)
         gain = filled - kept
         begin = max(state.frontier, held.first_owned * page)
@@ -257,13 +290,13 @@ class Ledger:
             return None
         return physical - begin, Plan(
             request_id=held.request_id, logical_len=held.logical_len, physical_len=physical, new_len=after,
-            window_start=start, blocks=tuple(held.blocks), first_written=start // page, kept_blocks=kept,
-            last_query=last, num_queries=last - first + 1,
+            window_start=start, window=policy.window, keep=keep, blocks=tuple(held.blocks),
+            first_written=start // page, kept_blocks=kept, last_query=last, num_queries=last - first + 1,
         )  # fmt: skip
 
     def _judges(self, state: _State, begin: int, logical: int, urgent: bool) -> tuple[int, int, int]:
         """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""
-        policy, stride = self.policy, self.policy.query_stride
+        policy, stride = state.policy, state.policy.query_stride
         newest = (logical - 1) // stride
         # Sample n is the query at logical position n * stride. The ring holds the newest ones.
         oldest = max((state.recorded_from - 1) // stride, newest - self.query_rows) + 1
@@ -284,3 +317,8 @@ class Ledger:
         if reason not in state.said:
             state.said.add(reason)
             self.skipped[reason] += 1
+
+
+def _enough(policy: Policy, urgent: bool) -> int:
+    """Uncompressed tokens of a sequence that is due."""
+    return policy.window + (policy.least_tail if urgent else policy.tail)

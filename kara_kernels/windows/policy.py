@@ -33,6 +33,8 @@ class Policy(Scoring, Selection):
     """Newest tokens, which a compression leaves alone. Their queries score the window before them."""
     pressure_tail: int | None = None
     """``tail`` when an engine is short of blocks. None is a quarter of ``tail``."""
+    pressure_keep: int | None = None
+    """``keep`` when an engine is still short of blocks with that tail. None is half of ``keep``."""
     protected: int = 0
     """Tokens from the start of a sequence that are never compressed. The whole prompt is protected in any case."""
     period: int = 1
@@ -62,6 +64,8 @@ class Policy(Scoring, Selection):
             check_count(name, getattr(self, name), low, 2**31 - 1)
         if self.pressure_tail is not None:
             check_count("pressure_tail", self.pressure_tail, 0, self.tail)
+        if self.pressure_keep is not None:
+            check_count("pressure_keep", self.pressure_keep, 1, MAX_WINDOW)
         least = min(1, self.min_freed_blocks)  # tokens that must be dropped, because dropping none never frees a block
         check_count("window", self.window, 1 + least, MAX_WINDOW)
         check_count("keep", self.keep, 1, self.window - least)
@@ -94,6 +98,13 @@ class Policy(Scoring, Selection):
             raise ValueError(f"{unknown}: expected one of {', '.join([*known, *beside])}, got {unknown}")
         return cls(**settings)
 
+    def resized(self, window: int | None = None, keep: int | None = None) -> Policy:
+        """The same policy with another ``window`` or ``keep``, where one is given."""
+        if window is None and keep is None:
+            return self
+        window, keep = self.window if window is None else window, self.keep if keep is None else keep
+        return dataclasses.replace(self, window=window, keep=keep)
+
     def check_page_size(self, page_size: int) -> None:
         """Raises ValueError for settings that could never free a block of ``page_size`` tokens."""
         check_count("page_size", page_size, 1, 2**31 - 1)
@@ -117,6 +128,11 @@ class Policy(Scoring, Selection):
     def query_rows(self) -> int:
         """Queries recorded per sequence: those of one window and its tail."""
         return -(-(self.window + self.tail) // self.query_stride)
+
+    @property
+    def least_keep(self) -> int:
+        """``pressure_keep``, or what None means."""
+        return max(1, self.keep // 2) if self.pressure_keep is None else min(self.keep, self.pressure_keep)
 
     @property
     def least_tail(self) -> int:

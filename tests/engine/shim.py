@@ -29,10 +29,12 @@ def small(**settings: Any) -> Policy:
 class Decoding:
     """One sequence with its own blocks that decodes one token per step. Its prompt is already computed."""
 
-    def __init__(self, ledger: Ledger, name: str = "a", prompt: int = 5, computed: int = 0, decoded: int = 0) -> None:
+    def __init__(
+        self, ledger: Ledger, name: str = "a", prompt: int = 5, computed: int = 0, decoded: int = 0, **own: int
+    ) -> None:
         self.ledger, self.name, self.prompt = ledger, name, prompt
         self.logical = prompt + decoded
-        ledger.start(name, prompt, computed)
+        ledger.start(name, prompt, computed, **own)
 
     @property
     def physical(self) -> int:
@@ -73,7 +75,7 @@ def make_ring(policy: Policy, max_sequences: int = 3, max_tokens: int = 40, **op
 
 def asks(name: str, last_query: int, num_queries: int) -> Plan:
     """A plan with only the fields that the ring reads."""
-    return Plan(name, 0, 0, 0, 0, (), 0, 0, last_query, num_queries)
+    return Plan(name, 0, 0, 0, 0, 8, 4, (), 0, 0, last_query, num_queries)
 
 
 def query_of(name: str, position: int, layer: int) -> torch.Tensor:

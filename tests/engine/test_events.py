@@ -11,12 +11,11 @@ from kara_kernels.engine import Compression, Ledger
 
 
 def test_a_record_says_what_a_plan_did_and_is_a_line_of_json() -> None:
-    policy = small()
-    plan = Decoding(Ledger(policy, 4), "7", prompt=6).until_planned()
+    plan = Decoding(Ledger(small(keep=5), 4), "7", prompt=6, keep=4).until_planned()
     keep = torch.arange(4, dtype=torch.int32).expand(2, 3, 4)
-    record = Compression.of(plan, policy, keep, seconds=0.5)
+    record = Compression.of(plan, keep, seconds=0.5)
     assert record == ("7", 18, 18, 14, 6, 8, 4, keep, 1, 0, 0.5)
-    renamed = Compression.of(plan, policy, keep, seconds=0.5, request_id="cmpl-7", recomputed_len=11)
+    renamed = Compression.of(plan, keep, seconds=0.5, request_id="cmpl-7", recomputed_len=11)
     line = json.loads(json.dumps(renamed.as_dict()))
     assert line == {
         "request_id": "cmpl-7", "logical_len": 18, "physical_len_before": 18, "physical_len_after": 14,

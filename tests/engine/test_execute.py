@@ -23,7 +23,8 @@ V_DIM = 3
 class Worker:
     """Sequences that are due, with random rows in pools and recorded queries, and copies of both for comparison.
 
-    `unseen` decoded tokens of a sequence came from the prefix cache, so their queries are missing.
+    `unseen` decoded tokens of a sequence came from the prefix cache, so their queries are missing. `own` are settings
+    of single sequences.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Worker:
         unseen: Sequence[int] = (),
         page: int = 4,
         dtype: torch.dtype = torch.float32,
+        own: Sequence[dict[str, int]] = (),
     ) -> None:
         self.policy, self.page = policy, page
         torch.manual_seed(len(decoded) + page)
@@ -49,7 +51,7 @@ class Worker:
         spans, held, steps = [], [], []
         for i, length in enumerate(lengths):
             name, prompt, first = str(i), 3 + i, 3 + i + (unseen[i] if unseen else 0)
-            ledger.start(name, prompt, first)
+            ledger.start(name, prompt, first, **(own[i] if own else {}))
             spans.append(Span(name, prompt, first, length - first))
             held.append(Held(name, length, [order.pop() for _ in range(used[i])], 0))
             every = torch.randn(LAYERS, length, HEADS * GROUP, DIM).to(dtype)
@@ -85,8 +87,10 @@ class Worker:
     def queries_of(self, plan: Plan) -> torch.Tensor:
         """The queries `[L, N, H*G, D]` of a plan, oldest first. For a causal plan, those of the window's own tokens."""
         if self.policy.attention == "causal":
-            return self.every[plan.request_id][:, plan.window_start : plan.window_start + self.policy.window]
-        return self.queries[plan.request_id]
+            return self.every[plan.request_id][:, plan.window_start : plan.window_start + plan.window]
+        recorded = self.queries[plan.request_id]
+        end = recorded.shape[1] - (plan.logical_len - 1) // self.policy.query_stride + plan.last_query
+        return recorded[:, end - plan.num_queries : end]
 
     def expected(self, **options: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Keep lists and caches after `compress_window` on each sequence in turn, with queries in order."""
@@ -96,7 +100,7 @@ class Worker:
             done = compress_window(
                 self.queries_of(plan)[:, None], ks, vs,
                 torch.tensor([plan.blocks], dtype=torch.int32), torch.tensor([plan.physical_len], dtype=torch.int32),
-                window=self.policy.window, keep=self.policy.keep, backend="torch",
+                window=plan.window, keep=plan.keep, backend="torch",
                 window_starts=torch.tensor([plan.window_start], dtype=torch.int32),
                 **self.policy.selection, **options,
             )  # fmt: skip
@@ -209,6 +213,32 @@ def test_plans_with_different_numbers_of_queries_are_mixed() -> None:
     assert [worker.plans[i].num_queries for i in order] == [4, 12, 4, 4]
     kept = execute([worker.plans[i] for i in order], worker.cache, worker.ring, worker.policy)
     assert equal(kept, [keeps[i] for i in order])
+
+
+OWN: list[dict[str, int]] = [{"keep": 3}, {}, {"window": 6}, {"window": 6, "keep": 3}, {"keep": 3}]
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_sequences_with_settings_of_their_own_are_mixed(attention: str) -> None:
+    policy = small(max_sequences=8, chunk_fraction=0.0, attention=attention)
+    for packed in (False, True):
+        worker = Worker(policy, decoded=(12, 17, 13, 30, 15), own=OWN)
+        assert sorted((plan.window, plan.keep) for plan in worker.plans) == [(6, 3), (6, 4), (8, 3), (8, 3), (8, 4)]
+        keeps, ks, vs = worker.expected()
+        cache = worker.packed() if packed else worker.cache
+        assert equal(execute(worker.plans, cache, worker.ring, policy), keeps)
+        assert packed or equal(worker.k + worker.v, ks + vs)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_given_scores_select_as_many_as_each_sequence_keeps(packed: bool) -> None:
+    own: list[dict[str, int]] = [{}, {"keep": 3}, {}, {"keep": 1}]
+    worker = Worker(small(max_sequences=8, chunk_fraction=0.0), decoded=(12, 17, 13, 30), own=own)
+    scores = torch.rand(LAYERS, 4, HEADS, 8)
+    cache = worker.packed() if packed else worker.cache
+    kept = execute(worker.plans, cache, worker.ring, worker.policy, scores=scores)
+    for s, (plan, keep) in enumerate(zip(worker.plans, kept, strict=True)):
+        assert torch.equal(keep.long(), scores[:, s].topk(plan.keep).indices.sort(-1).values)
 
 
 def test_slot_tables_are_block_tables_of_single_rows() -> None:

@@ -452,7 +452,7 @@ def test_no_causal_sequence_starves(prompt: int) -> None:
 
 def test_who_lacks_blocks_compresses_early() -> None:
     """With a shorter tail, those with most to compress first, and no more than it takes."""
-    ledger = Ledger(small(pressure_tail=1), 4)
+    ledger = Ledger(small(pressure_tail=1, pressure_keep=4), 4)
     sequences = [Decoding(ledger, name, prompt=4, decoded=n) for name, n in (("a", 12), ("b", 9), ("c", 11), ("d", 8))]
     held = [sequence.held() for sequence in sequences]
     [due] = ledger.plan(held)
@@ -496,3 +496,21 @@ def test_a_known_text_is_computed_in_chunks_that_hold_no_more_than_the_peak(page
     assert most <= ledger.peak(prompt, total) < total
     assert (61 - 4) // 8 - 1 <= ledger.windows("a") <= (61 - 4) // 8  # the last may still wait for its gain
     assert ledger.peak(prompt, prompt + 3) == prompt + 3
+
+
+def test_who_still_lacks_blocks_keeps_fewer_tokens() -> None:
+    """Unless the sequence asked for its own ``keep``."""
+    ledger = Ledger(small(keep=6, pressure_tail=0, pressure_keep=2), 2)
+    held = [Decoding(ledger, name, prompt=4, decoded=8).held() for name in "ab"]
+    ledger.start("b", 4, 0, keep=6)
+    assert [(plan.request_id, plan.keep, len(plan.freed)) for plan in ledger.relieve(held, 2)] == [
+        ("a", 6, 1),
+        ("b", 6, 1),
+    ]
+    plans = ledger.relieve(held[:1], 2)
+    assert plans == []  # nobody is planned twice in a round
+    ledger.plan([])
+    plans = ledger.relieve(held, 3)
+    assert [(plan.request_id, plan.keep, len(plan.freed)) for plan in plans] == [("a", 2, 3)]
+    ledger.commit(plans[0])
+    assert ledger.dropped("a") == 6

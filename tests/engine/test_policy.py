@@ -32,6 +32,7 @@ OUT_OF_RANGE = {
     "query_dtype": ("fp4", None),
     "look_ahead": (-1, 2**31),
     "pressure_tail": (-1, 129),
+    "pressure_keep": (0, 4097),
     "max_query_gib": (-1.0, math.inf),
 }
 COUNTS = (
@@ -53,6 +54,7 @@ def test_every_field_is_checked() -> None:
         "query_dtype",
         "look_ahead",
         "pressure_tail",
+        "pressure_keep",
     } == set(OUT_OF_RANGE)
 
 

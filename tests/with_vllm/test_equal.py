@@ -80,6 +80,55 @@ def test_requests_are_compressed_early_before_one_is_preempted(model, dense, tra
     assert recomputed[1] <= recomputed[0] / 3, recomputed
 
 
+WINDOWS = {"windows": [96, 40]}
+OWN = [False, ..., {"keep": 8}, {"window": 96, "keep": 70}, {"window": 40}, True]  # ...: nothing is asked for
+SIZES = [None, (64, 32), (64, 8), (96, 70), (40, 32), (64, 32)]
+
+
+def asking(kara, tokens):
+    return greedy(tokens) if kara is ... else greedy(tokens, extra_args={"kara": kara})
+
+
+def assert_sizes(kara, served, compressions):
+    """Checks that every request was compressed as it asked for, and not at all if it asked for that."""
+    for request, size in zip(served, SIZES, strict=True):
+        events = kara.events_of(request.request_id)
+        assert {(event["window"], event["keep"]) for event in events} == ({size} if size else set())
+        assert len(events) >= (compressions if size else 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 16}], ids=["whole", "chunked"])
+def test_requests_with_settings_of_their_own_side_by_side(model, dense, trace, options):
+    with engine(model, {**KARA, **WINDOWS}, trace=trace, **options) as kara:
+        served = kara.generate(prompts(33, 5, 40, 77, 20, 64), [asking(own, 300) for own in OWN])
+        assert_sizes(kara, served, compressions=2)
+        dense.assert_equal(kara, served, compressions=0)
+        kara.assert_nothing_leaks()
+
+
+def test_a_preempted_request_keeps_its_own_settings(model, dense, trace):
+    tiny = {"max_model_len": 416, "num_gpu_blocks_override": 15}
+    with engine(model, {**KARA, **WINDOWS}, trace=trace, **tiny) as kara:
+        served = kara.generate(prompts(33, 5, 40, 77, 20, 64), [asking(own, 300) for own in OWN])
+        # Recomputed in full, each was compressed before and after.
+        again = [
+            i for i, x in enumerate(served) if {e["recomputed_len"] > 0 for e in kara.events_of(x.request_id)} > {0}
+        ]
+        assert sum(len(request.recomputed) for request in served) >= 3
+        assert {2, 3, 4} & set(again)
+        assert_sizes(kara, served, compressions=2)
+        dense.assert_equal(kara, served, compressions=0)
+        kara.assert_nothing_leaks()
+
+
+def test_packed_blocks_and_settings_of_their_own(model, dense, trace, monkeypatch):
+    monkeypatch.setattr(layout, "_strides", lambda where: None)
+    with engine(model, {**KARA, **WINDOWS}, trace=trace) as kara:
+        served = kara.generate(prompts(33, 5, 40, 77, 20, 64), [asking(own, 300) for own in OWN])
+        assert_sizes(kara, served, compressions=2)
+        dense.assert_equal(kara, served, compressions=0)
+
+
 def no_block_once(kara):
     """The next request that asks for a block gets none, and is preempted if it is the newest."""
     manager = kara.scheduler.kv_cache_manager
@@ -266,14 +315,22 @@ def test_aborted_requests_leave_nothing(model, dense, trace):
 
 
 @pytest.mark.parametrize(
-    ("stride", "attention", "ahead"),
-    [(1, "bidirectional", 0), (4, "bidirectional", 0), (1, "bidirectional", None), (1, "causal", None)],
+    ("stride", "attention", "ahead", "own"),
+    [
+        (1, "bidirectional", 0, ...),
+        (4, "bidirectional", 0, ...),
+        (1, "bidirectional", None, ...),
+        (1, "causal", None, ...),
+        (4, "bidirectional", None, {"window": 96, "keep": 40}),
+        (1, "causal", None, {"window": 96, "keep": 40}),
+    ],
 )
-def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention, ahead):
+def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride, attention, ahead, own):
     """By the dense model's queries and keys, kept tokens have at least the attention of dropped ones. By default the
-    queries are moved one window ahead."""
+    queries are moved one window of the server ahead."""
     policy = {
         **KARA,
+        "windows": [] if own is ... else [own["window"]],
         "attention": attention,
         "query_stride": stride,
         "query_dtype": "auto",
@@ -284,7 +341,7 @@ def test_the_traced_lists_are_the_best_of_the_window(model, dense, trace, stride
     }
     moved = KARA["window"] if (attention, ahead) == ("bidirectional", None) else 0
     with engine(model, policy, trace=trace) as kara:
-        for served in kara.generate(prompts(5, 77), greedy(260)):
+        for served in kara.generate(prompts(5, 77), asking(own, 320)):
             events = kara.events_of(served.request_id)
             assert len(events) >= 3
             found = dense.scores(served, events, stride, attention, moved)

@@ -290,7 +290,7 @@ class _Run:
             del self.allocator.block_table[plan.request_id][plan.kept_blocks :]
             self.allocator.pool.free_blocks(self.allocator.index, list(plan.freed))
             self.kara.dropped += plan.physical_len - plan.new_len
-            self.kara.events.append(Compression.of(plan, self.policy, keep_indices, seconds=seconds))
+            self.kara.events.append(Compression.of(plan, keep_indices, seconds=seconds))
 
     def _held(self, state: Any) -> Held:
         blocks, shared = self.allocator.block_table[state.request_id], self.allocator.ledger.shared_ref_counts

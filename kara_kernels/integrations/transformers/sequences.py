@@ -191,9 +191,7 @@ class Sequences:
             self.ledger.commit(plan)
         self.blocks.shorten({int(plan.request_id): plan.kept_blocks for plan in plans})
         seconds = (time.perf_counter() - began) / len(plans)
-        self.events += [
-            Compression.of(plan, self.policy, keep, seconds=seconds) for plan, keep in zip(plans, kept, strict=True)
-        ]
+        self.events += [Compression.of(plan, keep, seconds=seconds) for plan, keep in zip(plans, kept, strict=True)]
 
     def _scores(self, plans: list[Plan], ring: QueryRing) -> Tensor | None:
         """The scorer's scores of the windows, float32 ``[L, S, H, W]``. None without a scorer."""

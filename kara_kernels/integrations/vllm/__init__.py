@@ -7,6 +7,7 @@ Shared modules:
 
 - :mod:`.hook` has that method, and the order in which a configuration is completed;
 - :mod:`.settings` reads the settings under ``kara``;
+- :mod:`.requests` reads what a request asks for, and checks it in the front end;
 - :mod:`.layout` finds out where a cache's rows lie;
 - :mod:`.stats` sends counters to the front end and adds them to vLLM's own ``/metrics``.
 

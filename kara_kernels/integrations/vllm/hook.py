@@ -64,9 +64,11 @@ def before(config: Any) -> None:
 
 
 def after(config: Any) -> None:
-    """After everything is resolved: sets what depends on it, and opens the channel for counters."""
+    """After everything is resolved: sets what depends on it, opens the channel for counters, and checks requests."""
+    from .requests import check_requests
     from .stats import observe_with_vllm
     from .windows import configure
 
     configure.after(config)
     observe_with_vllm(config)
+    check_requests()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kara_kernels.engine import Policy
+from kara_kernels.values import check_choice, check_count
 
 RUN = "run"
 SUPPORTED = {"0.32": RUN, "0.33": "read, not run"}
@@ -18,11 +19,61 @@ SUPPORTED = {"0.32": RUN, "0.33": "read, not run"}
 
 @dataclass(frozen=True)
 class Settings:
-    """A policy, and the file of the trace."""
+    """A policy, and what only this plugin has.
+
+    Raises:
+        TypeError, ValueError: naming field, expected and got.
+    """
 
     policy: Policy
     trace: str | None = None
     """File to which one JSON line is appended per compressed request."""
+    windows: Sequence[int] = ()
+    """Windows that requests may ask for besides the policy's."""
+    default: str = "on"
+    """Whether a request that asks for nothing is compressed: ``"on"`` or ``"off"``."""
+    min_output_tokens: int | None = None
+    """Requests with a smaller ``max_tokens`` are left alone unless they ask. None: those that cannot fill a window and
+    its tail."""
+
+    def __post_init__(self) -> None:
+        if self.trace is not None and not isinstance(self.trace, str):
+            raise TypeError(f"trace: expected a file name, got {type(self.trace).__name__}")
+        if not isinstance(self.windows, (list, tuple)):
+            raise TypeError(f"windows: expected a list, got {type(self.windows).__name__}")
+        check_choice("default", self.default, ("on", "off"))
+        if self.min_output_tokens is not None:
+            check_count("min_output_tokens", self.min_output_tokens, 0, 2**31 - 1)
+        _ = self.policies
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The policy, and one for each other window. Their ``keep`` is the request's."""
+        try:
+            return [self.policy, *(self.policy.resized(window, 1) for window in self.windows)]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"windows: {error}") from None
+
+    @property
+    def query_rows(self) -> int:
+        """Queries that the ring holds per request."""
+        return max(policy.query_rows for policy in self.policies)
+
+    @property
+    def least_output(self) -> int:
+        """Requests with a smaller ``max_tokens`` are left alone unless they ask for compression."""
+        if self.min_output_tokens is not None:
+            return self.min_output_tokens
+        return self.policy.window + self.policy.tail
+
+    def check_page_size(self, page_size: int) -> None:
+        """Raises a ValueError for a window that could never free a block of ``page_size`` tokens."""
+        self.policy.check_page_size(page_size)
+        for policy in self.policies[1:]:
+            try:
+                policy.check_page_size(page_size)
+            except ValueError as error:
+                raise ValueError(f"windows: {error}") from None
 
     def check_trace(self) -> None:
         """Raises a ValueError if the file cannot be written, instead of failing at the first compression."""
@@ -34,6 +85,10 @@ class Settings:
             raise ValueError(
                 f"kara: trace: expected a file that can be written, got {self.trace}: {error.strerror}"
             ) from None
+
+
+BESIDE = tuple(name for name in Settings.__dataclass_fields__ if name != "policy")
+"""Keys under ``kara`` that are no fields of the policy."""
 
 
 def settings_of(config: Any) -> Settings:
@@ -52,11 +107,9 @@ def settings_in(additional: Mapping[str, Any]) -> Settings:
     try:
         if not isinstance(given, dict):
             raise TypeError(f"expected an object of settings, got {type(given).__name__}")
-        rest = dict(given)
-        trace = rest.pop("trace", None)
-        if trace is not None and not isinstance(trace, str):
-            raise TypeError(f"trace: expected a file name, got {type(trace).__name__}")
-        return Settings(Policy.from_settings(rest, beside=("trace",)), trace)
+        beside = {name: given[name] for name in BESIDE if name in given}
+        rest = {name: value for name, value in given.items() if name not in BESIDE}
+        return Settings(Policy.from_settings(rest, beside=BESIDE), **beside)
     except (TypeError, ValueError) as error:
         raise refusal(error, given) from None
 
@@ -79,8 +132,8 @@ class Additional(UserDict):
 
     def compute_hash(self) -> str:
         """The hash that vLLM asks for."""
-        policy = settings_in(self).policy
-        ring = [policy.query_rows, policy.query_heads, policy.query_dtype]
+        settings = settings_in(self)
+        ring = [settings.query_rows, settings.policy.query_heads, settings.policy.query_dtype]
         return hashlib.sha256(json.dumps({**self, "kara": ring}, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kara_kernels.engine import Held, Ledger, Policy, check_ring, fit_queries
 
-from ..settings import Additional, refusal, settings_of
+from ..settings import BESIDE, Additional, refusal, settings_of
 
 _ROOM = __name__.rpartition(".")[0]
 SCHEDULER = f"{_ROOM}.scheduler.KaraScheduler"
@@ -132,9 +132,10 @@ def after(config: Any) -> None:
             raise ValueError(f"kara: expected one of the workers {', '.join(WORKERS)}, got {parallel.worker_cls}")
         parallel.worker_cls = WORKERS[parallel.worker_cls]
     check_sizes(config, config.cache_config.block_size)
-    said = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(settings.policy).items())
+    values = dataclasses.asdict(settings.policy) | {name: getattr(settings, name) for name in BESIDE}
+    said = ", ".join(f"{key}={value!r}" for key, value in values.items())
     # A child of vLLM's logger, so that its handlers and levels apply.
-    init_logger("vllm.kara").info_once(f"Kara compresses the KV cache while decoding: {said}, trace={settings.trace!r}")
+    init_logger("vllm.kara").info_once(f"Kara compresses the KV cache while decoding: {said}")
 
 
 def check_sizes(config: Any, block_size: int) -> None:
@@ -142,10 +143,11 @@ def check_sizes(config: Any, block_size: int) -> None:
 
     vLLM may choose another block size or a shorter model length when it has measured its memory.
     """
-    policy, given = settings_of(config).policy, config.additional_config["kara"]
+    settings, given = settings_of(config), config.additional_config["kara"]
+    policy = settings.policy
     longest = config.model_config.max_model_len
     try:
-        policy.check_page_size(block_size)
+        settings.check_page_size(block_size)
     except ValueError as error:
         raise refusal(error, given, "--block-size changes the block") from None
     if not _ever_compresses(policy, block_size, longest):
@@ -188,7 +190,7 @@ def _fit_queries(config: Any) -> None:
     from vllm.logger import init_logger
 
     kara, model = config.additional_config["kara"], config.model_config
-    policy, parallel = settings_of(config).policy, config.parallel_config
+    policy, parallel = max(settings_of(config).policies, key=lambda policy: policy.window), config.parallel_config
     layers = model.get_num_layers(parallel)
     heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
     rest = model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype

@@ -62,6 +62,7 @@ class KaraRunner(_Mixin):
             max_tokens=self.max_num_tokens,
             dtype=self.vllm_config.model_config.dtype,
             device=self.device,
+            rows=self.kara.query_rows,
         )
         logger.info(
             "Kara's query ring takes %.2f GiB: for each of %d sequences as much as %.0f tokens of KV cache",
@@ -102,7 +103,8 @@ class KaraRunner(_Mixin):
         self.kara_cache = paged_view(list(self.kara_layers.values()), self.kv_cache_config.num_blocks, block_size)
         logger.info("Kara moves rows in %s blocks", "packed" if isinstance(self.kara_cache, PackedCache) else "plain")
         assert self.kara_ring is not None
-        warm_up(self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options())
+        for policy in self.kara.policies:
+            warm_up(self.kara_cache, self.kara_ring, policy, **self._kara_options())
 
     def _attention_layers(self) -> dict[str, Any]:
         """The attention layers in model order. Raises an error that names the first one that is not plain attention."""
@@ -137,6 +139,16 @@ class KaraRunner(_Mixin):
         return self._kara_records or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
     _kara_records = False
+
+    def _kara_prepare(self, names: Any, prompts: Any, firsts: Any, counts: Any) -> None:
+        """Sets which queries of the step are recorded, given its requests in batch order."""
+        assert self.kara_ring is not None
+        ends = firsts + counts
+        # A request that is left alone records nothing, as if the step computed its prompt.
+        self._kara_records = self.kara_ring.prepare(
+            Span(name, int(end if name in self.kara_step.alone else prompt), int(first), int(end - first))
+            for name, prompt, first, end in zip(names, prompts, firsts, ends, strict=True)
+        )
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,9 +198,7 @@ class KaraRunner(_Mixin):
             kept = _of_all_ranks(kept.cpu())
             if rank:
                 continue
-            record = Compression.of(
-                plan, self.kara.policy, kept, seconds=seconds, request_id=name, recomputed_len=recomputed
-            )
+            record = Compression.of(plan, kept, seconds=seconds, request_id=name, recomputed_len=recomputed)
             line = json.dumps(record.as_dict(), separators=(",", ":")) + "\n"
             # One unbuffered write, so that lines of data-parallel engines do not mix.
             with open(path, "ab", buffering=0) as file:
@@ -229,21 +239,12 @@ class KaraRunnerV1(KaraRunner):
         self, scheduler_output: Any, num_scheduled_tokens: np.ndarray, *args: Any, **kwargs: Any
     ) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
-        batch = self.input_batch
-        spans = [
-            Span(name, int(prompt), int(first), int(count))
-            for name, prompt, first, count in zip(
-                batch.req_ids,
-                batch.num_prompt_tokens,
-                batch.num_computed_tokens_cpu,
-                num_scheduled_tokens,
-                strict=False,
-            )
-        ]
-        assert self.kara_ring is not None
-        self._kara_records = self.kara_ring.prepare(spans)
+        batch, n = self.input_batch, len(num_scheduled_tokens)
+        self._kara_prepare(
+            batch.req_ids[:n], batch.num_prompt_tokens[:n], batch.num_computed_tokens_cpu[:n], num_scheduled_tokens
+        )
         if self.kara_step.dropped:
-            self._kara_shift(len(spans), int(num_scheduled_tokens.sum()))
+            self._kara_shift(n, int(num_scheduled_tokens.sum()))
         return prepared
 
     def _kara_shift(self, num_reqs: int, num_tokens: int) -> None:
@@ -276,11 +277,7 @@ class KaraRunnerV2(KaraRunner):
     def prepare_attn(self, input_batch: Any) -> Any:
         counts = input_batch.num_scheduled_tokens
         prompts = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
-        rows = zip(input_batch.req_ids, prompts, input_batch.num_computed_tokens_np, counts, strict=True)
-        assert self.kara_ring is not None
-        self._kara_records = self.kara_ring.prepare(
-            Span(name, int(prompt), int(first), int(count)) for name, prompt, first, count in rows
-        )
+        self._kara_prepare(input_batch.req_ids, prompts, input_batch.num_computed_tokens_np, counts)
         if not self.kara_step.dropped:
             return super().prepare_attn(input_batch)
         dropped = np.array([self.kara_step.dropped.get(name, 0) for name in input_batch.req_ids], dtype=np.int32)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vllm.envs as envs
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,9 +21,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from kara_kernels.engine import Held, Ledger, Plan
 
+from ..requests import Choice, RequestError, choose
 from ..settings import settings_of
 from ..stats import Report, with_report
 from .configure import check_sizes
+
+logger = init_logger("vllm.kara")
 
 
 @dataclass
@@ -35,8 +39,15 @@ class Step:
     """For each plan: the client's request id, and the tokens recomputed when it last resumed, else 0."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Logical minus physical length of scheduled requests if not 0, after these plans."""
+    alone: set[str] = field(default_factory=set)
+    """Scheduled requests that are never compressed, so their queries are not recorded."""
     preempted: list[str] = field(default_factory=list)
     """Requests that lost their blocks."""
+
+
+def recomputed_as(request: Request) -> Mapping[str, int] | None:
+    """The own settings of a request that was preempted and is compressed while it is recomputed; None for others."""
+    return request.kara.own if request.num_preemptions else None
 
 
 class KaraManager(FullAttentionManager):
@@ -53,8 +64,9 @@ class KaraManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
     ) -> int:
         num_tokens -= self.ledger.dropped(request_id)
-        if apply_admission_cap:  # asks for the whole text. A preempted one is compressed while it is recomputed
-            num_tokens = self.ledger.peak(self.requests[request_id].num_prompt_tokens, num_tokens)
+        request = self.requests[request_id]
+        if apply_admission_cap and (own := recomputed_as(request)) is not None:  # it asks for the whole text at once
+            num_tokens = self.ledger.peak(request.num_prompt_tokens, num_tokens, **own)
         return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -96,10 +108,12 @@ class KaraScheduler(Scheduler):
         kinds = ", ".join(type(manager).__name__ for manager in managers)
         if len(managers) != 1 or not isinstance(managers[0], KaraManager):
             raise ValueError(f"kara: expected one KV cache group of full attention, got {kinds or 'none'}")
-        policy = settings_of(self.vllm_config).policy
         self._manager = managers[0]
         check_sizes(self.vllm_config, self._manager.block_size)
-        self._ledger = self._manager.ledger = Ledger(policy, self._manager.block_size)
+        self._settings = settings_of(self.vllm_config)
+        self._ledger = self._manager.ledger = Ledger(
+            self._settings.policy, self._manager.block_size, query_rows=self._settings.query_rows
+        )
         self._manager.requests = self.requests
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
@@ -110,9 +124,9 @@ class KaraScheduler(Scheduler):
         self._preempted.append(request.request_id)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        plans = self._apply(self._ledger.plan(self._held(self._ledger.policy.tail)))
+        plans = self._apply(self._ledger.plan(self._held()))
         if (lacking := self._lacking_blocks()) > 0:
-            urgent = self._apply(self._ledger.relieve(self._held(self._ledger.policy.least_tail), lacking))
+            urgent = self._apply(self._ledger.relieve(self._held(urgent=True), lacking))
             self._counts["urgent_compressions"] += len(urgent)
             plans += urgent
         output = super().schedule(*args, **kwargs)
@@ -120,7 +134,8 @@ class KaraScheduler(Scheduler):
         plans = [plan for plan in plans if self._ledger.windows(plan.request_id)]
         self._start(output)
         dropped = {name: n for name in output.num_scheduled_tokens if (n := self._ledger.dropped(name))}
-        output.kara = Step(plans, [self._client(plan.request_id) for plan in plans], dropped, self._preempted)
+        alone = {name for name in output.num_scheduled_tokens if self.requests[name].kara.own is None}
+        output.kara = Step(plans, [self._client(plan.request_id) for plan in plans], dropped, alone, self._preempted)
         self._preempted = []
         self._counts["compressions"] += len(plans)
         self._counts["tokens_dropped"] += sum(plan.physical_len - plan.new_len for plan in plans)
@@ -131,9 +146,10 @@ class KaraScheduler(Scheduler):
         """vLLM's last word on the size of a chunk. A preempted text is recomputed up to its next window only, so that
         it never needs the blocks that it had before it was compressed."""
         most = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if num_new_tokens <= 1 or num_computed_tokens + most <= request.num_prompt_tokens:
+        own = recomputed_as(request)
+        if own is None or num_computed_tokens + most <= request.num_prompt_tokens:
             return most
-        return min(most, self._ledger.chunk(request.request_id, request.num_prompt_tokens, num_computed_tokens))
+        return min(most, self._ledger.chunk(request.request_id, request.num_prompt_tokens, num_computed_tokens, **own))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._seconds += getattr(model_runner_output, "kara_seconds", 0.0)
@@ -158,12 +174,12 @@ class KaraScheduler(Scheduler):
             needed += max(0, -(-rows // page) - len(self._manager.req_to_blocks[request.request_id]))
         return needed - self._manager.block_pool.get_num_free_blocks()
 
-    def _held(self, tail: int) -> Sequence[Held]:
-        """Running requests with a window and a tail of decoded tokens, none of them in flight."""
-        held, enough = [], self._ledger.policy.window + tail
+    def _held(self, *, urgent: bool = False) -> Sequence[Held]:
+        """Running requests that are due and have no tokens in flight."""
+        held = []
         for request in self.running:
             name, computed = request.request_id, request.num_computed_tokens
-            if self._ledger.uncompressed(name, computed) < enough:
+            if not self._ledger.is_due(name, computed, urgent=urgent):
                 continue
             # The next prompt of a session would come after its frontier.
             if request.num_in_flight_tokens or request.resumable:
@@ -185,7 +201,16 @@ class KaraScheduler(Scheduler):
         for name, computed in begun:
             request = self.requests[name]
             request.kara_recomputed = request.num_tokens if request.num_preemptions else 0
-            self._ledger.start(name, request.num_prompt_tokens, computed)
+            request.kara = self._choose(request)
+            if request.kara.own is not None:
+                self._ledger.start(name, request.num_prompt_tokens, computed, **request.kara.own)
+
+    def _choose(self, request: Request) -> Choice:
+        try:
+            return choose(request.sampling_params, self._settings, self._manager.block_size)
+        except RequestError as error:  # no front end has checked it, because vLLM's front end in Rust runs no plugins
+            logger.error("Kara leaves request %s alone: %s", request.request_id, error)
+            return Choice(None, "request")
 
     def _client(self, request_id: str) -> tuple[str, int]:
         """The client's request id, without the eight random digits that vLLM appends, and the recomputed tokens."""
