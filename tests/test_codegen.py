@@ -123,11 +123,6 @@ def test_reasons_excuse_in_a_run_of_some_kernels(
     assert "missed: no spills, 1 of 2" in capsys.readouterr().err
 
 
-# The kernels have changed since the table was made. It takes `make codegen` half an hour on two cores.
-OUTDATED = pytest.mark.skip(reason="the committed table is of earlier kernels: make codegen, then remove this mark")
-
-
-@OUTDATED
 def test_the_stored_table_meets_the_goals_and_is_of_these_shapes() -> None:
     _, stored = tables.read(command.RESULTS / "codegen.csv")
     verdicts = judge(stored, EXCEPTIONS)
@@ -151,7 +146,6 @@ def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("python -m bench.codegen: error: ")
 
 
-@OUTDATED
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels: TRITON_INTERPRET=0")
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_stored_figures_are_those_of_a_build_made_now(target: str) -> None:
