@@ -43,7 +43,7 @@ def test_an_event_by_hand() -> None:
     slow_memory = replace(GPU, matrix=1e30, clock=1e30)
     cost = m.event(MODEL, slow_memory, POLICY, counted, 10)
     partials = 6 * 2 * 32 * 4
-    assert cost.scoring == pytest.approx((6 * 2 * (10 * 16 + 32 * 32) + partials) / 10)
+    assert cost.scoring == pytest.approx((6 * (10 * (8 + 2) + 2 * 32 * 32) + partials) / 10)
     assert cost.selection == pytest.approx((partials + 6 * 4 * (32 + 8)) / 10)
     assert cost.compaction == pytest.approx(2 * 6 * (8 + 4) * 32 * 2 / 10)
     assert cost.total == pytest.approx(3 * m.LAUNCH + cost.scoring + cost.selection + cost.compaction)
@@ -62,7 +62,9 @@ def test_streaming_doubles_matrix_work(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = replace(POLICY, window=512, keep=256)
     whole, streamed = (m.event(MODEL, replace(fast, target=name), wide, counted, 10) for name in ("roomy", "tiny"))
     assert streamed.scoring == pytest.approx(2 * whole.scoring)
-    whole, sliced = (m.event(MODEL, replace(fast, target=name), POLICY, counted, 10) for name in ("roomy", "tiny"))
+    whole, sliced = (
+        m.event(MODEL, replace(fast, target=name), POLICY, counted, 10, m.WAYS[1]) for name in ("roomy", "tiny")
+    )
     assert sliced.scoring == pytest.approx(whole.scoring)
 
 
@@ -117,9 +119,15 @@ def test_the_first_way_is_what_the_shim_would_run() -> None:
     first, published = m.WAYS
     assert (first.every_query, first.value_norm) == (False, True)
     assert (published.every_query, published.value_norm) == (True, False)
-    assert m.queries(POLICY, first, 4) == (32 + 4) // 2
-    assert m.queries(POLICY, published, 4) == 32 * 4
-    costs = [m.event(MODEL, replace(GPU, matrix=1e30, clock=1e30), POLICY, Measured(0.0, 1.0), 10, norm)
+    group = MODEL.group
+    assert m.queries(POLICY, first, MODEL) == (32 + 4) * group
+    assert m.queries(POLICY, published, MODEL) == 32 * group
+    # What does not fit is not recorded.
+    assert m.queries(replace(POLICY, max_query_gib=1e-9), first, MODEL) == (32 + 4) * group
+    latent = m.MODELS["DeepSeek-V3, TP 8"]
+    assert m.queries(Policy(), first, latent) == 256 + 128
+    fast = replace(GPU, matrix=1e30, clock=1e30)
+    costs = [m.event(MODEL, fast, POLICY, Measured(0.0, 1.0), 10, replace(first, value_norm=norm))
              for norm in (True, False)]  # fmt: skip
     # Without norms no value is read and no partial row is their own.
     assert costs[0].scoring - costs[1].scoring == pytest.approx(6 * (2 * 32 * 16 + 4 * 32) / 10)

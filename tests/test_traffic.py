@@ -29,9 +29,9 @@ def test_the_floor_of_a_tiny_event() -> None:
     assert least.selection == 2 * 8 * 4 + 2 * (8 + 4) * 4
     assert least.compaction == 2 * 10 * (4 + 4) * 2
     assert least.matrix_operations == 2 * 2 * 6 * 3 * 8 * 4
-    recorded = floor(replace(TINY, published=False), tiles=1, moving=10)  # 6 of (8 + 5) / 2 queries, one a KV head
-    assert recorded.scoring == 2 * (6 * 4 * 2 + 8 * (4 + 4) * 2) + 2 * 1 * 8 * 4
-    assert recorded.matrix_operations == 2 * 2 * 6 * 8 * 4
+    recorded = floor(replace(TINY, published=False), tiles=1, moving=10)  # in four bits, with a scale of two bytes
+    assert recorded.scoring == 2 * (6 * 3 * (2 + 2) + 8 * (4 + 4) * 2) + 2 * 1 * 8 * 4
+    assert recorded.matrix_operations == least.matrix_operations
     latent = floor(Case("latent", 8, 4, 3, v_dim=0, dtype=torch.float8_e4m3fn, published=True), tiles=2, moving=10)
     assert latent.compaction == 2 * 10 * 4
     assert latent.scoring == 2 * (8 * 3 * 4 * 2 + 8 * 4) + 2 * 2 * 8 * 4  # queries in two bytes, keys in one
@@ -48,12 +48,14 @@ def test_what_others_move() -> None:
 
 def test_what_is_counted_first_is_what_the_shim_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     first, published = CASES[0], next(case for case in CASES if case.published)
-    assert first.queries == (256 + 128) // 2
-    assert first.query_heads == first.heads
+    assert replace(first, most_queries=1000).queries == 256 + 128
     assert first.options == dict(RECOMMENDED)
-    assert tensors(first)["query_rows"].shape == (1, first.queries)
+    given = tensors(first)
+    assert given["query_rows"].shape == (1, first.queries)
+    assert given["query"][0].codes.shape == (first.queries, 4 * first.heads, 128 // 2)
+    assert len(given["look_ahead"].cos) == 128 // 2
     assert published.queries == 256
-    assert published.query_heads == 4 * published.heads
+    assert tensors(published)["query"][0].shape == (1, 256, 4 * published.heads, 128)
     assert published.options == dict(PAPER)
     assert not any(case.published for case in CASES[: CASES.index(published)])
 

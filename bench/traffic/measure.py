@@ -110,7 +110,7 @@ def tensors(case: Case) -> dict[str, Any]:
     return {
         "query": [queries[None] if case.published else queries],
         "query_rows": None if case.published else torch.randperm(case.queries).int()[None],
-        "look_ahead": None if case.published else LookAhead(angle.cos(), angle.sin()),
+        "look_ahead": None if case.published or not case.values else LookAhead(angle.cos(), angle.sin()),
         "k_cache": pool(case.dim),
         "v_cache": pool(case.values) if case.values else None,
         "block_tables": torch.randperm(blocks).int()[None],

@@ -20,7 +20,7 @@ import torch
 
 from bench import tables
 from bench.tables import Row
-from kara_kernels.engine import Policy
+from kara_kernels.engine import Policy, fit_queries
 from kara_kernels.ops._tiles import score_config
 from kara_kernels.ops._triton import ARCHITECTURES
 from kara_kernels.options import PAPER, RECOMMENDED
@@ -34,6 +34,7 @@ LAUNCH = 5e-6  # seconds per launch if nothing hides it; three launches per even
 KERNELS_PER_LAYER, KERNEL_GAP = 10, 2e-6  # of a decode step under a graph
 MEMORY_SHARE = 0.9  # of a GPU's memory, for weights and KV cache: vLLM's default
 PROMPT = 1024  # tokens before decoding starts
+SEQUENCES = 256  # that may run at once, vLLM's default: their recorded queries have to fit the policy's bound
 
 # ---- GPUs: data sheets (bytes/s, dense bf16 FLOP/s, bytes) and architecture white papers (units, clock) -------------
 
@@ -159,15 +160,20 @@ class Event:
         return 3 * LAUNCH + self.scoring + self.selection + self.compaction
 
 
-def queries(policy: Policy, way: Way, group: int) -> int:
-    """Query rows per KV head: those of the window, or those that the shim records by default."""
-    return group * (policy.window if way.every_query else policy.query_rows)
+def queries(policy: Policy, way: Way, model: Model) -> int:
+    """Query rows per KV head: those of the window, or those that the shim records for ``SEQUENCES`` sequences."""
+    if way.every_query:
+        return policy.window * model.group
+    shape = model.layers, model.heads * model.group, model.heads, model.dim
+    recorded = fit_queries(policy, *shape, SEQUENCES, torch.bfloat16)
+    return recorded.query_rows * (model.group if recorded.query_heads == "all" else 1)
 
 
-def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, way: Way) -> Event:
+def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, way: Way = WAYS[0]) -> Event:
     """The cost of one event: ``rows`` query rows per KV head score one window, weighted by values if there are any."""
     memory, window, heads = gpu.bandwidth * BANDWIDTH_SHARE, policy.window, model.layers * model.heads
-    config = score_config(window, model.dim, torch.bfloat16, ARCHITECTURES[gpu.target])
+    pairs = "halves" if model.v_dim and not way.every_query else ""  # what looking ahead turns; not latent keys
+    config = score_config(window, model.dim, torch.bfloat16, ARCHITECTURES[gpu.target], pairs)
     passes = 1 if config.whole else 2
     values = model.v_dim if way.value_norm else 0
     query_bytes = 2 * model.dim if way.every_query else model.dim // 2 + 2

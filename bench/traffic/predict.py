@@ -31,8 +31,7 @@ def predict(counts: Path, policy: Policy) -> dict[str, Any]:
                 events.append({**where, "fits": False})
                 continue
             costs = {
-                way: m.event(model, gpu, policy, counted[way], m.queries(policy, way, model.group), way)
-                for way in m.WAYS
+                way: m.event(model, gpu, policy, counted[way], m.queries(policy, way, model), way) for way in m.WAYS
             }
             for way, cost in costs.items():
                 events.append({**where, "fits": True, "way": way.name, "total": cost.total, **asdict(cost)})
@@ -73,8 +72,9 @@ def page(result: dict[str, Any]) -> str:
         f"# What an event should cost: a model\n\n**This is {KIND}.** W {result['window']}, K {result['keep']}, "
         "bfloat16, the policy's defaults; made by `make traffic`.\n\n" + "\n".join(m.__doc__.splitlines()[2:]),
         "*Recommended, as recorded*: root mean square and value norms, from the queries of every token and head of "
-        "window and tail in four bits, which is what the engine shim keeps. *Published, every query*: mean attention, "
-        "from the queries of the window in 16 bits. Throughput is with the first.\n",
+        "window and tail in four bits, or from what loses least of what fits the policy's bound of memory for "
+        f"{m.SEQUENCES} sequences. *Published, every query*: mean attention, from the window's queries in 16 bits. "
+        "Throughput is with the first.\n",
         f"Assumptions: {m.BANDWIDTH_SHARE:.0%} of peak bandwidth, {m.MATRIX_SHARE:.0%} of peak matrix rate, "
         f"{m.ISSUE_SHARE:.0%} of peak issue, {m.LAUNCH * 1e6:.0f} us a launch, {m.KERNELS_PER_LAYER} kernels a layer "
         f"with {m.KERNEL_GAP * 1e6:.0f} us between them, {m.MEMORY_SHARE:.0%} of memory for weights and cache. "

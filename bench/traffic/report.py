@@ -14,9 +14,9 @@ INTRODUCTION = """# What an event moves and computes
 Made by `make traffic`, without a GPU: the code that Triton compiles for sm_80 runs instruction by instruction in the
 emulator of `tests/ptx`, for one layer of one sequence, and every access is counted. Nothing here is a time.
 
-First what is recommended, from queries as the engine shim records them by default: the mean of each GQA group, of every
-second token of window and tail, read in place from a ring. *As published*: mean attention without value norms, from the
-queries of every token and head.
+First what is recommended, from queries as the engine shim records them by default: those of every token and head of
+window and tail, in four bits, read in place from a ring, looking ahead. *As published*: mean attention without value
+norms, from the queries of the window in 16 bits. Some cases have fewer queries, to save emulator time.
 
 - **floor**: what cannot be left out. Scoring: queries and keys once (values too where their lengths weigh), partial
   rows once. Selection: partial rows, scores, keep lists. Compaction: rows that change place, read and written once.
