@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import KARA, engine, greedy, prompts
+from harness import KARA, asking, engine, greedy, no_block_once, prompts
 from vllm import SamplingParams
 
 import kara_kernels.integrations.vllm.layout as layout
@@ -61,10 +61,6 @@ OWN = [False, ..., {"keep": 8}, {"window": 96, "keep": 70}, {"window": 40}, True
 SIZES = [None, (64, 32), (64, 8), (96, 70), (40, 32), (64, 32)]
 
 
-def asking(kara, tokens):
-    return greedy(tokens) if kara is ... else greedy(tokens, extra_args={"kara": kara})
-
-
 def assert_sizes(kara, served, compressions):
     """Checks that every request was compressed as it asked for, and not at all if it asked for that."""
     for request, size in zip(served, SIZES, strict=True):
@@ -103,17 +99,6 @@ def test_packed_blocks_and_settings_of_their_own(model, dense, trace, monkeypatc
         served = kara.generate(prompts(33, 5, 40, 77, 20, 64), [asking(own, 300) for own in OWN])
         assert_sizes(kara, served, compressions=2)
         dense.assert_equal(kara, served, compressions=0)
-
-
-def no_block_once(kara):
-    """The next request that asks for a block gets none, and is preempted if it is the newest."""
-    manager = kara.scheduler.kv_cache_manager
-    allocate = manager.allocate_slots
-
-    def refuse(*args, **kwargs):
-        manager.allocate_slots = allocate
-
-    manager.allocate_slots = refuse
 
 
 def test_preemption_in_the_very_step_of_a_plan(model, dense, trace):

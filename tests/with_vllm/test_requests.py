@@ -3,22 +3,17 @@
 import json
 
 import pytest
-from harness import KARA, configure, engine, greedy, prompts
+from harness import KARA, asking, configure, engine, greedy, prompts
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from kara_kernels.integrations.vllm import requests, settings
 
 
-def asking(kara, tokens=280):
-    return greedy(tokens, extra_args={"kara": kara})
-
-
 def chosen(kara, tokens=280, **more):
     """What becomes of a request that asks for `kara`, or for nothing (...), with more settings of the server."""
     of_server = settings.settings_in({"kara": {**KARA, **more}})
-    extra = {} if kara is ... else {"extra_args": {"kara": kara}}
-    return requests.choose(greedy(tokens, **extra), of_server, 32)
+    return requests.choose(asking(kara, tokens), of_server, 32)
 
 
 WINDOWS = {"windows": [96, 40]}
