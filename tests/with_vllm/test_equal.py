@@ -250,8 +250,10 @@ def test_engine_core_in_a_process_of_its_own(model, dense, trace, monkeypatch):
 
 @pytest.mark.parametrize("pool", ["head", "layer", "model"])
 def test_two_tensor_parallel_ranks(model, dense, trace, pool):
-    with engine(model, {**KARA, "pool": pool}, trace=trace, tensor_parallel_size=2) as kara:
-        served = kara.generate(prompts(5, 40, 77), greedy(280))
+    with engine(model, {**KARA, **WINDOWS, "pool": pool}, trace=trace, tensor_parallel_size=2) as kara:
+        asks = [..., {"keep": 8}, {"window": 96}]
+        served = kara.generate(prompts(5, 40, 77), [asking(own, 330) for own in asks])
+        assert {(event["window"], event["keep"]) for event in kara.events()} == {(64, 32), (64, 8), (96, 32)}
         dense.assert_equal(kara, served, compressions=3)
         if pool != "head":
             lists = {tuple(row) for heads in kara.events()[0]["keep_indices"] for row in heads}

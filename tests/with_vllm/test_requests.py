@@ -8,6 +8,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from kara_kernels.integrations.vllm import requests, settings
+from kara_kernels.integrations.vllm.windows import runner
 
 
 def chosen(kara, tokens=280, **more):
@@ -135,6 +136,13 @@ def test_the_ring_is_sized_for_the_largest_window(model):
     assert settings.settings_of(config(max_query_gib=0.99 * most)).query_rows == 80
     hashes = {config(**more).additional_config.compute_hash() for more in ({}, {"windows": [48]}, {"windows": [256]})}
     assert len(hashes) == 2
+
+
+def test_every_window_is_compiled_at_the_start(model, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(runner, "warm_up", lambda cache, ring, policy, **options: warmed.append(policy.window))
+    with engine(model, {**KARA, **WINDOWS}):
+        assert warmed == [64, 96, 40]
 
 
 def test_bad_requests_are_refused_before_they_reach_the_engine(model, dense, trace):
