@@ -72,6 +72,7 @@ REFUSED = [
     (2, 'kara: expected true, false or an object such as {"keep": 32}, got 2'),
     (1.0, 'kara: expected true, false or an object such as {"keep": 32}, got 1.0'),
     ({"kep": 8}, "kara: kep: expected one of keep, window, got kep"),
+    ('{"\\ud800\\n": 8}', "kara: \\ud800\\n: expected one of keep, window, got \\ud800\\n"),
     ({"tail": 8, "keep": 8}, "kara: tail: expected one of keep, window, got tail"),
     ({"keep": 0}, "kara: keep: expected 1..63, got 0"),
     ({"keep": 64}, "kara: keep: expected 1..63, got 64"),

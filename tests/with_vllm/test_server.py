@@ -115,6 +115,7 @@ def test_samples_and_prompts_are_told_apart_in_the_trace(server):
     [
         ('{"keep": 64}', "kara: keep: expected 1..63, got 64"),
         ('{"kep": 8}', "kara: kep: expected one of keep, window, got kep"),
+        ('{"\\ud800": 8}', "kara: \\ud800: expected one of keep, window"),
         ("yes", "kara: expected true, false or an object such as"),
         ({"keep": 8}, "vllm_xargs"),  # by vLLM, whose type has no objects
     ],
