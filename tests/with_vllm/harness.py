@@ -50,6 +50,22 @@ def greedy(tokens, **options):
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **options)
 
 
+def asking(kara, tokens=280):
+    """Greedy decoding of a request that asks for `kara`, or for nothing (...)."""
+    return greedy(tokens) if kara is ... else greedy(tokens, extra_args={"kara": kara})
+
+
+def no_block_once(kara):
+    """The next request that asks for a block gets none, and is preempted if it is the newest."""
+    manager = kara.scheduler.kv_cache_manager
+    allocate = manager.allocate_slots
+
+    def refuse(*args, **kwargs):
+        manager.allocate_slots = allocate
+
+    manager.allocate_slots = refuse
+
+
 def configure(model, kara, **options):
     """vLLM's configuration, without an engine."""
     settings = {"block_size": 32, "max_model_len": 512, "additional_config": {"kara": kara}}
@@ -141,9 +157,9 @@ class Engine:
             if name in said
         }
 
-    def add(self, name, prompt, tokens):
+    def add(self, name, prompt, tokens, own=...):
         self.prompts[name] = prompt
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, greedy(tokens))
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, asking(own, tokens))
 
     def abort(self, name):
         self.llm.llm_engine.abort_request([name])

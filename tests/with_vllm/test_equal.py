@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import KARA, engine, greedy, prompts
+from harness import KARA, asking, engine, greedy, no_block_once, prompts
 from vllm import SamplingParams
 
 import kara_kernels.integrations.vllm.layout as layout
@@ -85,10 +85,6 @@ OWN = [False, ..., {"keep": 8}, {"window": 96, "keep": 70}, {"window": 40}, True
 SIZES = [None, (64, 32), (64, 8), (96, 70), (40, 32), (64, 32)]
 
 
-def asking(kara, tokens):
-    return greedy(tokens) if kara is ... else greedy(tokens, extra_args={"kara": kara})
-
-
 def assert_sizes(kara, served, compressions):
     """Checks that every request was compressed as it asked for, and not at all if it asked for that."""
     for request, size in zip(served, SIZES, strict=True):
@@ -127,17 +123,6 @@ def test_packed_blocks_and_settings_of_their_own(model, dense, trace, monkeypatc
         served = kara.generate(prompts(33, 5, 40, 77, 20, 64), [asking(own, 300) for own in OWN])
         assert_sizes(kara, served, compressions=2)
         dense.assert_equal(kara, served, compressions=0)
-
-
-def no_block_once(kara):
-    """The next request that asks for a block gets none, and is preempted if it is the newest."""
-    manager = kara.scheduler.kv_cache_manager
-    allocate = manager.allocate_slots
-
-    def refuse(*args, **kwargs):
-        manager.allocate_slots = allocate
-
-    manager.allocate_slots = refuse
 
 
 def test_preemption_in_the_very_step_of_a_plan(model, dense, trace):
@@ -289,8 +274,10 @@ def test_engine_core_in_a_process_of_its_own(model, dense, trace, monkeypatch):
 
 @pytest.mark.parametrize("pool", ["head", "layer", "model"])
 def test_two_tensor_parallel_ranks(model, dense, trace, pool):
-    with engine(model, {**KARA, "pool": pool}, trace=trace, tensor_parallel_size=2) as kara:
-        served = kara.generate(prompts(5, 40, 77), greedy(280))
+    with engine(model, {**KARA, **WINDOWS, "pool": pool}, trace=trace, tensor_parallel_size=2) as kara:
+        asks = [..., {"keep": 8}, {"window": 96}]
+        served = kara.generate(prompts(5, 40, 77), [asking(own, 330) for own in asks])
+        assert {(event["window"], event["keep"]) for event in kara.events()} == {(64, 32), (64, 8), (96, 32)}
         dense.assert_equal(kara, served, compressions=3)
         if pool != "head":
             lists = {tuple(row) for heads in kara.events()[0]["keep_indices"] for row in heads}

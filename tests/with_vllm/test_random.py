@@ -49,7 +49,8 @@ def test_a_random_day(model, dense, trace, seed):
             prompt = common[: draw.randrange(61)] + prompts(draw.randrange(1, 40), seed=name)[0]
             if kara.said and draw.random() < 0.3:  # continues another request's text
                 prompt = (kara.prompts[other := draw.choice(sorted(kara.said))] + kara.said[other])[:150]
-            kara.add(str(name), prompt, min(draw.randrange(20, 300), options["max_model_len"] - len(prompt)))
+            own = draw.choice([..., ..., True, False, {"keep": draw.randrange(1, policy["window"])}])
+            kara.add(str(name), prompt, min(draw.randrange(20, 300), options["max_model_len"] - len(prompt)), own)
 
         return event
 

@@ -3,22 +3,18 @@
 import json
 
 import pytest
-from harness import KARA, configure, engine, greedy, prompts
+from harness import KARA, asking, configure, engine, greedy, prompts
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from kara_kernels.integrations.vllm import requests, settings
-
-
-def asking(kara, tokens=280):
-    return greedy(tokens, extra_args={"kara": kara})
+from kara_kernels.integrations.vllm.windows import runner
 
 
 def chosen(kara, tokens=280, **more):
     """What becomes of a request that asks for `kara`, or for nothing (...), with more settings of the server."""
     of_server = settings.settings_in({"kara": {**KARA, **more}})
-    extra = {} if kara is ... else {"extra_args": {"kara": kara}}
-    return requests.choose(greedy(tokens, **extra), of_server, 32)
+    return requests.choose(asking(kara, tokens), of_server, 32)
 
 
 WINDOWS = {"windows": [96, 40]}
@@ -76,6 +72,7 @@ REFUSED = [
     (2, 'kara: expected true, false or an object such as {"keep": 32}, got 2'),
     (1.0, 'kara: expected true, false or an object such as {"keep": 32}, got 1.0'),
     ({"kep": 8}, "kara: kep: expected one of keep, window, got kep"),
+    ('{"\\ud800\\n": 8}', "kara: \\ud800\\n: expected one of keep, window, got \\ud800\\n"),
     ({"tail": 8, "keep": 8}, "kara: tail: expected one of keep, window, got tail"),
     ({"keep": 0}, "kara: keep: expected 1..63, got 0"),
     ({"keep": 64}, "kara: keep: expected 1..63, got 64"),
@@ -140,6 +137,13 @@ def test_the_ring_is_sized_for_the_largest_window(model):
     assert settings.settings_of(config(max_query_gib=0.99 * most)).query_rows == 80
     hashes = {config(**more).additional_config.compute_hash() for more in ({}, {"windows": [48]}, {"windows": [256]})}
     assert len(hashes) == 2
+
+
+def test_every_window_is_compiled_at_the_start(model, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(runner, "warm_up", lambda cache, ring, policy, **options: warmed.append(policy.window))
+    with engine(model, {**KARA, **WINDOWS}):
+        assert warmed == [64, 96, 40]
 
 
 def test_bad_requests_are_refused_before_they_reach_the_engine(model, dense, trace):

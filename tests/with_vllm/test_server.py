@@ -115,6 +115,7 @@ def test_samples_and_prompts_are_told_apart_in_the_trace(server):
     [
         ('{"keep": 64}', "kara: keep: expected 1..63, got 64"),
         ('{"kep": 8}', "kara: kep: expected one of keep, window, got kep"),
+        ('{"\\ud800": 8}', "kara: \\ud800: expected one of keep, window"),
         ("yes", "kara: expected true, false or an object such as"),
         ({"keep": 8}, "vllm_xargs"),  # by vLLM, whose type has no objects
     ],
@@ -129,6 +130,7 @@ def test_bad_requests_get_status_400_and_the_engine_lives(server, kara, words):
 
 def test_operators_see_what_happens(server):
     stream(server, prompts(20, seed=9)[0], 250)
+    answered(server, False)
     metrics = settled(server)
     events = [json.loads(line) for line in server.trace.read_text().splitlines()]
     assert metrics["kara:compressions_total"] == len(events)
@@ -137,6 +139,9 @@ def test_operators_see_what_happens(server):
     assert metrics["kara:blocks_freed_total"] == sum(event["freed_blocks"] for event in events)
     assert metrics["kara:compress_seconds_total"] > 0
     assert metrics["kara:retention"] == 1.0  # nothing runs
+    assert metrics["kara:opted_out_total{request}"] >= 1
+    assert metrics["kara:request_retention_count"] > metrics["kara:request_retention_sum"] > 0
+    assert metrics["kara:query_ring_bytes"] == 3 * (6 * 40 + 1) * 4 * 18
     log = server.log.read_text()
     said = re.search("Kara compresses the KV cache while decoding: (.*)", log)
     assert said is not None

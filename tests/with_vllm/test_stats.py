@@ -5,7 +5,7 @@ import importlib
 import sys
 
 import pytest
-from harness import engine, greedy, prompts
+from harness import KARA, engine, greedy, no_block_once, prompts
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -64,8 +64,19 @@ def reporting_connector(tmp_path, monkeypatch):
 def shown(model):
     """Kara's metrics on /metrics."""
     labels = {"model_name": model, "engine": "0"}
-    names = ("compressions_total", "tokens_dropped_total", "blocks_freed_total", "compress_seconds_total", "retention")
-    return {name: REGISTRY.get_sample_value(f"kara:{name}", labels) or 0.0 for name in names}
+    names = (
+        "compressions_total", "tokens_dropped_total", "blocks_freed_total", "compress_seconds_total", "retention",
+        "recomputed_tokens_total", "query_ring_bytes", "request_retention_count", "request_retention_sum",
+    )  # fmt: skip
+    found = {name: REGISTRY.get_sample_value(f"kara:{name}", labels) or 0.0 for name in names}
+    for reason in ("request", "default", "short"):
+        value = REGISTRY.get_sample_value("kara:opted_out_total", {**labels, "reason": reason})
+        found[reason] = value or 0.0
+    return found
+
+
+def counted(model, before):
+    return {name: value - before[name] for name, value in shown(model).items()}
 
 
 @pytest.mark.parametrize("process", ["0", "1"], ids=["in process", "engine core in a process of its own"])
@@ -81,19 +92,87 @@ def test_statistics_of_connectors_arrive_untouched_and_ours_beside_them(
     assert {end for end, _ in reporting_connector} == {KVConnectorLogging, KVConnectorProm}
     assert len(reporting_connector) >= 2 * 200  # one a step, at both ends
     assert all(given == FOREIGN for _, given in reporting_connector)
-    counted = {name: value - before[name] for name, value in shown(model).items()}
+    found = counted(model, before)
     assert len(events) >= 3
-    assert counted["compressions_total"] == len(events)
-    assert counted["tokens_dropped_total"] == 32 * len(events)
-    assert counted["blocks_freed_total"] == sum(event["freed_blocks"] for event in events)
-    assert counted["compress_seconds_total"] > 0
+    assert found["compressions_total"] == len(events)
+    assert found["tokens_dropped_total"] == 32 * len(events)
+    assert found["blocks_freed_total"] == sum(event["freed_blocks"] for event in events)
+    assert found["compress_seconds_total"] > 0
+
+
+def test_who_was_left_alone_and_why(model, trace):
+    for default, reasons in (("on", (2, 0, 1)), ("off", (2, 2, 0))):
+        before = shown(model)
+        asks = [{"kara": False}, None, {"kara": 0}, None, {"kara": True}]
+        sampling = [greedy(n, extra_args=ask) for n, ask in zip((200, 200, 20, 20, 20), asks, strict=True)]
+        with engine(model, {**KARA, "default": default}, trace=trace, disable_log_stats=False) as kara:
+            kara.generate(prompts(5, 40, 77, 20, 9), sampling)
+        found = counted(model, before)
+        assert tuple(found[reason] for reason in ("request", "default", "short")) == reasons
+        assert found["request_retention_count"] == 5 - sum(reasons)
+
+
+def test_each_request_leaves_its_retention(model, trace):
+    before = shown(model)
+    with engine(model, trace=trace, disable_log_stats=False) as kara:
+        served = kara.generate(prompts(5, 40, 77), [greedy(n) for n in (200, 100, 90)])
+        want = [
+            1 - 32 * len(kara.events_of(request.request_id)) / (len(request.prompt) + len(request.tokens) - 1)
+            for request in served
+        ]
+        assert len(kara.events()) >= 4
+    found = counted(model, before)
+    assert found["request_retention_count"] == 3
+    assert found["request_retention_sum"] == pytest.approx(sum(want))
+
+
+def test_aborted_requests_count_and_nothing_piles_up_without_metrics(model):
+    with engine(model) as kara:
+        kara.generate(prompts(5, 40), greedy(100))
+        assert not kara.scheduler._ended
+    before = shown(model)
+    with engine(model, disable_log_stats=False) as kara:
+        kara.drive(
+            {
+                0: lambda kara: (kara.add("A", prompts(5)[0], 200), kara.add("B", prompts(9)[0], 120)),
+                50: lambda kara: kara.abort("A"),
+            }
+        )
+    assert counted(model, before)["request_retention_count"] == 2
+
+
+def test_memory_and_what_is_lost_to_preemption(model):
+    before = shown(model)
+    lost = []
+    tiny = {"max_model_len": 416, "num_gpu_blocks_override": 15, "enable_prefix_caching": False}
+    with engine(model, disable_log_stats=False, **tiny) as kara:
+        preempt = kara.scheduler._preempt_request
+
+        def preempted(request, *args, **kwargs):
+            lost.append(request.num_computed_tokens)
+            return preempt(request, *args, **kwargs)
+
+        kara.scheduler._preempt_request = preempted
+        kara.generate(prompts(5, 40, 77, 30, 51), greedy(300))
+        assert shown(model)["query_ring_bytes"] == kara.runner.kara_ring.nbytes
+    assert len(lost) >= 3
+    assert counted(model, before)["recomputed_tokens_total"] == sum(lost)
+
+
+def test_tokens_that_the_prefix_cache_still_has_are_not_recomputed(model):
+    before = shown(model)
+    (prompt,) = prompts(20)
+    with engine(model, disable_log_stats=False) as kara:
+        # Preempted with 20 + 78 computed tokens, of which three blocks of 32 are found again.
+        kara.drive({0: lambda kara: kara.add("A", prompt, 250), 79: no_block_once})
+    assert counted(model, before)["recomputed_tokens_total"] == 98 - 96
 
 
 def test_who_expects_no_report_reads_all_the_others():
     """vLLM's coordinator of data-parallel engines ignores our field. A front end with Kara also decodes engines without
     Kara."""
     outputs = EngineCoreOutputs(engine_index=3, scheduler_stats=SchedulerStats(kv_connector_stats=FOREIGN))
-    report = Report({"compressions": 2.0, "compress_seconds": 0.25}, {"cap": 1}, 0.75)
+    report = Report({"compressions": 2.0, "compress_seconds": 0.25}, {"cap": 1}, {"short": 2}, [0.5, 1.0], 0.75, 99)
     sent = MsgpackEncoder().encode(with_report(outputs, report))
     there = MsgpackDecoder(EngineCoreOutputs).decode(sent)
     assert type(there) is EngineCoreOutputs

@@ -70,7 +70,8 @@ def _asked(params: SamplingParams) -> bool | dict | None:
 def _checked(asked: bool | dict, settings: Settings, block_size: int) -> dict[str, int]:
     own = asked if isinstance(asked, dict) else {}
     windows = sorted({policy.window for policy in settings.policies})
-    if unknown := ", ".join(sorted(map(str, set(own) - set(OWN)))):
+    # Escaped, because a lone surrogate would fail when the server writes the message.
+    if unknown := ", ".join(sorted(short(str(key))[1:-1] for key in set(own) - set(OWN))):
         raise RequestError(f"kara: {unknown}: expected one of {', '.join(OWN)}, got {unknown}")
     if "window" in own and own["window"] not in windows:
         raise RequestError(

@@ -6,7 +6,11 @@
 | ``kara:tokens_dropped_total``, ``kara:blocks_freed_total`` | tokens and blocks that saved |
 | ``kara:compress_seconds_total`` | host seconds that workers spent compressing |
 | ``kara:skipped_total{reason}`` | windows that had to wait: ``cap``, ``gain``, ``shared``, ``queries`` |
+| ``kara:opted_out_total{reason}`` | requests left alone by ``request``, by ``default``, or as too ``short`` |
+| ``kara:recomputed_tokens_total`` | tokens computed again after preemptions |
 | ``kara:retention`` | physical divided by logical tokens of the running requests |
+| ``kara:request_retention`` | the same of each request when it ends, without those left alone: a histogram |
+| ``kara:query_ring_bytes`` | memory of recorded queries, per worker |
 
 They travel in a separate field, :attr:`KaraOutputs.kara`, after the fields of vLLM's step outputs. vLLM encodes these
 outputs as an array and appends fields at the end, so a decoder that expects fewer fields ignores ours. The coordinator
@@ -20,20 +24,26 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.engine import EngineCoreOutputs
 
 
 @dataclass
 class Report:
-    """Counts since the last report, and the current retention."""
+    """Counts and ended requests since the last report, and current values."""
 
     counts: dict[str, float] = field(default_factory=dict)
     """Counts by the names in :data:`_COUNTERS`."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Counts by reason."""
+    """Windows that had to wait, by reason."""
+    opted_out: dict[str, int] = field(default_factory=dict)
+    """Requests left alone, by reason."""
+    ended: list[float] = field(default_factory=list)
+    """Physical divided by logical tokens of each request that ended."""
     retention: float = 1.0
-    """Physical divided by logical tokens of the running requests."""
+    """The same of the running requests together."""
+    query_ring_bytes: int = 0
+    """Memory of recorded queries, per worker."""
 
 
 class KaraOutputs(EngineCoreOutputs):  # encoded as an array without defaults, like its base class
@@ -60,19 +70,26 @@ _COUNTERS = {
     "tokens_dropped": "Tokens dropped from the KV cache.",
     "blocks_freed": "KV cache blocks freed by compressions.",
     "compress_seconds": "Host seconds that workers spent on compressions.",
+    "recomputed_tokens": "Tokens computed again after preemptions.",
 }
+_BY_REASON = {"skipped": "Windows that had to wait, by reason.", "opted_out": "Requests left alone, by reason."}
+_GAUGES = {
+    "retention": "Physical by logical tokens of the running requests.",
+    "query_ring_bytes": "Memory of recorded queries, per worker.",
+}
+_TENTHS = [tenth / 10 for tenth in range(1, 11)]
 
 
 @functools.cache
 def _metrics() -> dict[str, Any]:
     """Created once per process, because Prometheus rejects duplicate names."""
     made: dict[str, Any] = {name: Counter(f"kara:{name}", text, _LABELS) for name, text in _COUNTERS.items()}
-    made["skipped"] = Counter("kara:skipped", "Windows that had to wait, by reason.", (*_LABELS, "reason"))
-    made["retention"] = Gauge(
-        "kara:retention",
-        "Physical by logical tokens of the running requests.",
-        _LABELS,
-        multiprocess_mode="mostrecent",
+    made |= {name: Counter(f"kara:{name}", text, (*_LABELS, "reason")) for name, text in _BY_REASON.items()}
+    made |= {
+        name: Gauge(f"kara:{name}", text, _LABELS, multiprocess_mode="mostrecent") for name, text in _GAUGES.items()
+    }
+    made["request_retention"] = Histogram(
+        "kara:request_retention", "Physical by logical tokens of requests that ended.", _LABELS, buckets=_TENTHS
     )
     return made
 
@@ -104,6 +121,10 @@ def _observe(report: Report, labels: tuple[str, str]) -> None:
     metrics = _metrics()
     for name in _COUNTERS:
         metrics[name].labels(*labels).inc(report.counts.get(name, 0))
-    for reason, count in report.skipped.items():
-        metrics["skipped"].labels(*labels, reason).inc(count)
-    metrics["retention"].labels(*labels).set(report.retention)
+    for name in _BY_REASON:
+        for reason, count in getattr(report, name).items():
+            metrics[name].labels(*labels, reason).inc(count)
+    for name in _GAUGES:
+        metrics[name].labels(*labels).set(getattr(report, name))
+    for retention in report.ended:
+        metrics["request_retention"].labels(*labels).observe(retention)

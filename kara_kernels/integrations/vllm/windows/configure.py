@@ -189,24 +189,36 @@ def _fit_queries(config: Any) -> None:
     """
     from vllm.logger import init_logger
 
-    kara, model = config.additional_config["kara"], config.model_config
-    policy, parallel = max(settings_of(config).policies, key=lambda policy: policy.window), config.parallel_config
-    layers = model.get_num_layers(parallel)
-    heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
-    rest = model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype
+    kara = config.additional_config["kara"]
+    policy = max(settings_of(config).policies, key=lambda policy: policy.window)
     form = {}
     if "query_stride" not in kara and "query_heads" not in kara:
-        fitted = fit_queries(policy, layers, heads, kv_heads, *rest)
+        fitted = fit_queries(policy, *_recorded(config))
         form = {"query_heads": fitted.query_heads, "query_stride": fitted.query_stride}
         if fitted != policy:
             init_logger("vllm.kara").warning_once(
                 f"Kara records fewer queries, to stay within max_query_gib={policy.max_query_gib}: {form}. Scores are "
                 f"less accurate. Raise max_query_gib, or let fewer sequences run at once (--max-num-seqs)"
             )
-        policy = fitted
+    config.additional_config = Additional({**config.additional_config, "kara": {**kara, **form}})
     try:
-        recorded = kv_heads if policy.query_heads == "mean" else heads
-        check_ring(policy, layers, recorded, *rest, policy.query_rows)
+        query_ring_bytes(config)
     except ValueError as error:
         raise refusal(error, kara, "--max-num-seqs sets how many run") from None
-    config.additional_config = Additional({**config.additional_config, "kara": {**kara, **form}})
+
+
+def query_ring_bytes(config: Any) -> int:
+    """Bytes of the query ring of each worker. Raises ValueError if that is more than ``max_query_gib``."""
+    settings = settings_of(config)
+    layers, heads, kv_heads, size, most, dtype = _recorded(config)
+    recorded = kv_heads if settings.policy.query_heads == "mean" else heads
+    return check_ring(settings.policy, layers, recorded, size, most, dtype, settings.query_rows)
+
+
+def _recorded(config: Any) -> tuple[int, int, int, int, int, Any]:
+    """Layers, query heads and KV heads of a worker, size of a head, requests that run at once, and the dtype."""
+    model, parallel = config.model_config, config.parallel_config
+    return (
+        model.get_num_layers(parallel), model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel),
+        model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from kara_kernels.engine import Held, Ledger, Plan
 from ..requests import Choice, RequestError, choose
 from ..settings import settings_of
 from ..stats import Report, with_report
-from .configure import check_sizes
+from .configure import check_sizes, query_ring_bytes
 
 logger = init_logger("vllm.kara")
 
@@ -115,11 +115,21 @@ class KaraScheduler(Scheduler):
             self._settings.policy, self._manager.block_size, query_rows=self._settings.query_rows
         )
         self._manager.requests = self.requests
+        self._ring_bytes = query_ring_bytes(self.vllm_config)
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
+        self._opted_out: Counter[str] = Counter()
+        self._ended: list[float] = []
         self._preempted: list[str] = []
 
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        logical = request.num_computed_tokens
+        if self.log_stats and logical and request.kara.own is not None:
+            self._ended.append(1 - self._ledger.dropped(request.request_id) / logical)
+        return super()._free_request(request, *args, **kwargs)
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        request.kara_lost = request.num_computed_tokens
         super()._preempt_request(request, *args, **kwargs)
         self._preempted.append(request.request_id)
 
@@ -200,8 +210,12 @@ class KaraScheduler(Scheduler):
         ]
         for name, computed in begun:
             request = self.requests[name]
-            request.kara_recomputed = request.num_tokens if request.num_preemptions else 0
-            request.kara = self._choose(request)
+            if request.num_preemptions:
+                request.kara_recomputed = request.num_tokens
+                self._counts["recomputed_tokens"] += max(0, request.kara_lost - computed)
+            else:
+                request.kara_recomputed, request.kara = 0, self._choose(request)
+                self._opted_out.update(filter(None, [request.kara.reason]))
             if request.kara.own is not None:
                 self._ledger.start(name, request.num_prompt_tokens, computed, **request.kara.own)
 
@@ -220,14 +234,18 @@ class KaraScheduler(Scheduler):
         return re.sub(r"-[0-9a-f]{8}$", "", request_id), recomputed
 
     def _report(self) -> Report:
-        """Counts since the last report, and the current retention."""
+        """Counts and ended requests since the last report, and current values."""
         running = [r for r in self.running if r.status == RequestStatus.RUNNING]
         logical = sum(r.num_computed_tokens for r in running)
         dropped = sum(self._ledger.dropped(r.request_id) for r in running)
         report = Report(
-            {**self._counts, "compress_seconds": self._seconds},
-            dict(self._ledger.skipped),
-            1 - dropped / logical if logical else 1.0,
+            counts={**self._counts, "compress_seconds": self._seconds},
+            skipped=dict(self._ledger.skipped),
+            opted_out=dict(self._opted_out),
+            ended=self._ended,
+            retention=1 - dropped / logical if logical else 1.0,
+            query_ring_bytes=self._ring_bytes,
         )
-        self._counts, self._seconds, self._ledger.skipped = Counter(), 0.0, Counter()
+        self._counts, self._opted_out, self._ledger.skipped = Counter(), Counter(), Counter()
+        self._seconds, self._ended = 0.0, []
         return report
