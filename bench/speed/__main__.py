@@ -138,6 +138,12 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     return alternate(World(case).jobs(), rounds)
 
 
+def recorded() -> str:
+    """What the engine shim records by default."""
+    policy = Policy()
+    return f"{policy.query_heads} heads, stride {policy.query_stride}, {policy.query_dtype}"
+
+
 def machine() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -161,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     cases = QUICK if options.quick else CASES
     head = {"kind": "measured on a CPU", "machine": machine(), "threads": options.threads, "torch": torch.__version__,
-            "tail": TAIL, "page": PAGE}  # fmt: skip
+            "tail": TAIL, "page": PAGE, "recorded": recorded()}  # fmt: skip
     code = digest_of_folders("kara_kernels", "bench/speed", "bench/baselines.py")
     jobs = {case.label: partial(measure, case, options.rounds) for case in cases}
     try:
