@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops.pack import pack_queries
 from ..packed import PackedQueries
+from ..reference.pack import pack_rows
 from ..values import check_count
 from .plan import Plan
 from .policy import Policy
@@ -76,12 +77,23 @@ class QueryRing:
         """Bytes of all rings together."""
         self.kv_tokens = self.nbytes / (max_sequences * layers * 2 * kv_heads * head_dim * dtype.itemsize)
         """Tokens whose keys and values, in ``dtype``, take as much memory as one sequence's ring."""
-        self.queries = _room((layers, self._trash + 1, heads, head_dim), policy.query_dtype, dtype, device)
-        """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
+        self._queries = _room((layers, self._trash + 1, heads, head_dim), policy.query_dtype, dtype, device)
+        self._unpacked: list[tuple[int, Tensor]] = []  # on a CPU: recorded rows and their layers
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
         self._written = 0  # leading targets that may point elsewhere than to the last row
         self._slots: dict[str, int] = {}
         self._free = list(range(max_sequences - 1, -1, -1))
+
+    @property
+    def queries(self) -> Tensor | PackedQueries:
+        """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
+        if self._unpacked:
+            layers, rows = zip(*self._unpacked, strict=True)
+            self._unpacked = []
+            packed, places = pack_rows(torch.stack(rows)), self._targets[: len(rows[0])]
+            for mine, new in zip(_parts(self._queries), packed, strict=True):
+                mine[torch.tensor(layers)[:, None], places] = new
+        return self._queries
 
     @property
     def sequences(self) -> int:
@@ -100,6 +112,7 @@ class QueryRing:
         Raises ValueError for more tokens, and RuntimeError for more sequences, than the ring was made for. The latter
         means that the engine forgot to release some.
         """
+        _ = self.queries  # packs the last step's, whose targets end here
         stride, rows = self.policy.query_stride, self.rows
         offset = 0
         marks: list[tuple[int, int]] = []
@@ -136,13 +149,16 @@ class QueryRing:
         if self._mean:
             query = query.unflatten(1, (self._kv_heads, -1)).mean(2)
         rows = self._targets[: query.shape[0]]
-        if isinstance(self.queries, PackedQueries):
-            pack_queries(query, out=self.queries.layer(layer), rows=rows)
-        elif self.queries.dtype == FP8:
+        if isinstance(self._queries, PackedQueries):
+            if query.device.type == "cpu":  # a layer at a time, small operations would take longer than its attention
+                self._unpacked.append((layer, query[: self._written].clone()))
+            else:
+                pack_queries(query, out=self._queries.layer(layer), rows=rows)
+        elif self._queries.dtype == FP8:
             query = query.clamp(-_LARGEST, _LARGEST).to(FP8)  # beyond the largest, older PyTorch makes NaN
-            self.queries[layer].view(torch.uint8).index_copy_(0, rows, query.view(torch.uint8))
+            self._queries[layer].view(torch.uint8).index_copy_(0, rows, query.view(torch.uint8))
         else:
-            self.queries[layer].index_copy_(0, rows, query)
+            self._queries[layer].index_copy_(0, rows, query)
 
     def rows_of(self, request_id: str, last: int, count: int) -> list[int]:
         """Rows of ``queries`` that hold the ``count`` samples of a sequence up to number ``last``, oldest first.
