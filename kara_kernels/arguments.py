@@ -47,7 +47,7 @@ class ScoreArguments(Windows):
     scoring: Scoring
     scale: float
     k_scale: float | Tensor  # a tensor is [L, H]
-    look_ahead: LookAhead | None
+    look_ahead: LookAhead | None = None
 
     @property
     def value_norm(self) -> bool:
