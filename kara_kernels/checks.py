@@ -25,9 +25,8 @@ def check_window(window: int) -> int:
 
 
 def check_tensor(
-    name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype],
-    device: torch.device | None,
-) -> Tensor:  # fmt: skip
+    name: str, value: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None
+) -> Tensor:
     """Checks shape (None: any extent), dtype and device (None: any) of a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")

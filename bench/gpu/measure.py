@@ -55,7 +55,7 @@ class Case:
     @property
     def recorded(self) -> int:
         """Query rows per KV head and sequence that the shim records by default."""
-        return self.policy.query_rows * (self.group if self.policy.query_heads == "all" else 1)
+        return self.policy.query_rows * self.policy.recorded_heads(self.group, 1)
 
 
 SHAPES = {

@@ -269,7 +269,7 @@ def _served(kl: Table) -> list[str]:
 
 def _bits(policy: Policy) -> float:
     per_element = {"int4": 4 + 16 / 128, "fp8": 8, "auto": 16}[policy.query_dtype]
-    return per_element * (SERVED_GROUP if policy.query_heads == "all" else 1) / policy.query_stride
+    return per_element * policy.recorded_heads(SERVED_GROUP, 1) / policy.query_stride
 
 
 def _ablations(kl: Table, held: Table) -> list[str]:

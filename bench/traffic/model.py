@@ -166,7 +166,7 @@ def queries(policy: Policy, way: Way, model: Model) -> int:
         return policy.window * model.group
     shape = model.layers, model.heads * model.group, model.heads, model.dim
     recorded = fit_queries(policy, *shape, SEQUENCES, torch.bfloat16)
-    return recorded.query_rows * (model.group if recorded.query_heads == "all" else 1)
+    return recorded.query_rows * recorded.recorded_heads(model.group, 1)
 
 
 def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, way: Way = WAYS[0]) -> Event:

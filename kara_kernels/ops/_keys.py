@@ -31,7 +31,7 @@ def pairs_of(ahead: LookAhead | None, dim: int) -> str:
 
 @triton.jit
 def load_halves(keys, offs_w, SIZE: tl.constexpr, FORMAT: tl.constexpr, FORM: tl.constexpr):
-    """Both halves of keys that turn in whole, each loaded once, as ``[SIZE, tokens]``."""
+    """Both halves of keys of which every dimension rotates, each loaded once, as ``[SIZE, tokens]``."""
     HALF: tl.constexpr = FORM.rotary // 2
     offs_d = tl.arange(0, SIZE)
     inside = offs_d < HALF

@@ -129,6 +129,10 @@ class Policy(Scoring, Selection):
         """Queries recorded per sequence: those of one window and its tail."""
         return -(-(self.window + self.tail) // self.query_stride)
 
+    def recorded_heads(self, query_heads: int, kv_heads: int) -> int:
+        """The number of heads that a recorded query has, of a model with ``H*G`` and ``H``."""
+        return kv_heads if self.query_heads == "mean" else query_heads
+
     @property
     def least_keep(self) -> int:
         """``pressure_keep``, or what None means."""

@@ -25,7 +25,7 @@ FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
 
 FORMS = (("all", 2), ("mean", 1), ("mean", 2), ("mean", 4), ("mean", 8))
-"""``(query_heads, query_stride)`` by the loss that the quality bench measured, least first. Memory falls too."""
+"""``(query_heads, query_stride)`` by what they lose, least first. ``make quality`` measures it. Memory falls, too."""
 
 
 class Span(NamedTuple):
@@ -69,8 +69,8 @@ class QueryRing:
         self.rows = policy.query_rows if rows is None else check_count("rows", rows, policy.query_rows, 2**31 - 1)
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self._query_heads, self._kv_heads, self._head_dim, self._dtype = query_heads, kv_heads, head_dim, dtype
-        self._mean = policy.query_heads == "mean" and query_heads > kv_heads
-        heads = kv_heads if self._mean else query_heads
+        heads = policy.recorded_heads(query_heads, kv_heads)
+        self._mean = heads < query_heads
         # Queries that are not recorded go to the last row.
         self._trash = max_sequences * self.rows
         self.nbytes = check_ring(policy, layers, heads, head_dim, max_sequences, dtype, self.rows)
@@ -87,12 +87,7 @@ class QueryRing:
     @property
     def queries(self) -> Tensor | PackedQueries:
         """``[L, R, H*G, D]``: the rows of all sequences, and a last one that takes what is not recorded."""
-        if self._unpacked:
-            layers, rows = zip(*self._unpacked, strict=True)
-            self._unpacked = []
-            packed, places = pack_rows(torch.stack(rows)), self._targets[: len(rows[0])]
-            for mine, new in zip(_parts(self._queries), packed, strict=True):
-                mine[torch.tensor(layers)[:, None], places] = new
+        self._pack()
         return self._queries
 
     @property
@@ -112,7 +107,7 @@ class QueryRing:
         Raises ValueError for more tokens, and RuntimeError for more sequences, than the ring was made for. The latter
         means that the engine forgot to release some.
         """
-        _ = self.queries  # packs the last step's, whose targets end here
+        self._pack()  # what the last step recorded, before the targets change
         stride, rows = self.policy.query_stride, self.rows
         offset = 0
         marks: list[tuple[int, int]] = []
@@ -140,9 +135,8 @@ class QueryRing:
 
     def warm_up(self) -> None:
         """Compiles what ``record`` launches. Call it before the first step."""
-        self.record(
-            0, torch.zeros(1, self._query_heads, self._head_dim, dtype=self._dtype, device=self._targets.device)
-        )
+        query = torch.zeros(1, self._query_heads, self._head_dim, dtype=self._dtype, device=self._targets.device)
+        self.record(0, query)
 
     def record(self, layer: int, query: Tensor) -> None:
         """Writes the queries ``[T, H*G, D]`` of one layer, padding included, to the rows set by ``prepare``."""
@@ -159,6 +153,15 @@ class QueryRing:
             self._queries[layer].view(torch.uint8).index_copy_(0, rows, query.view(torch.uint8))
         else:
             self._queries[layer].index_copy_(0, rows, query)
+
+    def _pack(self) -> None:
+        """Packs what a CPU has recorded since the last call."""
+        if self._unpacked:
+            layers, rows = zip(*self._unpacked, strict=True)
+            self._unpacked = []
+            packed, places = pack_rows(torch.stack(rows)), self._targets[: len(rows[0])]
+            for mine, new in zip(_parts(self._queries), packed, strict=True):
+                mine[torch.tensor(layers)[:, None], places] = new
 
     def rows_of(self, request_id: str, last: int, count: int) -> list[int]:
         """Rows of ``queries`` that hold the ``count`` samples of a sequence up to number ``last``, oldest first.
@@ -232,15 +235,13 @@ def fit_queries(
     most = 1 if policy.attention == "causal" else policy.window
     for heads, stride in ((policy.query_heads, policy.query_stride), *FORMS):
         form = replace(policy, query_heads=heads, query_stride=min(stride, most))
-        recorded = kv_heads if heads == "mean" else query_heads
+        recorded = form.recorded_heads(query_heads, kv_heads)
         if ring_bytes(form, layers, recorded, head_dim, max_sequences, dtype) <= policy.max_query_gib * 2**30:
             return form
     return policy
 
 
-def _room(
-    shape: tuple[int, ...], form: str, dtype: torch.dtype, device: torch.device | str
-) -> Tensor | PackedQueries:  # fmt: skip
+def _room(shape: tuple[int, ...], form: str, dtype: torch.dtype, device: torch.device | str) -> Tensor | PackedQueries:
     if form == "int4":
         if shape[-1] % 2:
             raise ValueError(f"query_dtype: expected 'fp8' or 'auto' for an odd head dimension, got D = {shape[-1]}")

@@ -13,6 +13,7 @@ from shim import DIM, GROUP, HEADS, LAYERS, asks, aten, batch_of, make_ring, no_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_kernels.engine import Policy, QueryRing, Span, fit_queries, ring_bytes
+from kara_kernels.windows import queries as queries_module
 
 FORMS = ["auto", "fp8", "int4"]
 
@@ -314,6 +315,19 @@ def test_a_step_without_queries_uploads_nothing(monkeypatch: pytest.MonkeyPatch)
             uploads.append(mode.uploads)
     # At position 4 a target, at 5 it is taken back.
     assert uploads == [1, 2, 2, 2, 3, 4]
+
+
+def test_other_devices_pack_each_layer_as_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call per layer, into its own rows; a CPU packs all layers of a step together."""
+    calls: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(queries_module, "pack_queries", lambda query, *, out, rows: calls.append((out, rows)))
+    ring = make_ring(small(query_dtype="int4"), device="meta")
+    ring.prepare([Span("a", 0, 0, 3)])
+    for layer in range(LAYERS):
+        ring.record(layer, torch.empty(5, HEADS * GROUP, DIM, device="meta"))
+    size = ring.queries[0][0].numel()  # of a layer's codes
+    assert [out.codes.storage_offset() for out, _ in calls] == [layer * size for layer in range(LAYERS)]
+    assert [rows.shape for _, rows in calls] == [(5,)] * LAYERS
 
 
 @pytest.mark.gpu

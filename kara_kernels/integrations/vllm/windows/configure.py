@@ -211,7 +211,7 @@ def query_ring_bytes(config: Any) -> int:
     """Bytes of the query ring of each worker. Raises ValueError if that is more than ``max_query_gib``."""
     settings = settings_of(config)
     layers, heads, kv_heads, size, most, dtype = _recorded(config)
-    recorded = kv_heads if settings.policy.query_heads == "mean" else heads
+    recorded = settings.policy.recorded_heads(heads, kv_heads)
     return check_ring(settings.policy, layers, recorded, size, most, dtype, settings.query_rows)
 
 
