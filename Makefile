@@ -26,7 +26,7 @@ quality: $(VENV)/.demo ## compare Kara with other methods, two hours on one core
 codegen: $(VENV)/.dev ## compile every kernel for six GPUs; writes bench/results/codegen.md (ten minutes)
 	$(BIN)/python -m bench.codegen $(ARGS)
 
-bench: $(VENV)/.dev ## time one compression on this CPU; writes bench/results/speed.md (ten minutes)
+bench: $(VENV)/.dev ## time one compression on this CPU; writes bench/results/speed.md (ten to twenty-five minutes)
 	$(BIN)/python -m bench.speed $(ARGS)
 
 traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an emulator, and model GPU times
