@@ -200,7 +200,7 @@ def _vllm() -> dict[str, Any]:
         "expected": [f"{minor}.*" for minor in SUPPORTED],
         "registered": bool(plugins),
         "left_out": bool(plugins) and allowed is not None and not set(plugins) & set(allowed.split(",")),
-        "scheduler": configure.SCHEDULER,
+        "schedulers": configure.SCHEDULERS,
         "workers": configure.WORKERS,
         "refused": [*configure.UNSUPPORTED, *configure.UNSUPPORTED_LAYERS],
     }
@@ -285,7 +285,7 @@ def _vllm_rows(vllm: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("vLLM plugin", state),
         ("vLLM version", f"{vllm['version']} is supported: {vllm['proof']}"),
-        ("with kara", f"scheduler {_short(vllm['scheduler'])}"),
+        ("with kara", f"scheduler {' or '.join(map(_short, vllm['schedulers']))}"),
         *(("", f"worker {_short(ours)} for {theirs}") for theirs, ours in vllm["workers"].items()),
         ("refused", "; ".join(vllm["refused"])),
     ]

@@ -23,11 +23,12 @@ from .policy import Policy
 
 
 class Held(NamedTuple):
-    """A sequence that may be compressed now: its prompt is computed and none of its tokens is in flight."""
+    """A sequence whose prompt is computed, so that it may be compressed now."""
 
     request_id: str
     logical_len: int
-    """Tokens computed so far; their keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache when the plan is executed. Tokens of a step in flight count if it
+    runs before, and if none of them can be rejected."""
     blocks: Sequence[int]
     """Ids of its blocks in order, or its slots with a page size of 1."""
     first_owned: int

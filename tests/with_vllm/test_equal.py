@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from harness import KARA, asking, engine, greedy, no_block_once, prompts
+from harness import KARA, MODES, asking, engine, greedy, no_block_once, prompts
 from vllm import SamplingParams
 
 import kara_kernels.integrations.vllm.layout as layout
 from kara_kernels.engine import Ledger, PackedCache
+
+both = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +47,10 @@ def test_mixed_lengths_and_several_compressions(model, dense, trace, changes, op
 
 
 @pytest.mark.parametrize("chunk", [2048, 16])
-def test_preemption_in_a_tiny_pool(model, dense, trace, chunk):
+@both
+def test_preemption_in_a_tiny_pool(model, dense, trace, chunk, mode):
     tiny = {"max_model_len": 416, "num_gpu_blocks_override": 15, "max_num_batched_tokens": chunk}
-    with engine(model, trace=trace, **tiny) as kara:
+    with engine(model, trace=trace, mode=mode, **tiny) as kara:
         served = kara.generate(prompts(5, 40, 77, 30, 51), greedy(300))
         assert sum(len(request.recomputed) for request in served) >= 3
         dense.assert_equal(kara, served, compressions=3)
@@ -102,9 +105,10 @@ def test_requests_with_settings_of_their_own_side_by_side(model, dense, trace, o
         kara.assert_nothing_leaks()
 
 
-def test_a_preempted_request_keeps_its_own_settings(model, dense, trace):
+@both
+def test_a_preempted_request_keeps_its_own_settings(model, dense, trace, mode):
     tiny = {"max_model_len": 416, "num_gpu_blocks_override": 15}
-    with engine(model, {**KARA, **WINDOWS}, trace=trace, **tiny) as kara:
+    with engine(model, {**KARA, **WINDOWS}, trace=trace, mode=mode, **tiny) as kara:
         served = kara.generate(prompts(33, 5, 40, 77, 20, 64), [asking(own, 300) for own in OWN])
         # Recomputed in full, each was compressed before and after.
         again = [
@@ -125,9 +129,10 @@ def test_packed_blocks_and_settings_of_their_own(model, dense, trace, monkeypatc
         dense.assert_equal(kara, served, compressions=0)
 
 
-def test_preemption_in_the_very_step_of_a_plan(model, dense, trace):
+@both
+def test_preemption_in_the_very_step_of_a_plan(model, dense, trace, mode):
     (prompt,) = prompts(20)
-    with engine(model, trace=trace) as kara:
+    with engine(model, trace=trace, mode=mode) as kara:
         # Before step 81 it has 20 + 80 tokens, a window and a tail behind its prompt.
         served = kara.drive({0: lambda kara: kara.add("A", prompt, 250), 81: no_block_once})
         assert served["A"].recomputed == [101]
@@ -136,11 +141,12 @@ def test_preemption_in_the_very_step_of_a_plan(model, dense, trace):
         kara.assert_nothing_leaks()
 
 
-def test_decoded_tokens_from_the_prefix_cache_are_watched_before_they_are_judged(model, dense, trace):
+@both
+def test_decoded_tokens_from_the_prefix_cache_are_watched_before_they_are_judged(model, dense, trace, mode):
     """A request preempted just before it is due finds 96 of its tokens in the prefix cache. Their queries were recorded
     only before the preemption. It waits for a quarter of a ring, 10 queries of every 2nd token."""
     (prompt,) = prompts(20)
-    with engine(model, trace=trace) as kara:
+    with engine(model, trace=trace, mode=mode) as kara:
         served = kara.drive({0: lambda kara: kara.add("A", prompt, 250), 79: no_block_once})
         assert served["A"].recomputed == [99]
         assert kara.events()[0]["logical_len"] == 115
@@ -161,9 +167,10 @@ def test_memory_is_saved_and_counted(model, trace):
     assert preemptions[1] == 0
 
 
-def test_prefix_cache_before_and_after_compression(model, dense, trace):
+@both
+def test_prefix_cache_before_and_after_compression(model, dense, trace, mode):
     prompt, other = prompts(70, 33)
-    with engine(model, trace=trace) as kara:
+    with engine(model, trace=trace, mode=mode) as kara:
         (first,) = kara.generate([prompt], greedy(200))
         (again,) = kara.generate([prompt], greedy(200))
         assert again.tokens == first.tokens
@@ -179,10 +186,11 @@ def test_prefix_cache_before_and_after_compression(model, dense, trace):
         kara.assert_nothing_leaks()
 
 
-def test_only_what_was_never_compressed_is_offered_to_others(model, dense, trace):
+@both
+def test_only_what_was_never_compressed_is_offered_to_others(model, dense, trace, mode):
     """Only four of 64 tokens are dropped, so physical blocks could be mistaken for logical ones."""
     (prompt,) = prompts(70)
-    with engine(model, {**KARA, "keep": 60}, trace=trace) as kara:
+    with engine(model, {**KARA, "keep": 60}, trace=trace, mode=mode) as kara:
         (short,) = kara.generate([prompt], greedy(91))  # never compressed: its blocks are the cache's, up to token 160
         (long,) = kara.generate([prompt], greedy(130))  # compressed once, at 161 tokens, when that frees a block
         (turn,) = kara.generate([prompt + long.tokens], greedy(100))
@@ -192,10 +200,11 @@ def test_only_what_was_never_compressed_is_offered_to_others(model, dense, trace
         dense.assert_equal(kara, [short, long, turn], compressions=0)
 
 
-def test_blocks_that_another_request_reads_are_not_rewritten(model, dense, trace):
+@both
+def test_blocks_that_another_request_reads_are_not_rewritten(model, dense, trace, mode):
     """B's prompt is A's text so far. It takes A's blocks, including decoded tokens, before A is due."""
     (prompt,) = prompts(70)
-    with engine(model, trace=trace) as kara:
+    with engine(model, trace=trace, mode=mode) as kara:
         served = kara.drive(
             {
                 0: lambda kara: kara.add("A", prompt, 250),
@@ -208,10 +217,11 @@ def test_blocks_that_another_request_reads_are_not_rewritten(model, dense, trace
         kara.assert_nothing_leaks()
 
 
-def test_a_request_that_skips_a_step_comes_back_with_its_blocks(model, dense, trace):
+@both
+def test_a_request_that_skips_a_step_comes_back_with_its_blocks(model, dense, trace, mode):
     """Workers remove it from their batch and restore it from their own record of its blocks."""
     hidden = []
-    with engine(model, trace=trace) as kara:
+    with engine(model, trace=trace, mode=mode) as kara:
         (p, q) = prompts(20, 70)
         served = kara.drive(
             {
@@ -284,8 +294,9 @@ def test_two_tensor_parallel_ranks(model, dense, trace, pool):
             assert len(lists) == {"layer": 3, "model": 1}[pool]
 
 
-def test_aborted_requests_leave_nothing(model, dense, trace):
-    with engine(model, trace=trace) as kara:
+@both
+def test_aborted_requests_leave_nothing(model, dense, trace, mode):
+    with engine(model, trace=trace, mode=mode) as kara:
         core = kara.llm.llm_engine
         for name, prompt in enumerate(prompts(5, 40, 77, 20)):
             core.add_request(str(name), {"prompt_token_ids": prompt}, greedy(300))

@@ -16,7 +16,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from kara_kernels.integrations.vllm import hook, register, settings
 from kara_kernels.integrations.vllm.windows import configure as windows
 from kara_kernels.integrations.vllm.windows.runner import KaraRunner
-from kara_kernels.integrations.vllm.windows.scheduler import KaraScheduler
+from kara_kernels.integrations.vllm.windows.scheduler import KaraAsyncScheduler, KaraScheduler
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,6 @@ def test_settings_are_checked_at_start_up(model, kara, words):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ({"kv_offloading_size": 1.0}, "KV connectors"),  # vLLM converts it to one
-        ({"async_scheduling": True}, "asynchronous scheduling"),
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*: fp8"),
         ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*: elsewhere.Scheduler"),
         ({"runner": "pooling"}, "pooling models"),
@@ -144,7 +143,7 @@ def test_configuring_twice_is_configuring_once(model):
     config = configure(model, KARA)
     hook.before(config)
     hook.after(config)
-    assert config.scheduler_config.scheduler_cls == windows.SCHEDULER
+    assert config.scheduler_config.scheduler_cls == windows.SCHEDULERS[0]
     assert config.parallel_config.worker_cls in windows.WORKERS.values()
 
 
@@ -161,7 +160,7 @@ def test_the_environment_report_knows_this_vllm():
     assert vllm.__version__.startswith(said["version"])
     assert said["supported"]
     assert said["registered"]
-    assert resolve_obj_by_qualname(said["scheduler"]) is KaraScheduler
+    assert [resolve_obj_by_qualname(name) for name in said["schedulers"]] == [KaraScheduler, KaraAsyncScheduler]
     for theirs, ours in said["workers"].items():
         assert issubclass(resolve_obj_by_qualname(ours), resolve_obj_by_qualname(theirs))
 

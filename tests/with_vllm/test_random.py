@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from harness import engine, prompts
+from harness import MODES, engine, prompts
 
 
 def drawn(seed):
@@ -39,7 +39,8 @@ def drawn(seed):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_random_day(model, dense, trace, seed):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_random_day(model, dense, trace, seed, mode):
     draw, policy, options = drawn(seed)
     common = prompts(60, seed=seed)[0]
     arrivals = {}
@@ -65,7 +66,7 @@ def test_a_random_day(model, dense, trace, seed):
         arrivals[step] = arrive(name)
         if draw.random() < 0.25:
             arrivals[step + draw.randrange(1, 120)] = abort
-    with engine(model, policy, trace=trace, **options) as kara:
+    with engine(model, policy, trace=trace, mode=mode, **options) as kara:
         served = kara.drive(arrivals)
         kara.assert_nothing_leaks()
         assert len(served) >= 6

@@ -14,7 +14,8 @@ from kara_kernels.engine import Held, Ledger, Policy, check_ring, fit_queries
 from ..settings import BESIDE, Additional, refusal, settings_of
 
 _ROOM = __name__.rpartition(".")[0]
-SCHEDULER = f"{_ROOM}.scheduler.KaraScheduler"
+SCHEDULERS = (f"{_ROOM}.scheduler.KaraScheduler", f"{_ROOM}.scheduler.KaraAsyncScheduler")
+"""The scheduler of steps in turn, and that of steps planned while the one before runs (asynchronous scheduling)."""
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": f"{_ROOM}.worker.KaraCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": f"{_ROOM}.worker.KaraGPUWorker",
@@ -24,7 +25,7 @@ WORKERS = {
 
 def _other_scheduler(config: Any) -> Any:
     given = config.scheduler_config.scheduler_cls
-    return given not in (None, SCHEDULER) and given
+    return given not in (None, *SCHEDULERS) and given
 
 
 def _quantised(cache_dtype: str) -> bool:
@@ -71,7 +72,6 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     "dual-batch overlap (--enable-dbo)": lambda c: c.parallel_config.enable_dbo,
     "KV connectors (--kv-transfer-config, --kv-offloading-size)": lambda c: c.kv_transfer_config is not None,
     "encoder cache connectors (--ec-transfer-config)": lambda c: getattr(c, "ec_transfer_config", None) is not None,
-    "asynchronous scheduling (--async-scheduling)": lambda c: c.scheduler_config.async_scheduling is True,
     "another scheduler (--scheduler-cls)": _other_scheduler,
     "a quantised KV cache (of the checkpoint, or --kv-cache-dtype, which overrides it)": _quantised_cache,
     "fast prefill of shared KV (--kv-sharing-fast-prefill)": lambda c: c.cache_config.kv_sharing_fast_prefill,
@@ -112,19 +112,17 @@ UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
 
 
 def before(config: Any) -> None:
-    """Before vLLM completes its configuration: rejects unsupported features and sets the scheduler."""
+    """Before vLLM completes its configuration: rejects unsupported features."""
     _refuse(config)
-    # The scheduler plans with computed tokens. Those of an asynchronous step in flight are not computed yet.
-    config.scheduler_config.async_scheduling = False
-    config.scheduler_config.scheduler_cls = SCHEDULER
 
 
 def after(config: Any) -> None:
-    """After vLLM has completed its configuration: sets the worker and logs the settings."""
+    """After vLLM has completed its configuration: sets scheduler and worker, and logs the settings."""
     from vllm.logger import init_logger
 
     _refuse(config)  # again, because only now --kv-offloading-size is a KV connector and quantisation is known
     _fit_queries(config)
+    config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
     settings = settings_of(config)
     parallel = config.parallel_config
     if parallel.worker_cls not in WORKERS.values():

@@ -163,8 +163,7 @@ class KaraRunner(_Mixin):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
         if output is not None and self.kara_seconds:
-            # An output still being copied to the host wraps the one that the scheduler gets.
-            getattr(output, "model_runner_output", output).kara_seconds = self.kara_seconds
+            _sent(output).kara_seconds = self.kara_seconds
             self.kara_seconds = 0.0
         return output
 
@@ -175,8 +174,6 @@ class KaraRunner(_Mixin):
         assert self.kara_ring is not None
         began = time.perf_counter()
         keep = execute(step.plans, self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options())
-        for plan in step.plans:
-            self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
         seconds = time.perf_counter() - began
         self.kara_seconds += seconds
         if self.kara.trace is not None:
@@ -205,6 +202,13 @@ class KaraRunner(_Mixin):
                 file.write(line.encode())
 
 
+def _sent(output: Any) -> Any:
+    """What the scheduler gets. V1 and V2 wrap it, under two names, while the tokens are copied to the host."""
+    for name in ("_model_runner_output", "model_runner_output"):
+        output = getattr(output, name, output)
+    return output
+
+
 def _of_all_ranks(kept: Tensor) -> Tensor:
     """A keep list ``[L, H, K]`` on the CPU with the heads of all tensor-parallel ranks, in rank order."""
     group = get_tp_group()
@@ -225,6 +229,12 @@ class KaraRunnerV1(KaraRunner):
 
     def _kara_kernel_blocks(self) -> list[int]:
         return self._kernel_block_sizes
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        # Here and not before, because vLLM now has waited until the last step's copy of its block tables is done.
+        for plan in self.kara_step.plans:
+            self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
+        return super()._update_states(scheduler_output)
 
     def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
         """Cuts the worker's copies of a block table to the length of the scheduler's."""
@@ -267,6 +277,11 @@ class KaraRunnerV2(KaraRunner):
 
     def _kara_kernel_blocks(self) -> list[int]:
         return self.kernel_block_sizes
+
+    def update_requests(self, scheduler_output: Any) -> None:
+        for plan in self.kara_step.plans:
+            self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
+        super().update_requests(scheduler_output)
 
     def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
         row = self.req_states.req_id_to_index.get(request_id)

@@ -11,6 +11,7 @@ from typing import Any
 import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -185,14 +186,13 @@ class KaraScheduler(Scheduler):
         return needed - self._manager.block_pool.get_num_free_blocks()
 
     def _held(self, *, urgent: bool = False) -> Sequence[Held]:
-        """Running requests that are due and have no tokens in flight."""
+        """Running requests that are due. Tokens of a step in flight count, because it runs before the plans do."""
         held = []
         for request in self.running:
             name, computed = request.request_id, request.num_computed_tokens
             if not self._ledger.is_due(name, computed, urgent=urgent):
                 continue
-            # The next prompt of a session would come after its frontier.
-            if request.num_in_flight_tokens or request.resumable:
+            if request.resumable:  # the next prompt of a session would come after its frontier
                 continue
             blocks = self._manager.req_to_blocks[name]
             first_owned = len(blocks)
@@ -249,3 +249,11 @@ class KaraScheduler(Scheduler):
         self._counts, self._opted_out, self._ledger.skipped = Counter(), Counter(), Counter()
         self._seconds, self._ended = 0.0, []
         return report
+
+
+class KaraAsyncScheduler(KaraScheduler, AsyncScheduler):
+    """The same while vLLM schedules asynchronously: a step is planned before the tokens of the last one are known.
+
+    No plan depends on them. Lengths count tokens that are scheduled, and workers run steps in order: they move the rows
+    of a step when those of the steps before are written, and nothing of an earlier step reads a freed block later.
+    """
