@@ -251,6 +251,23 @@ def test_text_is_that_of_the_dense_model(attention, policy, page):
         assert_best_kept(model, output, events, policy)
 
 
+def test_the_guard_sets_what_is_kept_of_the_next_window(llama):
+    policy = POLICY | {"max_loss": 0.2, "min_keep": 4, "max_keep": 28}
+    outputs, kara = serve(llama, PROMPTS, policy, tokens=160)
+    keeps = []
+    for output in outputs:
+        events = of(kara, output)
+        assert_dense(llama, output, events)
+        assert events[0].keep == 10
+        assert all(0 < event.lost < 0.8 for event in events)
+        # More is kept after a window of which too much was dropped, and not more after others.
+        for event, following in pairwise(events):
+            assert (event.lost > 0.2) == (following.keep > event.keep)
+            assert 4 <= following.keep <= 28
+            keeps.append(following.keep)
+    assert len(set(keeps)) >= 3
+
+
 def test_what_is_kept_by_default_is_for_later_queries(llama):
     """Root mean squares, value norms, and queries moved ahead by a window, against the dense model."""
     policy = {"window": 32, "keep": 10, "tail": 8, **EXACT}

@@ -232,6 +232,19 @@ def test_given_scores_replace_scoring(
 
 
 @few
+@given(plan=plans(max_layers=2, skips=True, max_window=12), pool=st.sampled_from(POOLS), data=st.data())
+def test_a_dry_run_moves_nothing_and_says_what_would_be(
+    backend: str, plan: Plan, pool: str, data: st.DataObject
+) -> None:
+    keep = data.draw(st.integers(1, plan.window))
+    world, moved = World(plan).give_values(), World(plan).give_values()
+    before = world.snapshot()
+    result = compress(world, keep, backend, pool=pool, value_norm=True, dry_run=True)
+    assert all(same_bits(*pair) for pair in zip(world.snapshot(), before, strict=True))
+    assert same_result(result, compress(moved, keep, backend, pool=pool, value_norm=True))
+
+
+@few
 @given(plan=plans(explicit_starts=False, skips=True), data=st.data())
 def test_the_window_is_the_newest_tokens_by_default(backend: str, plan: Plan, data: st.DataObject) -> None:
     """Sequences shorter than the window, empty ones among them, are skipped: no start below 0."""

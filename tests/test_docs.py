@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kara_kernels.engine import Compression, Policy
-from kara_kernels.integrations.vllm.settings import RUN, SUPPORTED
+from kara_kernels.integrations.vllm.settings import LIVE, RUN, SUPPORTED
 from kara_kernels.integrations.vllm.windows import configure
 
 ROOT = Path(__file__).parents[1]
@@ -373,6 +373,12 @@ def test_what_vllm_refuses_is_what_the_code_refuses() -> None:
     seen = {"configuration": configure.UNSUPPORTED, "layers": configure.UNSUPPORTED_LAYERS}
     for where, tests in seen.items():
         assert {name.replace("`", "") for name, cells in rows.items() if where in cells[0].split(", ")} == set(tests)
+
+
+def test_the_live_settings_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/vllm.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"^It may contain (.*?), which only", page, re.MULTILINE | re.DOTALL)
+    assert tuple(re.findall(r"`(\w+)`", text)) == LIVE
 
 
 def test_the_versions_of_vllm_are_those_of_the_code() -> None:

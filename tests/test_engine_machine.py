@@ -66,11 +66,14 @@ class Request:
     own: bool = False  # it asked for its own window or keep
     window: int = 0
     keep: int = 0
+    guarded: int | None = None  # keep of the next window, from the guard
+    stopped: bool = False  # by the guard
     recorded: list[int] = field(default_factory=list)  # positions whose queries the ring has seen
 
     def restart(self, lists: int) -> None:
         self.computed, self.blocks, self.frontier, self.windows, self.dropped = 0, [], self.prompt_len, 0, 0
         self.rows, self.looked_at, self.recorded = [[] for _ in range(lists)], set(), []
+        self.guarded, self.stopped = None, False
 
     @property
     def decodes(self) -> bool:
@@ -237,6 +240,7 @@ class Engine:
         executed = [plan for plan in plans if plan.request_id not in lost or rng.random() < 0.5]
         self.events["preempted in the step of its plan"] += len(lost & {plan.request_id for plan in plans})
         self._execute(executed, rng)
+        self._guard(executed, rng)
         for name in lost:
             self.ring.release(name)
         rng.shuffle(scheduled)
@@ -249,6 +253,26 @@ class Engine:
                     self._leave(request)
                     self.ring.release(request.name)
         self.check()
+
+    def _kept(self, request: Request) -> int:
+        """Tokens of its next window that stay."""
+        return request.keep if request.guarded is None else request.guarded
+
+    def _guard(self, executed: list[Plan], rng: random.Random) -> None:
+        """Workers say, perhaps later, how many tokens a window needed. The sequence may be gone by then."""
+        low = self.policy.min_keep or max(1, self.policy.keep // 2)
+        for plan in executed:
+            if rng.random() < 0.3:
+                continue
+            needed = rng.randint(1, plan.window)
+            self.ledger.observe(plan.request_id, needed)
+            found = [request for request in self.running if request.name == plan.request_id]
+            for request in found if self.policy.max_loss is not None else []:
+                if not request.own:
+                    request.stopped |= needed > self.policy.most_keep
+                    request.guarded = max(low, needed)
+                    self.events["stopped by the guard"] += request.stopped
+                    self.events["kept what the guard asked for"] += not request.stopped
 
     def _relieve(self, held: list[Held], planned: set[str], rng: random.Random) -> list[Plan]:
         """Sometimes blocks are short, and more sequences are compressed, but no more than it takes."""
@@ -267,10 +291,16 @@ class Engine:
         if sum(freed) < short:  # nobody is left who would free a block
             for name in set(before) - planned - set(names):
                 request = self._named(name)
-                keep = request.keep if request.own else self.policy.least_keep
+                guard = self.policy.max_loss is not None
+                keep = self._kept(request) if request.own or guard else self.policy.least_keep
                 kept = -(-(request.length - request.window + keep) // self.page)
                 frees = len(request.blocks) > kept and before[name] >= request.window + tail + self.page
-                assert not frees or not request.compress or len(request.recorded) < self._judges_of(request)
+                assert (
+                    not frees
+                    or not request.compress
+                    or request.stopped
+                    or len(request.recorded) < self._judges_of(request)
+                )
         for plan in urgent:
             self._commit(plan, tail, urgent=True)
         self.events["urgent compression"] += len(urgent)
@@ -317,7 +347,7 @@ class Engine:
         request.frontier = plan.window_start + plan.keep
         request.windows += 1
         request.dropped += plan.window - plan.keep
-        self.events["urgent compression to fewer tokens"] += plan.keep < request.keep
+        self.events["urgent compression to fewer tokens"] += urgent and plan.keep < request.keep
         window = request.rows[0][plan.window_start : plan.window_start + request.window]
         request.looked_at |= set(window)
         del request.blocks[plan.kept_blocks :]
@@ -500,7 +530,12 @@ class Engine:
         for name in {sequence.request_id for sequence in held} - set(names):
             request = self._named(name)
             overdue = self._uncompressed(name) >= request.window + policy.tail + self.page
-            if overdue and request.compress and len(request.recorded) >= self._judges_of(request):
+            if (
+                overdue
+                and request.compress
+                and not request.stopped
+                and len(request.recorded) >= self._judges_of(request)
+            ):
                 assert len(plans) == policy.max_sequences, f"{name} waits though nobody is before it"
                 assert min(most) >= self._uncompressed(name), f"{name} waits for sequences with less to compress"
                 self.events["waits for others"] += 1
@@ -514,9 +549,10 @@ class Engine:
     def _check_plan(self, plan: Plan, request: Request, tail: int, urgent: bool) -> None:
         policy, page = self.policy, self.page
         assert request.compress, "it asked to be left alone"
+        assert not request.stopped
         assert plan.window == request.window
-        if not urgent or request.own:
-            assert plan.keep == request.keep
+        if not urgent or request.own or policy.max_loss is not None:
+            assert plan.keep == self._kept(request)
         else:
             assert plan.keep in (request.keep, policy.least_keep)
         start, end = plan.window_start, plan.window_start + request.window
@@ -625,6 +661,9 @@ def draw_setup(rng: random.Random, tensors: str) -> Setup:
     page = rng.randint(1, 8)
     window = rng.randint(max(2, page), page + 6)
     keep = rng.randint(1, window - 1)
+    guard = {}
+    if rng.random() < 0.3:
+        guard = {"max_loss": 0.5, "min_keep": rng.choice([None, 1]), "max_keep": rng.choice([None, keep, window - 1])}
     policy = Policy(
         window=window,
         keep=keep,
@@ -634,11 +673,12 @@ def draw_setup(rng: random.Random, tensors: str) -> Setup:
         protected=rng.choice([0, 0, 7]),
         period=rng.choice([1, 1, 2, 3]),
         max_sequences=rng.randint(1, 3),
-        min_freed_blocks=rng.randint(1, -(-(window - keep) // page)),
+        min_freed_blocks=1 if guard else rng.randint(1, -(-(window - keep) // page)),
         query_stride=rng.choice([1, 1, 2, min(3, window)]),
         query_heads=rng.choice(["all", "mean"]),
         query_dtype=rng.choice(["int4", "fp8", "auto"]),
         pool=rng.choice(["head", "layer", "model"]),
+        **guard,
     )
     blocks = -(-rng.randint(40, 90) // page)
     budget, max_running = rng.choice([3, 8, 20]), rng.randint(1, 4)
@@ -727,6 +767,7 @@ EXPECTED = (
     "chunk", "finish", "abort", "waits for others", "preempted in the step of its plan", "causal",
     "causal behind tokens without queries", "several settings in one step", "judged by its own queries after a wait",
     "urgent compression", "urgent compression of a shorter tail", "urgent compression to fewer tokens",
+    "kept what the guard asked for", "stopped by the guard",
 )  # fmt: skip
 
 

@@ -26,7 +26,10 @@ OTHERS = ("integrations/vllm/*", "integrations/__init__.py", "integrations/[ef]*
 KERNELS = ("ops/[!_]*.py", "ops/_[knqr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
 SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py")  # unused if another scorer is used
 # Unused if another scorer is used and no engine runs.
-RING = ("ops/pack.py", "reference/pack.py", "windows/plan.py", "windows/policy.py", "windows/queries.py")
+RING = (
+    "ops/pack.py", "reference/pack.py", "windows/ledger.py", "windows/plan.py", "windows/policy.py",
+    "windows/queries.py",
+)  # fmt: skip
 # Unused if no engine runs, because replays call compress_window themselves.
 SHIM = (
     "__main__.py", "engine/*", "windows/events.py", "windows/execute.py",

@@ -48,6 +48,7 @@ def compress_window(
     k_scale: float | Tensor | None = None,
     look_ahead: LookAhead | None = None,
     reduce_scores: ReduceScores | None = None,
+    dry_run: bool = False,
     backend: str = "auto",
     **options: Unpack[Options],
 ) -> CompressedWindow:
@@ -90,6 +91,7 @@ def compress_window(
             tensor-parallel ranks. Gets and returns float32 ``[L, S, H, W]`` with extent 1 in pooled dimensions,
             without ``L`` for one layer. May work in place and return None. With ``scores`` and ``pool="head"`` it gets
             the caller's own tensor.
+        dry_run: True scores and selects, and moves nothing. The result is the same as if it had moved the rows.
         backend: ``"auto"`` (CUDA and HIP tensors run Triton, others PyTorch), ``"triton"`` or ``"torch"``.
         **options: ``attention``, ``reduction``, ``value_norm``, ``redundancy`` of
             :class:`~kara_kernels.options.Scoring` and ``pool``, ``chunk_fraction``, ``max_chunk`` of
@@ -116,7 +118,7 @@ def compress_window(
     per call.
 
     Under ``torch.compile`` the call is one node of the graph. Queries and caches must be tensors there, stacked
-    ones for many layers. Lists, a :class:`~kara_kernels.PagedCache` and ``reduce_scores`` raise TypeError.
+    ones for many layers. Lists, a :class:`~kara_kernels.PagedCache`, ``reduce_scores`` and ``dry_run`` raise TypeError.
 
     Method: Kara, sliding-window KV cache compression (arXiv 2607.01237). ``docs/method.md`` has the formulas and marks
     the choices that the paper leaves open.
@@ -124,7 +126,7 @@ def compress_window(
     given: dict[str, Any] = {
         "window": window, "keep": keep, "scores": scores, "window_starts": window_starts,
         "protected_lens": protected_lens, "query_rows": query_rows, "scale": scale, "k_scale": k_scale,
-        "look_ahead": look_ahead, "reduce_scores": reduce_scores, "options": options,
+        "look_ahead": look_ahead, "reduce_scores": reduce_scores, "dry_run": dry_run, "options": options,
     }  # fmt: skip
     if torch.compiler.is_compiling():
         return CompressedWindow(*in_graph(query, k_cache, v_cache, block_tables, seq_lens, backend=backend, **given))

@@ -17,10 +17,12 @@ from torch import Tensor
 from ..ahead import LookAhead
 from ..checks import check_alike, check_unit_stride
 from ..paged import PagedCache
-from .compress import compress_window
+from .compress import CompressedWindow, compress_window
 from .plan import Plan
 from .policy import Policy
 from .queries import QueryRing, upload
+
+Watch = Callable[[Sequence[Plan], CompressedWindow], None]
 
 
 class PackedCache:
@@ -84,7 +86,7 @@ def execute(
     plans: Sequence[Plan], cache: PagedCache | PackedCache, ring: QueryRing, policy: Policy, *,
     scale: float | None = None, k_scale: float | Tensor | None = None,
     reduce_scores: Callable[[Tensor], Tensor] | None = None, look_ahead: LookAhead | None = None,
-    scores: Tensor | None = None, backend: str = "auto",
+    scores: Tensor | None = None, dry_run: bool = False, watch: Watch | None = None, backend: str = "auto",
 ) -> list[Tensor]:  # fmt: skip
     """Compresses every planned window in all layers, in place.
 
@@ -98,6 +100,9 @@ def execute(
             ``look_ahead`` is ``policy.positions_ahead`` positions of the model's rotary embedding.
         scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of computing scores. All plans
             then have one ``window``.
+        dry_run: score and select only, as for a :class:`~kara_kernels.engine.Ledger` in ``shadow``.
+        watch: called with the plans of each call of :func:`kara_kernels.compress_window`, and its result. It must not
+            wait for a GPU.
 
     Returns:
         The keep list of each plan, int32 ``[L, H, K]``, window-relative and ascending, on the cache's device.
@@ -105,7 +110,8 @@ def execute(
 
     Not checked on a GPU: that the planned blocks belong to their sequences.
     """
-    call = _Call(ring, _options(policy, scale, k_scale, reduce_scores, look_ahead, backend))
+    options = _options(policy, scale, k_scale, reduce_scores, look_ahead, backend)
+    call = _Call(ring, options | {"dry_run": dry_run}, watch)
     packed = isinstance(cache, PackedCache)
     kept: dict[int, Tensor] = {}
     for places in _groups(plans, packed, scores is not None):
@@ -116,7 +122,8 @@ def execute(
             blocks = upload(tables[0], torch.int64, cache.pools[0].device)
             plain = cache.load(blocks)
             keep = call.compress(group, [range(len(tables[0]))], plain, of_group)
-            cache.store(blocks, plain)
+            if not dry_run:
+                cache.store(blocks, plain)
         else:
             keep = call.compress(group, tables, cache, of_group)
         kept.update(zip(places, keep.unbind(1), strict=True))
@@ -158,6 +165,7 @@ class _Call:
 
     ring: QueryRing
     options: dict[str, Any]
+    watch: Watch | None = None
 
     def compress(
         self, plans: Sequence[Plan], tables: Sequence[Sequence[int]], cache: PagedCache, scores: Tensor | None
@@ -185,10 +193,13 @@ class _Call:
         given = upload(list(chain.from_iterable(numbers)), torch.int32, cache.k[0].device)
         lengths, starts, places, table = given.split([len(part) for part in numbers])
         query, chosen = (self.ring.queries, places.view(count, -1)) if scores is None else (None, None)
-        return compress_window(
+        done = compress_window(
             query, cache.k, cache.v, table.view(count, width), lengths, window=plans[0].window, keep=plans[0].keep,
             window_starts=starts, query_rows=chosen, scores=scores, **self.options,
-        ).keep_indices  # fmt: skip
+        )  # fmt: skip
+        if self.watch is not None:
+            self.watch(plans, done)
+        return done.keep_indices
 
 
 def _groups(plans: Sequence[Plan], packed: bool, scored: bool) -> list[list[int]]:

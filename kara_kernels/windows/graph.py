@@ -37,7 +37,7 @@ def _run(
     scores: Tensor | None, k_scale: float | None, k_scales: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     interleaved: bool, backend: str, **given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given |= {"k_scale": k_scale if k_scales is None else k_scales, "reduce_scores": None}
+    given |= {"k_scale": k_scale if k_scales is None else k_scales, "reduce_scores": None, "dry_run": False}
     given["look_ahead"] = None if cos is None or sin is None else LookAhead(cos, sin, interleaved)
     options = {name: given.pop(name) for name in OPTIONS}
     request = check_request(query, k_cache, v_cache, block_tables, seq_lens, scores=scores, options=options, **given)
@@ -61,7 +61,7 @@ def _shapes(
 
 def in_graph(
     query: object, k_cache: object, v_cache: object, block_tables: Tensor, seq_lens: Tensor, *, k_scale: object,
-    look_ahead: LookAhead | None, reduce_scores: object, options: Mapping[str, Any], **others: Any,
+    look_ahead: LookAhead | None, reduce_scores: object, dry_run: bool, options: Mapping[str, Any], **others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The node of a graph. A compiler can only trace tensors, so lists and pools raise TypeError."""
     for name, value in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -72,6 +72,8 @@ def in_graph(
             )
     if reduce_scores is not None:
         raise TypeError("reduce_scores: expected None under torch.compile, got a callable")
+    if dry_run:
+        raise TypeError("dry_run: expected False under torch.compile, because the node is known to write, got True")
     scales = (None, k_scale) if isinstance(k_scale, Tensor) else (k_scale, None)
     cos, sin, interleaved = (None, None, False) if look_ahead is None else LookAhead(*look_ahead)
     return torch.ops.kara_kernels.compress_window(

@@ -35,6 +35,14 @@ class Policy(Scoring, Selection):
     """``tail`` when an engine is short of blocks. None is a quarter of ``tail``."""
     pressure_keep: int | None = None
     """``keep`` when an engine is still short of blocks with that tail. None is half of ``keep``."""
+    max_loss: float | None = None
+    """Guard: most share of a window's scores that its dropped tokens may have, 0..1. Each compression of a sequence
+    sets ``keep`` of its next window to what that would have taken. None leaves ``keep`` alone."""
+    min_keep: int | None = None
+    """Smallest ``keep`` that the guard sets. None is half of ``keep``."""
+    max_keep: int | None = None
+    """Largest ``keep`` that the guard sets. A sequence that needs more is no longer compressed. None is halfway from
+    ``keep`` to ``window``."""
     protected: int = 0
     """Tokens from the start of a sequence that are never compressed. The whole prompt is protected in any case."""
     period: int = 1
@@ -66,9 +74,15 @@ class Policy(Scoring, Selection):
             check_count("pressure_tail", self.pressure_tail, 0, self.tail)
         if self.pressure_keep is not None:
             check_count("pressure_keep", self.pressure_keep, 1, MAX_WINDOW)
+        if self.max_loss is not None:
+            check_number("max_loss", self.max_loss, 0.0, 1.0)
         least = min(1, self.min_freed_blocks)  # tokens that must be dropped, because dropping none never frees a block
         check_count("window", self.window, 1 + least, MAX_WINDOW)
         check_count("keep", self.keep, 1, self.window - least)
+        if self.min_keep is not None:
+            check_count("min_keep", self.min_keep, 1, self.keep)
+        if self.max_keep is not None:
+            check_count("max_keep", self.max_keep, self.keep, self.window - least)
         check_count("query_stride", self.query_stride, 1, self.window)
         if self.attention == "causal" and self.query_stride != 1:
             raise ValueError(
@@ -99,11 +113,11 @@ class Policy(Scoring, Selection):
         return cls(**settings)
 
     def resized(self, window: int | None = None, keep: int | None = None) -> Policy:
-        """The same policy with another ``window`` or ``keep``, where one is given."""
+        """The same policy with another ``window`` or ``keep``, where one is given, and then without the guard."""
         if window is None and keep is None:
             return self
         window, keep = self.window if window is None else window, self.keep if keep is None else keep
-        return dataclasses.replace(self, window=window, keep=keep)
+        return dataclasses.replace(self, window=window, keep=keep, max_loss=None, min_keep=None, max_keep=None)
 
     def check_page_size(self, page_size: int) -> None:
         """Raises ValueError for settings that could never free a block of ``page_size`` tokens."""
@@ -112,11 +126,12 @@ class Policy(Scoring, Selection):
             return
         if self.window < page_size:
             raise ValueError(f"window: expected at least one block of {page_size} tokens, got {self.window}")
-        most = -(-(self.window - self.keep) // page_size)
+        dropped = self.window - self.most_keep
+        most = -(-dropped // page_size)
         if self.min_freed_blocks > most:
             raise ValueError(
-                f"min_freed_blocks: expected at most {most}, which is what dropping {self.window - self.keep} of "
-                f"{self.window} tokens can free with blocks of {page_size}, got {self.min_freed_blocks}"
+                f"min_freed_blocks: expected at most {most}, which is what dropping {dropped} of {self.window} tokens "
+                f"can free with blocks of {page_size}, got {self.min_freed_blocks}"
             )
 
     @property
@@ -137,6 +152,18 @@ class Policy(Scoring, Selection):
     def least_keep(self) -> int:
         """``pressure_keep``, or what None means."""
         return max(1, self.keep // 2) if self.pressure_keep is None else min(self.keep, self.pressure_keep)
+
+    def guarded(self, needed: int) -> int | None:
+        """The guard's ``keep`` for a sequence that needs so many tokens; None if it may not be compressed."""
+        least = max(1, self.keep // 2) if self.min_keep is None else self.min_keep
+        return max(least, needed) if needed <= self.most_keep else None
+
+    @property
+    def most_keep(self) -> int:
+        """The most tokens of a window that are kept."""
+        if self.max_loss is None:
+            return self.keep
+        return (self.keep + self.window) // 2 if self.max_keep is None else self.max_keep
 
     @property
     def least_tail(self) -> int:

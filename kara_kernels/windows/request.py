@@ -14,7 +14,7 @@ from ..arguments import ScoreArguments, check_contents, check_scoring, check_win
 from ..checks import check_tensor, check_unit_stride, contents_are_checked
 from ..options import Selection, split_options
 from ..packed import Queries
-from ..values import check_count
+from ..values import check_count, check_flag
 
 ReduceScores = Callable[[Tensor], Tensor | None]
 
@@ -28,6 +28,7 @@ class Request(ScoreArguments):
     scores: Tensor | None  # [L, S, H, W]
     selection: Selection
     reduce_scores: ReduceScores | None
+    dry_run: bool
 
     @property
     def lists(self) -> tuple[int, int, int]:
@@ -45,6 +46,13 @@ class Request(ScoreArguments):
         # Nothing is added to a start, because a value near 2^31 would wrap around and seem to fit.
         fits = (starts >= 0) & (self.seq_lens >= self.window) & (starts <= self.seq_lens - self.window)
         return starts, fits if self.protected_lens is None else fits & (starts >= self.protected_lens)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """int32 ``[S]`` each: lengths and frontiers after the compression."""
+        starts, fits = self.windows()
+        protected = torch.zeros_like(starts) if self.protected_lens is None else self.protected_lens.clamp(min=0)
+        shorter = self.seq_lens - (self.window - self.keep)
+        return torch.where(fits, shorter, self.seq_lens), torch.where(fits, starts + self.keep, protected)
 
     def reduced(self, scores: Tensor) -> Tensor:
         """Applies the caller's hook between pooling and selection, which may work in place and return None."""
@@ -69,7 +77,7 @@ def check_request(
     block_tables: Tensor, seq_lens: Tensor, *, window: int, keep: int, scores: Tensor | None,
     window_starts: Tensor | None, protected_lens: Tensor | None, query_rows: Tensor | None, scale: float | None,
     k_scale: float | Tensor | None, look_ahead: LookAhead | None, reduce_scores: ReduceScores | None,
-    options: Mapping[str, Any],
+    dry_run: bool, options: Mapping[str, Any],
 ) -> Request:  # fmt: skip
     """Checks the arguments of :func:`kara_kernels.compress_window` except the backend, before anything is written."""
     scoring, selection = split_options(options)
@@ -77,6 +85,7 @@ def check_request(
     given = {name: value for name, value in lengths.items() if value is not None or name == "seq_lens"}
     queries, where = check_windows(query, k_cache, v_cache, block_tables, window, query_rows, **given)
     check_count("keep", keep, 1, window)
+    check_flag("dry_run", dry_run)
     if reduce_scores is not None and not callable(reduce_scores):
         raise TypeError(f"reduce_scores: expected a callable, got {type(reduce_scores).__name__}")
     if scores is not None:
@@ -85,7 +94,9 @@ def check_request(
         check_tensor("scores", scores, shape, (torch.float32,), seq_lens.device)
         scores = scores if where["many"] else scores[None]
     by = check_scoring(queries, where, query_rows, scale, k_scale, look_ahead, scoring, scores)
-    request = Request(**where, **by, keep=keep, scores=scores, selection=selection, reduce_scores=reduce_scores)
+    request = Request(
+        **where, **by, keep=keep, scores=scores, selection=selection, reduce_scores=reduce_scores, dry_run=dry_run
+    )
     if contents_are_checked(seq_lens.device):
         starts, fits = request.windows()
         # A sequence with a negative default start is shorter than its window and skipped. A negative given start is an

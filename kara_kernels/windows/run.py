@@ -56,14 +56,12 @@ def by_torch(r: Request) -> Lists:
     scores = r.reduced(_scores(r, alive))
     keep_indices = expanded_positions(scores, r.keep, r.chunk_budget, r.selection.max_chunk)
     keep_indices = torch.where(fits[:, None, None], keep_indices, -1)
-    rows = keep_indices.expand(layers, sequences, heads, r.keep)
-    for s, start in alive:
-        compact_sequence(r, s, start, int(r.seq_lens[s]), rows[:, s])
-    protected = torch.zeros_like(starts) if r.protected_lens is None else r.protected_lens.clamp(min=0)
-    return Lists(
-        torch.where(fits, r.seq_lens - (r.window - r.keep), r.seq_lens), keep_indices, scores,
-        torch.where(fits, starts + r.keep, protected),
-    )  # fmt: skip
+    new_lens, frontiers = r.lengths()
+    if not r.dry_run:
+        rows = keep_indices.expand(layers, sequences, heads, r.keep)
+        for s, start in alive:
+            compact_sequence(r, s, start, int(r.seq_lens[s]), rows[:, s])
+    return Lists(new_lens, keep_indices, scores, frontiers)
 
 
 def _scores(r: Request, alive: list[tuple[int, int]]) -> Tensor:
@@ -121,6 +119,9 @@ def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> 
         scores = partials.new_empty(*r.lists, r.window)
     keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
     launch_keep(keep_indices, scores, partials, r, rows, r.chunk_budget, r.selection.max_chunk)
+    if r.dry_run:
+        new_lens, frontiers = r.lengths()
+        return Lists(new_lens, keep_indices, scores, frontiers)
     new_lens, frontiers = torch.empty_like(r.seq_lens), torch.empty_like(r.seq_lens)
     launch_compact(new_lens, frontiers, r, keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1))
     return Lists(new_lens, keep_indices, scores, frontiers)

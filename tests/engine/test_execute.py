@@ -13,7 +13,20 @@ import torch
 from shim import DIM, GROUP, HEADS, LAYERS, make_ring, no_waiting, small
 
 from kara_kernels import CompressedWindow, LookAhead, PagedCache, compress_window
-from kara_kernels.engine import Held, Ledger, PackedCache, Plan, Policy, QueryRing, Span, execute, warm_up
+from kara_kernels.engine import (
+    Held,
+    Ledger,
+    Losses,
+    PackedCache,
+    Plan,
+    Policy,
+    QueryRing,
+    Span,
+    execute,
+    lost_share,
+    needed_tokens,
+    warm_up,
+)
 from kara_kernels.reference import pack_queries
 from kara_kernels.reference.pack import unpacked
 
@@ -337,6 +350,30 @@ def test_warming_up_calls_everything_and_changes_nothing(backend: str, packed: b
         assert torch.equal(torch.stack(both), torch.cat([before[:, 0].flatten(2), before[:, 1].flatten(2)], 2))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dry_run_is_watched_and_moves_nothing(packed: bool) -> None:
+    worker = Worker(small(), decoded=(12, 17, 15), own=({}, {"keep": 2}, {}))
+    keeps, _, _ = worker.expected()
+    cache: Any = worker.packed() if packed else worker.cache
+    pools = cache.pools if packed else [*worker.k, *worker.v]
+    before = [pool.clone() for pool in pools]
+    losses = Losses(0.3, reduce=lambda found: found.div_(2))
+    kept = execute(worker.plans, cache, worker.ring, worker.policy, dry_run=True, watch=losses.watch)
+    assert equal(pools, before)
+    assert equal(kept, keeps)
+    found = {loss.request_id: loss for loss in losses.arrived()}
+    assert not losses.arrived()
+    for plan, keep in zip(worker.plans, keeps, strict=True):
+        scores = compress_window(
+            worker.queries_of(plan)[:, None], worker.k, worker.v, torch.tensor([plan.blocks], dtype=torch.int32),
+            torch.tensor([plan.physical_len], dtype=torch.int32), window=plan.window, keep=plan.keep, dry_run=True,
+            window_starts=torch.tensor([plan.window_start], dtype=torch.int32), **worker.policy.selection,
+        ).scores  # fmt: skip
+        loss = found[plan.request_id]
+        assert loss.lost == pytest.approx(float(lost_share(scores, keep[:, None])) / 2)
+        assert loss.needed == math.ceil(int(needed_tokens(scores, 0.3)) / 2)
+
+
 def test_a_step_without_plans_does_nothing() -> None:
     worker = Worker(small())
     before = [k.clone() for k in worker.k]
@@ -395,7 +432,7 @@ def test_no_host_sync(monkeypatch: pytest.MonkeyPatch) -> None:
             assert ring.prepare([Span(plan.request_id, 3, 3, 9) for plan in worker.plans])
             for layer in range(LAYERS):
                 ring.record(layer, torch.empty(60, HEADS * GROUP, DIM, device="meta"))
-            execute(worker.plans, cache, ring, worker.policy)
+            execute(worker.plans, cache, ring, worker.policy, watch=Losses(0.1).watch)
             uploads.append(mode.uploads)
             kept = execute(worker.plans, packed, ring, worker.policy)
             assert [keep.shape for keep in kept] == [(LAYERS, HEADS, 4)] * sequences

@@ -317,8 +317,8 @@ def test_a_prompt_in_chunks_is_not_compressed() -> None:
     assert ledger.plan([Held("a", 112, list(range(28)), 0)])[0].window_start == 100
 
 
-def test_a_sequence_with_tokens_in_flight_is_not_offered_and_loses_nothing() -> None:
-    """Async scheduling: while a step with uncounted tokens runs, the engine does not offer the sequence."""
+def test_a_sequence_that_is_not_offered_loses_nothing() -> None:
+    """An engine whose tokens in flight may be rejected does not offer the sequence."""
     ledger = Ledger(small(), 4)
     a, b = Decoding(ledger, "a", decoded=20), Decoding(ledger, "b", decoded=20)
     assert {plan.request_id for plan in ledger.plan([b.held()])} == {"b"}

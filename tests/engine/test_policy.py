@@ -33,6 +33,9 @@ OUT_OF_RANGE = {
     "look_ahead": (-1, 2**31),
     "pressure_tail": (-1, 129),
     "pressure_keep": (0, 4097),
+    "max_loss": (-0.1, 1.1, math.nan),
+    "min_keep": (0, 129),
+    "max_keep": (127, 256),
     "max_query_gib": (-1.0, math.inf),
 }
 COUNTS = (
@@ -55,6 +58,9 @@ def test_every_field_is_checked() -> None:
         "look_ahead",
         "pressure_tail",
         "pressure_keep",
+        "max_loss",
+        "min_keep",
+        "max_keep",
     } == set(OUT_OF_RANGE)
 
 

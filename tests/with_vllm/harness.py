@@ -267,15 +267,15 @@ class Dense:
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
 
-    def scores(self, served, events, stride, attention="bidirectional", ahead=0):
+    def scores(self, served, events, stride, attention="bidirectional", ahead=0, moved=True):
         """For each event ``[L, H, W]``: mean attention of each key of its window from the recorded queries. These are
         every ``stride``-th of the newest window + tail decoded tokens, moved ``ahead``, or, if causal, those of the
-        window's tokens."""
-        self.logits(served, events)
+        window's tokens. If nothing ``moved``, the events dropped nothing."""
+        self.logits(served, events if moved else [])
         heads = self.model.config.num_key_value_heads
         found = []
         for i, event in enumerate(events):
-            earlier = [self._event(e) for e in events[:i]]
+            earlier = [self._event(e) for e in events[:i]] if moved else []
             text = torch.ones(1, event["logical_len"], dtype=torch.bool)
             held = replay(self.model, text, earlier).held
             window = slice(event["window_start"], event["window_start"] + event["window"])

@@ -35,6 +35,7 @@ WINDOWS = {"windows": [96, 40]}
         ({"window": 40, "keep": 39}, WINDOWS, {"window": 40, "keep": 39}),
         (True, {"default": "off"}, {}),
         ({"keep": 8}, {"default": "off"}, {"keep": 8}),
+        ({"keep": 60}, {"max_loss": 0.1, "max_keep": 40}, {"keep": 60}),
     ],
 )
 def test_who_is_compressed_and_how(kara, more, own):

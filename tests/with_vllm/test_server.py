@@ -5,6 +5,8 @@ import random
 import re
 import threading
 import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 from harness import KARA, prompts
@@ -26,10 +28,11 @@ def server(model, tmp_path_factory):
         eager=True,
         cpu=True,
         threads=1,
-        kara={**KARA, "trace": str(folder / "trace.jsonl")},
+        kara={**KARA, "trace": str(folder / "trace.jsonl"), "live": str(folder / "live.json")},
     )
     with serving(settings, folder / "server.log") as running:
         running.__dict__["log"], running.__dict__["trace"] = folder / "server.log", folder / "trace.jsonl"
+        running.__dict__["live"] = folder / "live.json"
         yield running
 
 
@@ -149,3 +152,49 @@ def test_operators_see_what_happens(server):
     assert "attention='bidirectional'" in said[1]
     assert "query ring takes" in log
     assert all(re.match(r"(\d_)?cmpl-", event["request_id"]) for event in events)
+
+
+def test_the_dashboard_asks_for_what_the_server_says(server):
+    answered(server, False)
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        scraped = answer.read().decode()
+    samples = dict(re.findall(r"^([a-z]+:\w+)\{([^}]*)\}", scraped, re.MULTILINE))
+    declared = dict(re.findall(r"^# TYPE (\S+) (\S+)", scraped, re.MULTILINE))
+    dashboard = json.loads((Path(__file__).parents[2] / "docs/grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(asked) >= 20
+    for expression in asked:
+        [name] = re.findall(r'((?:vllm|kara):\w+)\{model_name=~"\$model"\}', expression)
+        kind = declared[name.removesuffix("_bucket")]
+        assert (kind == "counter") == ("rate(" in expression and kind != "histogram")
+        assert (kind == "histogram") == ("histogram_quantile(" in expression)
+        # A sample with a reason exists once that has happened.
+        labels = samples.get(name, 'model_name="",reason=""')
+        for label in ("model_name", *re.findall(r"by \((\w+)\)", expression)):
+            assert f'{label}="' in labels, f"{name} has no {label}"
+    ours = {name for name in declared if name.startswith("kara:") and not name.endswith("_created")}
+    shown = {name for expression in asked for name in re.findall(r"kara:\w+", expression)}
+    assert ours - {name.removesuffix("_bucket") for name in shown} == {
+        "kara:shadow_compressions_total",
+        "kara:shadow_tokens_dropped_total",
+    }
+
+
+def test_settings_change_while_the_server_runs(server):
+    def holds(keep):
+        end = time.monotonic() + 30
+        while server.metrics()["kara:keep"] != keep and time.monotonic() < end:
+            stream(server, [1, 2, 3], 2)
+        return server.metrics()["kara:keep"] == keep
+
+    assert holds(32)
+    server.live.write_text('{"keep": 20}')
+    assert holds(20)
+    _, events = answered(server, True)
+    assert {event["keep"] for event in events} == {20}
+    server.live.write_text('{"keep": 200}')
+    stream(server, prompts(20, seed=9)[0], 250)
+    assert holds(20)
+    assert "keep: expected 1..63, got 200" in server.log.read_text()
+    server.live.unlink()
+    assert holds(32)

@@ -67,6 +67,7 @@ def shown(model):
     names = (
         "compressions_total", "tokens_dropped_total", "blocks_freed_total", "compress_seconds_total", "retention",
         "recomputed_tokens_total", "query_ring_bytes", "request_retention_count", "request_retention_sum",
+        "request_lost_count", "request_lost_sum",
     )  # fmt: skip
     found = {name: REGISTRY.get_sample_value(f"kara:{name}", labels) or 0.0 for name in names}
     for reason in ("request", "default", "short"):
@@ -121,7 +122,10 @@ def test_each_request_leaves_its_retention(model, trace):
             for request in served
         ]
         assert len(kara.events()) >= 4
+        lost = [[event["lost"] for event in kara.events_of(request.request_id)] for request in served]
     found = counted(model, before)
+    assert found["request_lost_count"] == sum(map(bool, lost))
+    assert found["request_lost_sum"] == pytest.approx(sum(sum(x) / len(x) for x in lost if x))
     assert found["request_retention_count"] == 3
     assert found["request_retention_sum"] == pytest.approx(sum(want))
 
@@ -130,6 +134,7 @@ def test_aborted_requests_count_and_nothing_piles_up_without_metrics(model):
     with engine(model) as kara:
         kara.generate(prompts(5, 40), greedy(100))
         assert not kara.scheduler._ended
+        assert not kara.scheduler._lost
     before = shown(model)
     with engine(model, disable_log_stats=False) as kara:
         kara.drive(
@@ -172,7 +177,8 @@ def test_who_expects_no_report_reads_all_the_others():
     """vLLM's coordinator of data-parallel engines ignores our field. A front end with Kara also decodes engines without
     Kara."""
     outputs = EngineCoreOutputs(engine_index=3, scheduler_stats=SchedulerStats(kv_connector_stats=FOREIGN))
-    report = Report({"compressions": 2.0, "compress_seconds": 0.25}, {"cap": 1}, {"short": 2}, [0.5, 1.0], 0.75, 99)
+    counts = {"compressions": 2.0, "compress_seconds": 0.25}
+    report = Report(counts, {"cap": 1}, {"short": 2}, [0.5, 1.0], [0.25], 0.75, 99, 96)
     sent = MsgpackEncoder().encode(with_report(outputs, report))
     there = MsgpackDecoder(EngineCoreOutputs).decode(sent)
     assert type(there) is EngineCoreOutputs

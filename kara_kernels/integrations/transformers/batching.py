@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache
-from kara_kernels.engine import Compression, Held, Ledger, Policy, QueryRing, Span, execute
+from kara_kernels.engine import Compression, Held, Ledger, Losses, Policy, QueryRing, Span, execute
 from kara_kernels.values import check_choice
 
 from .models import check_config, not_plain
@@ -172,6 +172,7 @@ class _Run:
         self.kara, self.policy = kara, kara.policy
         self.ledger = Ledger(self.policy, allocator.tokens_per_page)
         self.ledger.skipped = kara.skipped  # counted over all managers
+        self.losses = Losses(self.policy.max_loss)
         # [blocks, K and V of every layer, page, H, D], including the trash at the start, so ids are the allocator's.
         layers = len(allocator.layer_indices)
         heads, dim = allocator.cache_tensor.shape[2:]
@@ -280,17 +281,20 @@ class _Run:
         with self._stream():
             lists = execute(
                 plans, self.pool, self.ring, self.policy, scale=self.scale, look_ahead=self.look_ahead,
-                backend=self.kara.backend,
+                backend=self.kara.backend, watch=self.losses.watch,
             )  # fmt: skip
             kept = [keep.cpu() for keep in lists]
         seconds = (time.perf_counter() - began) / len(plans)
+        losses = {loss.request_id: loss for loss in self.losses.arrived()}  # all, because the copies have waited
         for plan, keep_indices in zip(plans, kept, strict=True):
             self.ledger.commit(plan)
             due[plan.request_id].position_offset = plan.new_len
             del self.allocator.block_table[plan.request_id][plan.kept_blocks :]
             self.allocator.pool.free_blocks(self.allocator.index, list(plan.freed))
             self.kara.dropped += plan.physical_len - plan.new_len
-            self.kara.events.append(Compression.of(plan, keep_indices, seconds=seconds))
+            _, lost, needed = losses[plan.request_id]
+            self.ledger.observe(plan.request_id, needed)
+            self.kara.events.append(Compression.of(plan, keep_indices, seconds=seconds, lost=lost))
 
     def _held(self, state: Any) -> Held:
         blocks, shared = self.allocator.block_table[state.request_id], self.allocator.ledger.shared_ref_counts

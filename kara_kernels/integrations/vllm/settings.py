@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kara_kernels.engine import Policy
-from kara_kernels.values import check_choice, check_count
+from kara_kernels.values import check_choice, check_count, check_flag
 
 RUN = "run"
 SUPPORTED = {"0.32": RUN, "0.33": "read, not run"}
@@ -35,16 +35,27 @@ class Settings:
     min_output_tokens: int | None = None
     """Requests with a smaller ``max_tokens`` are left alone unless they ask. None: those that cannot fill a window and
     its tail."""
+    shadow: bool = False
+    """Score and select, but move and free nothing. Metrics report what would have been freed and lost."""
+    live: str | None = None
+    """File with settings that may change while the server runs, as :data:`LIVE` lists them."""
 
     def __post_init__(self) -> None:
-        if self.trace is not None and not isinstance(self.trace, str):
-            raise TypeError(f"trace: expected a file name, got {type(self.trace).__name__}")
+        for name in ("trace", "live"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name}: expected a file name, got {type(value).__name__}")
+        check_flag("shadow", self.shadow)
         if not isinstance(self.windows, (list, tuple)):
             raise TypeError(f"windows: expected a list, got {type(self.windows).__name__}")
         check_choice("default", self.default, ("on", "off"))
         if self.min_output_tokens is not None:
             check_count("min_output_tokens", self.min_output_tokens, 0, 2**31 - 1)
         _ = self.policies
+
+    def value(self, name: str) -> Any:
+        """A setting, of the policy or of the plugin."""
+        return getattr(self.policy if name in Policy.__dataclass_fields__ else self, name)
 
     @property
     def policies(self) -> list[Policy]:
@@ -89,6 +100,13 @@ class Settings:
 
 BESIDE = tuple(name for name in Settings.__dataclass_fields__ if name != "policy")
 """Keys under ``kara`` that are no fields of the policy."""
+
+
+LIVE = (
+    "keep", "pressure_tail", "pressure_keep", "min_keep", "max_keep", "period", "max_sequences", "min_freed_blocks",
+    "default", "min_output_tokens",
+)  # fmt: skip
+"""Settings that only schedulers use, so they may change while serving."""
 
 
 def settings_of(config: Any) -> Settings:

@@ -10,7 +10,10 @@
 | ``kara:recomputed_tokens_total`` | tokens computed again after preemptions |
 | ``kara:retention`` | physical divided by logical tokens of the running requests |
 | ``kara:request_retention`` | the same of each request when it ends, without those left alone: a histogram |
+| ``kara:request_lost`` | share of its windows' scores that dropped tokens had, of each request: a histogram |
+| ``kara:shadow_...`` | compressions, tokens and blocks of a server that only watches |
 | ``kara:query_ring_bytes`` | memory of recorded queries, per worker |
+| ``kara:keep`` | tokens of a window that are kept |
 
 They travel in a separate field, :attr:`KaraOutputs.kara`, after the fields of vLLM's step outputs. vLLM encodes these
 outputs as an array and appends fields at the end, so a decoder that expects fewer fields ignores ours. The coordinator
@@ -40,10 +43,14 @@ class Report:
     """Requests left alone, by reason."""
     ended: list[float] = field(default_factory=list)
     """Physical divided by logical tokens of each request that ended."""
+    lost: list[float] = field(default_factory=list)
+    """Share of the scores that dropped tokens had, the mean of its windows, of each request that ended."""
     retention: float = 1.0
     """The same of the running requests together."""
     query_ring_bytes: int = 0
     """Memory of recorded queries, per worker."""
+    keep: int = 0
+    """Tokens of a window that are kept, unless a request or the guard says otherwise."""
 
 
 class KaraOutputs(EngineCoreOutputs):  # encoded as an array without defaults, like its base class
@@ -64,11 +71,17 @@ def with_report(outputs: EngineCoreOutputs, report: Report) -> KaraOutputs:
 
 
 _LABELS = ("model_name", "engine")
+COUNTS = ("compressions", "tokens_dropped", "blocks_freed")
+SHADOW_COUNTS = ("shadow_compressions", "shadow_tokens_dropped", "shadow_blocks_freed")
+"""The same where nothing is dropped or freed, because the server only watches."""
 _COUNTERS = {
     "compressions": "Windows that were compressed.",
     "urgent_compressions": "Windows of them that were compressed early, because blocks were short.",
     "tokens_dropped": "Tokens dropped from the KV cache.",
     "blocks_freed": "KV cache blocks freed by compressions.",
+    "shadow_compressions": "Windows that would have been compressed.",
+    "shadow_tokens_dropped": "Tokens that would have been dropped.",
+    "shadow_blocks_freed": "Blocks that would have been freed.",
     "compress_seconds": "Host seconds that workers spent on compressions.",
     "recomputed_tokens": "Tokens computed again after preemptions.",
 }
@@ -76,8 +89,13 @@ _BY_REASON = {"skipped": "Windows that had to wait, by reason.", "opted_out": "R
 _GAUGES = {
     "retention": "Physical by logical tokens of the running requests.",
     "query_ring_bytes": "Memory of recorded queries, per worker.",
+    "keep": "Tokens of a window that are kept, unless a request or the guard says otherwise.",
 }
-_TENTHS = [tenth / 10 for tenth in range(1, 11)]
+_HISTOGRAMS = {
+    "ended": ("request_retention", "Physical by logical tokens of requests that ended."),
+    "lost": ("request_lost", "Share of its windows' scores that dropped tokens had, of requests that ended."),
+}
+_SHARES = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 11))]
 
 
 @functools.cache
@@ -88,9 +106,7 @@ def _metrics() -> dict[str, Any]:
     made |= {
         name: Gauge(f"kara:{name}", text, _LABELS, multiprocess_mode="mostrecent") for name, text in _GAUGES.items()
     }
-    made["request_retention"] = Histogram(
-        "kara:request_retention", "Physical by logical tokens of requests that ended.", _LABELS, buckets=_TENTHS
-    )
+    made |= {name: Histogram(f"kara:{name}", text, _LABELS, buckets=_SHARES) for name, text in _HISTOGRAMS.values()}
     return made
 
 
@@ -126,5 +142,6 @@ def _observe(report: Report, labels: tuple[str, str]) -> None:
             metrics[name].labels(*labels, reason).inc(count)
     for name in _GAUGES:
         metrics[name].labels(*labels).set(getattr(report, name))
-    for retention in report.ended:
-        metrics["request_retention"].labels(*labels).observe(retention)
+    for of_report, (name, _) in _HISTOGRAMS.items():
+        for share in getattr(report, of_report):
+            metrics[name].labels(*labels).observe(share)

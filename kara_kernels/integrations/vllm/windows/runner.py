@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kara_kernels.engine import Compression, PackedCache, QueryRing, Span, execute, warm_up
+from kara_kernels.engine import Compression, Loss, Losses, PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
 from ..layout import paged_view
@@ -42,6 +42,8 @@ class KaraRunner(_Mixin):
         self.kara = settings_of(self.vllm_config)
         self.kara_step = Step()
         self.kara_seconds = 0.0
+        self.kara_losses = Losses(self.kara.policy.max_loss, self._mean_over_ranks)
+        self.kara_lost: list[Loss] = []
         self.kara_ring: QueryRing | None = None
         self.kara_cache: PagedCache | PackedCache | None = None
 
@@ -162,9 +164,11 @@ class KaraRunner(_Mixin):
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
-        if output is not None and self.kara_seconds:
-            _sent(output).kara_seconds = self.kara_seconds
-            self.kara_seconds = 0.0
+        self.kara_lost += self.kara_losses.arrived()
+        if output is not None and (self.kara_seconds or self.kara_lost):
+            sent = _sent(output)
+            sent.kara_seconds, sent.kara_lost = self.kara_seconds, self.kara_lost
+            self.kara_seconds, self.kara_lost = 0.0, []
         return output
 
     # --------------------------------------------------------------------------------------- compression
@@ -173,11 +177,20 @@ class KaraRunner(_Mixin):
         assert self.kara_cache is not None
         assert self.kara_ring is not None
         began = time.perf_counter()
-        keep = execute(step.plans, self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options())
+        keep = execute(
+            step.plans, self.kara_cache, self.kara_ring, self.kara.policy, **self._kara_options(),
+            dry_run=self.kara.shadow, watch=self.kara_losses.watch,
+        )  # fmt: skip
         seconds = time.perf_counter() - began
         self.kara_seconds += seconds
         if self.kara.trace is not None:
             self._trace(self.kara.trace, step, keep, seconds / len(step.plans))
+
+    def _kara_forget_freed(self) -> None:
+        """Cuts the worker's copies of block tables to the length of the scheduler's."""
+        if not self.kara.shadow:
+            for plan in self.kara_step.plans:
+                self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
 
     def _kara_options(self) -> dict[str, Any]:
         pooled = self.kara.policy.pool != "head"
@@ -191,11 +204,16 @@ class KaraRunner(_Mixin):
 
     def _trace(self, path: str, step: Step, keep: list[Tensor], seconds: float) -> None:
         rank = get_tp_group().rank_in_group
-        for plan, (name, recomputed), kept in zip(step.plans, step.clients, keep, strict=True):
-            kept = _of_all_ranks(kept.cpu())
-            if rank:
-                continue
-            record = Compression.of(plan, kept, seconds=seconds, request_id=name, recomputed_len=recomputed)
+        kept_of = [_of_all_ranks(kept.cpu()) for kept in keep]
+        self.kara_lost += self.kara_losses.arrived()  # all of them, because the copies above have waited
+        if rank:
+            return
+        lost = {loss.request_id: loss.lost for loss in self.kara_lost}
+        for plan, (name, recomputed), kept in zip(step.plans, step.clients, kept_of, strict=True):
+            record = Compression.of(
+                plan, kept, seconds=seconds, request_id=name, recomputed_len=recomputed, lost=lost[plan.request_id],
+                moved=not self.kara.shadow,
+            )  # fmt: skip
             line = json.dumps(record.as_dict(), separators=(",", ":")) + "\n"
             # One unbuffered write, so that lines of data-parallel engines do not mix.
             with open(path, "ab", buffering=0) as file:
@@ -232,12 +250,10 @@ class KaraRunnerV1(KaraRunner):
 
     def _update_states(self, scheduler_output: Any) -> Any:
         # Here and not before, because vLLM now has waited until the last step's copy of its block tables is done.
-        for plan in self.kara_step.plans:
-            self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
+        self._kara_forget_freed()
         return super()._update_states(scheduler_output)
 
     def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
-        """Cuts the worker's copies of a block table to the length of the scheduler's."""
         del self.requests[request_id].block_ids[0][kept:]
         row = self.input_batch.req_id_to_index.get(request_id)
         if row is not None:
@@ -279,8 +295,7 @@ class KaraRunnerV2(KaraRunner):
         return self.kernel_block_sizes
 
     def update_requests(self, scheduler_output: Any) -> None:
-        for plan in self.kara_step.plans:
-            self._kara_forget_blocks(plan.request_id, plan.kept_blocks)
+        self._kara_forget_freed()
         super().update_requests(scheduler_output)
 
     def _kara_forget_blocks(self, request_id: str, kept: int) -> None:

@@ -22,9 +22,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from kara_kernels.engine import Held, Ledger, Plan
 
+from ..live import LiveFile
 from ..requests import Choice, RequestError, choose
-from ..settings import settings_of
-from ..stats import Report, with_report
+from ..settings import LIVE, Settings, settings_of
+from ..stats import COUNTS, SHADOW_COUNTS, Report, with_report
 from .configure import check_sizes, query_ring_bytes
 
 logger = init_logger("vllm.kara")
@@ -76,7 +77,7 @@ class KaraManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # A compressed block no longer holds the tokens of its place in the text, so its hash would be wrong.
-        if not self.ledger.windows(request.request_id):
+        if not self.ledger.dropped(request.request_id):
             super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -113,28 +114,36 @@ class KaraScheduler(Scheduler):
         check_sizes(self.vllm_config, self._manager.block_size)
         self._settings = settings_of(self.vllm_config)
         self._ledger = self._manager.ledger = Ledger(
-            self._settings.policy, self._manager.block_size, query_rows=self._settings.query_rows
-        )
+            self._settings.policy, self._manager.block_size, query_rows=self._settings.query_rows,
+            shadow=self._settings.shadow,
+        )  # fmt: skip
+        live = self._settings.live
+        self._live = LiveFile(self.vllm_config.additional_config, live) if live else None
         self._manager.requests = self.requests
         self._ring_bytes = query_ring_bytes(self.vllm_config)
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._opted_out: Counter[str] = Counter()
         self._ended: list[float] = []
+        self._lost: list[float] = []
         self._preempted: list[str] = []
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         logical = request.num_computed_tokens
         if self.log_stats and logical and request.kara.own is not None:
             self._ended.append(1 - self._ledger.dropped(request.request_id) / logical)
+            if lost := getattr(request, "kara_lost", None):
+                self._lost.append(sum(lost) / len(lost))
         return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        request.kara_lost = request.num_computed_tokens
+        request.kara_computed = request.num_computed_tokens
         super()._preempt_request(request, *args, **kwargs)
         self._preempted.append(request.request_id)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._live is not None and (settings := self._live.changed()) is not None:
+            self._change(settings)
         plans = self._apply(self._ledger.plan(self._held()))
         if (lacking := self._lacking_blocks()) > 0:
             urgent = self._apply(self._ledger.relieve(self._held(urgent=True), lacking))
@@ -148,9 +157,10 @@ class KaraScheduler(Scheduler):
         alone = {name for name in output.num_scheduled_tokens if self.requests[name].kara.own is None}
         output.kara = Step(plans, [self._client(plan.request_id) for plan in plans], dropped, alone, self._preempted)
         self._preempted = []
-        self._counts["compressions"] += len(plans)
-        self._counts["tokens_dropped"] += sum(plan.physical_len - plan.new_len for plan in plans)
-        self._counts["blocks_freed"] += sum(len(plan.freed) for plan in plans)
+        counted = SHADOW_COUNTS if self._settings.shadow else COUNTS
+        dropped_tokens = sum(plan.physical_len - plan.new_len for plan in plans)
+        for name, count in zip(counted, (len(plans), dropped_tokens, sum(len(p.freed) for p in plans)), strict=True):
+            self._counts[name] += count
         return output
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -164,6 +174,10 @@ class KaraScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._seconds += getattr(model_runner_output, "kara_seconds", 0.0)
+        for name, lost, needed in getattr(model_runner_output, "kara_lost", ()):
+            self._ledger.observe(name, needed)
+            if name in self.requests:
+                self.requests[name].kara_lost.append(lost)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         # vLLM sends its statistics to one of several front ends. The report goes with them.
         for client, output in outputs.items():
@@ -174,8 +188,19 @@ class KaraScheduler(Scheduler):
     def _apply(self, plans: list[Plan]) -> list[Plan]:
         for plan in plans:
             self._ledger.commit(plan)
-            self._manager.shrink(plan)
+            if not self._settings.shadow:
+                self._manager.shrink(plan)
         return plans
+
+    def _change(self, settings: Settings) -> None:
+        """Takes over settings that changed while serving."""
+        try:
+            self._ledger.update(settings.policy)
+        except ValueError as error:
+            logger.error("Kara's settings stay as they are: %s", error)
+            return
+        self._settings = settings
+        logger.info("Kara's settings changed: %s", ", ".join(f"{x}={settings.value(x)!r}" for x in LIVE))
 
     def _lacking_blocks(self) -> int:
         """Blocks that the next token of every running request needs, beyond those that are free."""
@@ -212,9 +237,9 @@ class KaraScheduler(Scheduler):
             request = self.requests[name]
             if request.num_preemptions:
                 request.kara_recomputed = request.num_tokens
-                self._counts["recomputed_tokens"] += max(0, request.kara_lost - computed)
+                self._counts["recomputed_tokens"] += max(0, request.kara_computed - computed)
             else:
-                request.kara_recomputed, request.kara = 0, self._choose(request)
+                request.kara_recomputed, request.kara_lost, request.kara = 0, [], self._choose(request)
                 self._opted_out.update(filter(None, [request.kara.reason]))
             if request.kara.own is not None:
                 self._ledger.start(name, request.num_prompt_tokens, computed, **request.kara.own)
@@ -243,11 +268,13 @@ class KaraScheduler(Scheduler):
             skipped=dict(self._ledger.skipped),
             opted_out=dict(self._opted_out),
             ended=self._ended,
+            lost=self._lost,
             retention=1 - dropped / logical if logical else 1.0,
             query_ring_bytes=self._ring_bytes,
+            keep=self._settings.policy.keep,
         )
         self._counts, self._opted_out, self._ledger.skipped = Counter(), Counter(), Counter()
-        self._seconds, self._ended = 0.0, []
+        self._seconds, self._ended, self._lost = 0.0, [], []
         return report
 
 

@@ -1,0 +1,248 @@
+"""Decides which sequence is compressed when, and tracks blocks and lengths. Host logic that uses only counts.
+
+A compression has three parts. To **plan**, the scheduler chooses a window from counts that it already has. To
+**execute** (:mod:`.execute`), every worker moves rows before the step writes into freed blocks. To **commit**, the
+scheduler records the new lengths. The plan fixes how many tokens are kept, so the scheduler never waits for a worker,
+and all tensor-parallel ranks agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ..values import check_count
+from .plan import Held, Plan, Running
+from .policy import Policy
+
+
+class Ledger:
+    """The compression state of every running sequence of one engine.
+
+    Call ``start`` when a sequence's first tokens are scheduled. Call ``forget`` when it finishes, is aborted **or is
+    preempted**. After preemption the compressed cache is lost with its blocks, and the sequence is recomputed. No state
+    depends on a position in the batch. A sequence that was never started is never compressed.
+
+    Args:
+        policy: the compression settings.
+        page_size: ``P``, tokens per block; 1 for slot tables.
+        query_rows: queries that the ring holds per sequence. The default and minimum is ``policy.query_rows``. With
+            more, a window that had to wait is still scored by its own queries and those of its tail, and sequences may
+            have larger windows.
+        shadow: plan as usual, but drop nothing. A committed window only passes, whole, and nothing else of the engine
+            changes.
+
+    Raises:
+        TypeError, ValueError: settings that could never free a block of this size; too few rows.
+    """
+
+    def __init__(self, policy: Policy, page_size: int, *, query_rows: int | None = None, shadow: bool = False) -> None:
+        policy.check_page_size(page_size)
+        self.policy = policy
+        self.page_size = page_size
+        self.shadow = shadow
+        self.query_rows = policy.query_rows if query_rows is None else query_rows
+        check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
+        self.skipped: Counter[str] = Counter()
+        """Windows that had to wait; every window and reason counts once. ``shared``: others hold blocks of it;
+        ``gain``: it would free too few blocks yet; ``queries``: too few are recorded; ``cap``: others went first.
+        ``loss``: the guard stopped the sequence."""
+        self._states: dict[str, Running] = {}
+        self._planned: dict[str, Plan] = {}  # plans of the latest round, until committed
+        self._of_round: set[str] = set()  # sequences with a plan in the latest round, committed or not
+        self._started = 0
+        self._rounds = 0
+
+    def start(
+        self, request_id: str, prompt_len: int, computed: int, *, window: int | None = None, keep: int | None = None
+    ) -> None:
+        """Registers a sequence that starts, or restarts after preemption.
+
+        Args:
+            request_id: its name.
+            prompt_len: tokens that are never compressed. If ``policy.protected`` is larger, it counts instead.
+            computed: tokens served by the prefix cache, whose queries were not recorded.
+            window, keep: the sequence's own, instead of the policy's.
+
+        Raises:
+            TypeError, ValueError: a ``window`` or ``keep`` that a policy could not have, or more queries than the ring
+                holds.
+        """
+        policy = self.policy.resized(window, keep)
+        if policy is not self.policy:
+            policy.check_page_size(self.page_size)
+            check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
+        self._planned.pop(request_id, None)
+        frontier = max(prompt_len, policy.protected)
+        self._states[request_id] = Running(self._started, policy, max(prompt_len, computed), frontier)
+        self._started += 1
+
+    def forget(self, request_id: str) -> None:
+        """Removes a sequence that no longer holds blocks. Unknown names are ignored: it may never have started."""
+        self._states.pop(request_id, None)
+        self._planned.pop(request_id, None)
+
+    def dropped(self, request_id: str) -> int:
+        """Logical minus physical length; 0 for a sequence that was never compressed or is unknown."""
+        state = self._states.get(request_id)
+        return 0 if state is None else state.dropped
+
+    def windows(self, request_id: str) -> int:
+        """Compressions since the sequence started or restarted."""
+        state = self._states.get(request_id)
+        return 0 if state is None else state.windows
+
+    def uncompressed(self, request_id: str, logical_len: int) -> int:
+        """Decoded tokens after the frontier, not yet in a window. 0 for an unknown sequence or within a prompt."""
+        state = self._states.get(request_id)
+        return 0 if state is None else state.uncompressed(logical_len)
+
+    def is_due(self, request_id: str, logical_len: int, *, urgent: bool = False) -> bool:
+        """Whether the sequence has a full window and tail. ``urgent``: or a tail for :meth:`relieve`. Cheap: call it
+        before you create a :class:`Held`."""
+        state = self._states.get(request_id)
+        return state is not None and state.is_due(logical_len, urgent)
+
+    def peak(self, prompt_len: int, total: int, *, window: int | None = None, keep: int | None = None) -> int:
+        """The most rows that a sequence of ``total`` tokens holds, if it is computed in the chunks of :meth:`chunk`."""
+        if self.shadow:
+            return total
+        policy = self.policy.resized(window, keep)
+        protected, most = max(prompt_len, policy.protected), policy.window + policy.tail + self.page_size
+        windows = max(0, total - protected - policy.tail) // policy.window
+        return min(total, protected + windows * policy.most_keep + most)
+
+    def chunk(
+        self, request_id: str, prompt_len: int, computed: int, *, window: int | None = None, keep: int | None = None
+    ) -> int:
+        """The most tokens that a sequence with ``computed`` ones should compute next, when its text is already known.
+
+        Up to its next window and tail. While that window has to wait, the sequence goes on by a block at a time. The
+        sequence may not have started yet; ``window`` and ``keep`` are those of :meth:`start`.
+        """
+        if self.shadow:
+            return 2**31 - 1
+        state, policy = self._states.get(request_id), self.policy.resized(window, keep)
+        frontier = max(prompt_len, policy.protected) if state is None else state.frontier + state.dropped
+        left = frontier + policy.window + policy.tail - computed
+        return left if left > 0 else self.page_size
+
+    def observe(self, request_id: str, needed: int) -> None:
+        """Tells the guard how many tokens the latest window of a sequence needed, by
+        :func:`kara_kernels.engine.needed_tokens` of ``policy.max_loss``.
+
+        It sets ``keep`` of the sequence's next window within ``min_keep`` and ``max_keep``, or stops compressing the
+        sequence. Sequences with a ``window`` or ``keep`` of their own, and unknown ones, are left alone. A late call
+        only acts later.
+        """
+        state = self._states.get(request_id)
+        if state is None or state.policy is not self.policy or self.policy.max_loss is None:
+            return
+        state.keep = self.policy.guarded(needed)
+        if state.keep is None and not state.stopped:
+            state.stopped = True
+            self._skip(state, "loss")
+
+    def update(self, policy: Policy) -> None:
+        """Replaces the settings while sequences run. Those of their own keep their ``window`` and ``keep``.
+
+        Raises ValueError for settings that could never free a block, or need more queries than the ring holds.
+        """
+        policy.check_page_size(self.page_size)
+        check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
+        for state in self._states.values():
+            own = state.policy
+            state.policy = policy if own is self.policy else policy.resized(own.window, own.keep)
+        self.policy = policy
+
+    def plan(self, held: Iterable[Held]) -> list[Plan]:
+        """The compressions of this engine step: at most one per sequence and ``max_sequences`` in all.
+
+        Sequences with the most uncompressed tokens go first, then those that have run longest, so that none starves.
+        No length changes. A plan that is not committed before the next call is discarded.
+
+        Raises ValueError if a sequence that is due has fewer blocks than rows.
+        """
+        self._planned, self._of_round = {}, set()
+        self._rounds += 1
+        if (self._rounds - 1) % self.policy.period:
+            return []
+        plans = self._in_turn(held)
+        for plan in plans[self.policy.max_sequences :]:
+            self._skip(self._states[plan.request_id], "cap")
+        del plans[self.policy.max_sequences :]
+        return self._remember(plans)
+
+    def relieve(self, held: Iterable[Held], blocks: int) -> list[Plan]:
+        """More compressions of this step, which free ``blocks`` blocks if they can. Call it after :meth:`plan`, when
+        the engine would otherwise preempt a sequence.
+
+        Sequences without a plan are compressed with a tail of at least ``policy.least_tail``, as many as it takes. If
+        that frees too few blocks, they keep ``policy.least_keep``, unless they have a ``keep`` of their own or a guard.
+        ``period`` and ``max_sequences`` do not hold, and every plan frees a block.
+        """
+        if self.shadow:
+            return []
+        others = [sequence for sequence in held if sequence.request_id not in self._of_round]
+        plans: list[Plan] = []
+        for pressure in (1, 2):
+            plans, freed = [], 0
+            for plan in self._in_turn(others, pressure):
+                if freed >= blocks:
+                    break
+                plans.append(plan)
+                freed += len(plan.freed)
+            if freed >= blocks:
+                break
+        return self._remember(plans)
+
+    def _remember(self, plans: list[Plan]) -> list[Plan]:
+        self._planned |= {plan.request_id: plan for plan in plans}
+        self._of_round |= self._planned.keys()
+        return plans
+
+    def commit(self, plan: Plan) -> None:
+        """Records a plan. Every worker must execute it before it computes another token of this sequence.
+
+        Raises ValueError if the plan is from an earlier round, was already committed, or its sequence was forgotten or
+        restarted since.
+        """
+        if self._planned.get(plan.request_id) != plan:
+            raise ValueError(f"plan: expected an uncommitted one of the latest round, got {plan}")
+        del self._planned[plan.request_id]
+        state = self._states[plan.request_id]
+        kept = plan.window if self.shadow else plan.keep
+        state.dropped += plan.window - kept
+        state.frontier = plan.window_start + kept
+        state.windows += 1
+        state.said.clear()
+
+    def _in_turn(self, held: Iterable[Held], pressure: int = 0) -> list[Plan]:
+        """Plans of all sequences that need not wait. Those with the most uncompressed tokens go first."""
+        due = [found for sequence in held if (found := self._plan(sequence, pressure)) is not None]
+        due.sort(key=lambda found: (-found[0], self._states[found[1].request_id].order))
+        return [plan for _, plan in due]
+
+    def _plan(self, held: Held, pressure: int) -> tuple[int, Plan] | None:
+        """The number of compressible tokens and the plan for the oldest window, or None if it has to wait.
+
+        ``pressure`` is 0, 1 with a shorter tail, or 2 with a smaller ``keep`` as well.
+        """
+        state, urgent = self._states.get(held.request_id), pressure > 0
+        if state is None or not state.is_due(held.logical_len, urgent):
+            return None
+        policy = state.policy
+        keep = policy.keep if state.keep is None else state.keep
+        if pressure > 1 and policy is self.policy and policy.max_loss is None:
+            keep = policy.least_keep
+        plan = state.oldest_window(held, self.page_size, self.query_rows, keep, urgent)
+        if isinstance(plan, str):
+            if not urgent:
+                self._skip(state, plan)
+            return None
+        return plan.physical_len - max(state.frontier, held.first_owned * self.page_size), plan
+
+    def _skip(self, state: Running, reason: str) -> None:
+        if reason not in state.said:
+            state.said.add(reason)
+            self.skipped[reason] += 1
