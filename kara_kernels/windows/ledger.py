@@ -144,7 +144,8 @@ class Ledger:
             self._skip(state, "loss")
 
     def update(self, policy: Policy) -> None:
-        """Replaces the settings while sequences run. Those of their own keep their ``window`` and ``keep``.
+        """Replaces the settings while sequences run. Those of their own keep their ``window`` and ``keep``. The guard
+        starts anew.
 
         Raises ValueError for settings that could never free a block, or need more queries than the ring holds.
         """
@@ -153,6 +154,7 @@ class Ledger:
         for state in self._states.values():
             own = state.policy
             state.policy = policy if own is self.policy else policy.resized(own.window, own.keep)
+            state.keep, state.stopped = None, False
         self.policy = policy
 
     def plan(self, held: Iterable[Held]) -> list[Plan]:

@@ -154,6 +154,16 @@ def test_settings_change_while_sequences_run() -> None:
     assert len(ledger.plan(held)) == 1
 
 
+def test_new_settings_begin_without_what_the_guard_found_under_the_old_ones() -> None:
+    ledger = Ledger(guarded(), 1)
+    higher, stopped = Decoding(ledger, "a"), Decoding(ledger, "b")
+    for sequence, needed in ((higher, 9), (stopped, 10)):
+        sequence.until_planned()
+        ledger.observe(sequence.name, needed)
+    ledger.update(guarded(max_keep=7))
+    assert [sequence.until_planned().keep for sequence in (higher, stopped)] == [6, 6]
+
+
 @pytest.mark.parametrize("policy", [small(window=16), Policy(window=8, keep=7, tail=4, min_freed_blocks=2)])
 def test_settings_that_cannot_be_while_it_runs_are_refused(policy: Policy) -> None:
     ledger = Ledger(small(), 4)
