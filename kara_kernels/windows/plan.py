@@ -89,7 +89,7 @@ class Running:
         return max(0, logical_len - self.dropped - self.frontier)
 
     def enough(self, urgent: bool) -> int:
-        """Uncompressed tokens from which on it is due."""
+        """Uncompressed tokens that make it due."""
         return self.policy.window + (self.policy.least_tail if urgent else self.policy.tail)
 
     def is_due(self, logical_len: int, urgent: bool) -> bool:

@@ -47,9 +47,8 @@ class Request(ScoreArguments):
         fits = (starts >= 0) & (self.seq_lens >= self.window) & (starts <= self.seq_lens - self.window)
         return starts, fits if self.protected_lens is None else fits & (starts >= self.protected_lens)
 
-    def lengths(self) -> tuple[Tensor, Tensor]:
-        """int32 ``[S]`` each: lengths and frontiers after the compression."""
-        starts, fits = self.windows()
+    def lengths(self, starts: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
+        """int32 ``[S]`` each: lengths and frontiers after the compression of :meth:`windows`."""
         protected = torch.zeros_like(starts) if self.protected_lens is None else self.protected_lens.clamp(min=0)
         shorter = self.seq_lens - (self.window - self.keep)
         return torch.where(fits, shorter, self.seq_lens), torch.where(fits, starts + self.keep, protected)

@@ -56,7 +56,7 @@ def by_torch(r: Request) -> Lists:
     scores = r.reduced(_scores(r, alive))
     keep_indices = expanded_positions(scores, r.keep, r.chunk_budget, r.selection.max_chunk)
     keep_indices = torch.where(fits[:, None, None], keep_indices, -1)
-    new_lens, frontiers = r.lengths()
+    new_lens, frontiers = r.lengths(starts, fits)
     if not r.dry_run:
         rows = keep_indices.expand(layers, sequences, heads, r.keep)
         for s, start in alive:
@@ -120,7 +120,7 @@ def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> 
     keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
     launch_keep(keep_indices, scores, partials, r, rows, r.chunk_budget, r.selection.max_chunk)
     if r.dry_run:
-        new_lens, frontiers = r.lengths()
+        new_lens, frontiers = r.lengths(*r.windows())
         return Lists(new_lens, keep_indices, scores, frontiers)
     new_lens, frontiers = torch.empty_like(r.seq_lens), torch.empty_like(r.seq_lens)
     launch_compact(new_lens, frontiers, r, keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1))

@@ -79,8 +79,8 @@ def _checked(asked: bool | dict, settings: Settings, block_size: int) -> dict[st
             f"them, got {short(own['window'])}"
         )
     try:
-        unguarded = {"max_loss": None, "min_keep": None, "max_keep": None}
-        replace(settings.policy, **unguarded | own).check_page_size(block_size)
+        unguarded = settings.policy.resized(settings.policy.window)
+        replace(unguarded, **own).check_page_size(block_size)
     except (TypeError, ValueError) as error:
         raise RequestError(f"kara: {error}") from None
     return own

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import UserDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kara_kernels.engine import Policy
@@ -53,9 +53,10 @@ class Settings:
             check_count("min_output_tokens", self.min_output_tokens, 0, 2**31 - 1)
         _ = self.policies
 
-    def value(self, name: str) -> Any:
-        """A setting, of the policy or of the plugin."""
-        return getattr(self.policy if name in Policy.__dataclass_fields__ else self, name)
+    @property
+    def values(self) -> dict[str, Any]:
+        """All settings by name, those of the policy too."""
+        return asdict(self.policy) | {name: getattr(self, name) for name in BESIDE}
 
     @property
     def policies(self) -> list[Policy]:
@@ -100,7 +101,6 @@ class Settings:
 
 BESIDE = tuple(name for name in Settings.__dataclass_fields__ if name != "policy")
 """Keys under ``kara`` that are no fields of the policy."""
-
 
 LIVE = (
     "keep", "pressure_tail", "pressure_keep", "min_keep", "max_keep", "period", "max_sequences", "min_freed_blocks",

@@ -71,9 +71,6 @@ def with_report(outputs: EngineCoreOutputs, report: Report) -> KaraOutputs:
 
 
 _LABELS = ("model_name", "engine")
-COUNTS = ("compressions", "tokens_dropped", "blocks_freed")
-SHADOW_COUNTS = ("shadow_compressions", "shadow_tokens_dropped", "shadow_blocks_freed")
-"""The same where nothing is dropped or freed, because the server only watches."""
 _COUNTERS = {
     "compressions": "Windows that were compressed.",
     "urgent_compressions": "Windows of them that were compressed early, because blocks were short.",

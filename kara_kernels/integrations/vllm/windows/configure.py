@@ -11,11 +11,11 @@ from typing import Any
 
 from kara_kernels.engine import Held, Ledger, Policy, check_ring, fit_queries
 
-from ..settings import BESIDE, Additional, refusal, settings_of
+from ..settings import Additional, refusal, settings_of
 
 _ROOM = __name__.rpartition(".")[0]
 SCHEDULERS = (f"{_ROOM}.scheduler.KaraScheduler", f"{_ROOM}.scheduler.KaraAsyncScheduler")
-"""The scheduler of steps in turn, and that of steps planned while the one before runs (asynchronous scheduling)."""
+"""Our schedulers, synchronous and asynchronous."""
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": f"{_ROOM}.worker.KaraCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": f"{_ROOM}.worker.KaraGPUWorker",
@@ -130,8 +130,7 @@ def after(config: Any) -> None:
             raise ValueError(f"kara: expected one of the workers {', '.join(WORKERS)}, got {parallel.worker_cls}")
         parallel.worker_cls = WORKERS[parallel.worker_cls]
     check_sizes(config, config.cache_config.block_size)
-    values = dataclasses.asdict(settings.policy) | {name: getattr(settings, name) for name in BESIDE}
-    said = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    said = ", ".join(f"{key}={value!r}" for key, value in settings.values.items())
     # A child of vLLM's logger, so that its handlers and levels apply.
     init_logger("vllm.kara").info_once(f"Kara compresses the KV cache while decoding: {said}")
 

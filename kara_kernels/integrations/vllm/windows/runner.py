@@ -1,8 +1,9 @@
 """vLLM's model runners with Kara: they record queries, execute plans before the step, and shift lengths and slots.
 
-A step with plans first moves rows and forgets the freed blocks. Then it continues as in vLLM: block zeroing, copies,
-inputs, forward pass. Compression runs outside captured CUDA graphs, on the stream of the forward pass. Recording runs
-inside them and reads its indices from a fixed address. **Untested on a GPU**, like all of this library.
+A step with plans first moves rows. Then it continues as in vLLM: block tables, from which freed blocks are cut first,
+block zeroing, copies, inputs, forward pass. Compression runs outside captured CUDA graphs, on the stream of the forward
+pass. Recording runs inside them and reads its indices from a fixed address. **Untested on a GPU**, like all of this
+library.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ class KaraRunnerV1(KaraRunner):
         return self._kernel_block_sizes
 
     def _update_states(self, scheduler_output: Any) -> Any:
-        # Here and not before, because vLLM now has waited until the last step's copy of its block tables is done.
+        # Not earlier: by now vLLM has waited for the last step's copy of its block tables to the GPU.
         self._kara_forget_freed()
         return super()._update_states(scheduler_output)
 

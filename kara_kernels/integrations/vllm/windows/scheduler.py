@@ -25,7 +25,7 @@ from kara_kernels.engine import Held, Ledger, Plan
 from ..live import LiveFile
 from ..requests import Choice, RequestError, choose
 from ..settings import LIVE, Settings, settings_of
-from ..stats import COUNTS, SHADOW_COUNTS, Report, with_report
+from ..stats import Report, with_report
 from .configure import check_sizes, query_ring_bytes
 
 logger = init_logger("vllm.kara")
@@ -157,10 +157,10 @@ class KaraScheduler(Scheduler):
         alone = {name for name in output.num_scheduled_tokens if self.requests[name].kara.own is None}
         output.kara = Step(plans, [self._client(plan.request_id) for plan in plans], dropped, alone, self._preempted)
         self._preempted = []
-        counted = SHADOW_COUNTS if self._settings.shadow else COUNTS
-        dropped_tokens = sum(plan.physical_len - plan.new_len for plan in plans)
-        for name, count in zip(counted, (len(plans), dropped_tokens, sum(len(p.freed) for p in plans)), strict=True):
-            self._counts[name] += count
+        would = "shadow_" if self._settings.shadow else ""
+        self._counts[f"{would}compressions"] += len(plans)
+        self._counts[f"{would}tokens_dropped"] += sum(plan.physical_len - plan.new_len for plan in plans)
+        self._counts[f"{would}blocks_freed"] += sum(len(plan.freed) for plan in plans)
         return output
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -200,7 +200,8 @@ class KaraScheduler(Scheduler):
             logger.error("Kara's settings stay as they are: %s", error)
             return
         self._settings = settings
-        logger.info("Kara's settings changed: %s", ", ".join(f"{x}={settings.value(x)!r}" for x in LIVE))
+        values = settings.values
+        logger.info("Kara's settings changed: %s", ", ".join(f"{name}={values[name]!r}" for name in LIVE))
 
     def _lacking_blocks(self) -> int:
         """Blocks that the next token of every running request needs, beyond those that are free."""
