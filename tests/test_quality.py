@@ -28,6 +28,7 @@ from bench.quality.methods import (  # noqa: E402
     Kara,
     Method,
     ablations,
+    guarded,
     pyramid,
 )
 from bench.quality.replay import Replay, Window  # noqa: E402
@@ -142,6 +143,21 @@ def test_chance_is_repeatable_and_streaming_keeps_the_newest() -> None:
     assert peers.streaming_llm(given)[1, 2].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("keep", [77, 128])
+def test_the_guards_budgets_follow_the_windows_and_keep_their_mean(keep: int, late: int) -> None:
+    """Scores of later windows fall more slowly, so that fewer tokens hold less of them."""
+    falls = torch.linspace(0.06, 0.005, 8)
+    scores = [torch.exp(-fall * torch.arange(256.0)).expand(2, 3, 256) for fall in falls]
+    budgets = guarded(scores, keep, late)
+    assert len(budgets) == 8
+    assert budgets[:late] == [keep] * late
+    assert budgets[late:] == sorted(budgets[late:])
+    assert budgets[-1] > 1.5 * budgets[late]
+    assert abs(sum(budgets) - 8 * keep) <= 4
+    assert guarded(scores[:1] * 4, keep, late) == [keep] * 4
+
+
 @pytest.mark.parametrize("kept", [51, 77, 102, 128, 154])
 def test_pyramid_budgets_fall_and_keep_their_mean(kept: int) -> None:
     budgets = pyramid(kept, 30)
@@ -188,7 +204,7 @@ def test_a_compressed_replay_is_the_dense_model_without_the_dropped(llama: Any) 
     chance = torch.Generator().manual_seed(1)
     assert replay.windows(size, 5) == 3
     scores = [torch.rand(3, 2, size, generator=chance) for _ in range(3)]
-    seen = replay.go_on(replay.compressed(scores, keep, 5, chunk_fraction=0.0), ids[-10:])
+    seen = replay.go_on(replay.compressed(scores, [[keep] * 3] * 3, 5, chunk_fraction=0.0), ids[-10:])
 
     ledger = Ledger(3, 2, torch.ones(1, len(ids)))
     ledger.read(len(ids) - 10)
@@ -212,13 +228,13 @@ def test_a_replay_that_keeps_all_is_the_model(llama: Any) -> None:
     scores = [torch.rand(3, 2, 16) for _ in range(2)]
     with torch.no_grad():
         plain = llama(ids[None]).logits[0, -8:].log_softmax(-1)
-    for cache in (replay.full(), replay.compressed(scores, 16, 4)):
+    for cache in (replay.full(), replay.compressed(scores, [[16] * 3] * 2, 4)):
         torch.testing.assert_close(replay.go_on(cache, ids[-8:]), plain, rtol=1e-3, atol=1e-4)
 
 
 def test_layers_may_have_budgets_of_their_own(llama: Any) -> None:
     replay = Replay(llama, text_of(50), 8)
-    cache = replay.compressed([torch.rand(3, 2, 16)] * 2, [10, 6, 1], 5, chunk_fraction=0.0)
+    cache = replay.compressed([torch.rand(3, 2, 16)] * 2, [[10, 6, 1]] * 2, 5, chunk_fraction=0.0)
     assert [cache.get_seq_length(layer) for layer in range(3)] == [50 - 2 * (16 - k) for k in (10, 6, 1)]
     assert replay.go_on(cache, text_of(5, 1)).isfinite().all()
 

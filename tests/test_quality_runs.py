@@ -21,7 +21,7 @@ from test_transformers import make_model
 import bench.quality.__main__ as command
 from bench import tables
 from bench.quality import peers, report, run, sources
-from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, pyramid, served
+from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, guards, pyramid, served
 from bench.quality.replay import Replay
 from bench.store import Store, code_of
 from demos.screen import Screen
@@ -266,7 +266,7 @@ def test_two_runs_share_the_work(measured: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_committed_page_is_that_of_its_table(tmp_path: Path) -> None:
     head, records = tables.read(command.RESULTS / "quality.csv")
-    methods = {method.name for method in [FULL, *METHODS, *served(), *ablations()]}
+    methods = {method.name for method in [FULL, *METHODS, *served(), *guards(), *ablations()]}
     if {record["method"] for record in records} != methods:
         pytest.skip("the committed table is of an earlier bench: make quality")
     page, _ = report.write({**head, "records": records}, tmp_path)

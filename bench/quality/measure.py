@@ -76,7 +76,7 @@ def _judged(
             scores = [method.scorer(replay.window(i, method.window, method.tail, seed)) for i in windows]
             seconds = (time.perf_counter() - began) / max(1, len(windows))
             scored_as = method.scored_as
-        keep = method.keep(retention, len(replay.keys))
+        keep = method.keep(retention, scores)
         cache = replay.compressed(scores, keep, method.tail, **method.selection)
         held = sum(cache.get_seq_length(layer) for layer in range(len(replay.keys))) / len(replay.keys)
         yield {

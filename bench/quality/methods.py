@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kara_kernels.engine import Policy, QueryRing, Span
+from kara_kernels.engine import Policy, QueryRing, Span, needed_tokens
 from kara_kernels.ops import score_window
 from kara_kernels.options import PAPER, Scoring, Selection, split_options
 from kara_kernels.windows.queries import FORMS
@@ -35,6 +35,7 @@ class Method:
     window: int = WINDOW
     tail: int = TAIL
     layer_budgets: Callable[[int, int], list[int]] | None = None
+    window_budgets: Callable[[list[Tensor], int], list[int]] | None = None
 
     @property
     def own_scores(self) -> bool:
@@ -46,9 +47,13 @@ class Method:
         """Methods with the same value share their scores."""
         return self.scorer, self.window, self.tail
 
-    def keep(self, retention: float, layers: int) -> int | list[int]:
-        kept = round(retention * self.window)
-        return kept if self.layer_budgets is None else self.layer_budgets(kept, layers)
+    def keep(self, retention: float, scores: list[Tensor]) -> list[list[int]]:
+        """Tokens kept of every window, in every layer, given the windows' scores ``[L, H, W]``."""
+        kept, layers = round(retention * self.window), len(scores[0]) if scores else 0
+        budgets = [kept] * layers if self.layer_budgets is None else self.layer_budgets(kept, layers)
+        if self.window_budgets is not None:
+            return [[kept] * layers for kept in self.window_budgets(scores, kept)]
+        return [budgets] * len(scores)
 
 
 Cell = tuple[Method, float]  # a method at a retention
@@ -183,6 +188,38 @@ def _recorded(policy: Policy) -> str:
     every = {1: "every token", 2: "every 2nd token"}.get(policy.query_stride, f"every {policy.query_stride}th token")
     dtype = "16 bits" if policy.query_dtype == "auto" else policy.query_dtype
     return f"{heads}, {every}, {dtype}" + ", not ahead" * (policy.positions_ahead == 0)
+
+
+def guarded(scores: list[Tensor], keep: int, late: int = 1) -> list[int]:
+    """Budgets of windows as the guard sets them, by the scores of the window ``late`` windows earlier, with the limit
+    whose budgets have a mean closest to ``keep``."""
+
+    def budgets(max_loss: float) -> list[int]:
+        policy = Policy(keep=keep, max_loss=max_loss)
+        needed = [int(needed_tokens(window[:, None], max_loss)) for window in scores]
+        wanted = [policy.guarded(count) or policy.most_keep for count in needed]
+        return ([keep] * late + wanted)[: len(scores)]
+
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(budgets(middle)) > keep * len(scores) else (low, middle)
+    return min(budgets(low), budgets(high), key=lambda found: abs(sum(found) - keep * len(scores)))
+
+
+GUARDED_RETENTIONS = (0.3, 0.5)
+
+
+def guards() -> list[Method]:
+    """The default with the guard: as it is, and if it acted on the very window that it measured."""
+    return [
+        Method("guard", "acts one window late, as in an engine", "guard", OURS, SELECTION, window_budgets=guarded),
+        Method("guard, at once", "would need a synchronisation", "guard", OURS, SELECTION, window_budgets=at_once),
+    ]
+
+
+def at_once(scores: list[Tensor], keep: int) -> list[int]:
+    return guarded(scores, keep, late=0)
 
 
 ABLATION_RETENTION = 0.3

@@ -122,8 +122,8 @@ class Replay:
     def full(self) -> DynamicCache:
         return _cache(self.keys, self.values)
 
-    def compressed(self, scores: list[Tensor], keep: int | list[int], tail: int, **selection: Any) -> DynamicCache:
-        """The cache after reducing every window to ``keep`` tokens (a list: per layer) by its ``scores [L, H, W]``.
+    def compressed(self, scores: list[Tensor], keep: list[list[int]], tail: int, **selection: Any) -> DynamicCache:
+        """The cache after reducing every window to ``keep[window][layer]`` tokens by its ``scores [L, H, W]``.
 
         The last window goes first, so that no window has moved before its turn.
         """
@@ -136,15 +136,16 @@ class Replay:
         table = torch.arange(pages, dtype=torch.int32, device=self.keys.device)[None]
         cache = DynamicCache()
         layers = range(len(self.keys))
-        for some, kept in [(layers, keep)] if isinstance(keep, int) else [([i], keep[i]) for i in layers]:
+        alike = all(len(set(of_window)) == 1 for of_window in keep)
+        for some in [list(layers)] if alike else [[i] for i in layers]:
             paged = PagedCache(*([pool[i] for i in some] for pool in pools))
             lengths = torch.tensor([self.length], dtype=torch.int32, device=self.keys.device)
             for index in reversed(range(len(scores))):
                 window = scores[index].shape[-1]
                 starts = torch.full_like(lengths, self.first(window, tail) + index * window)
                 lengths = compress_window(
-                    None, paged.k, paged.v, table, lengths, window=window, keep=kept,
-                    scores=scores[index][list(some), None], window_starts=starts, **selection,
+                    None, paged.k, paged.v, table, lengths, window=window, keep=keep[index][some[0]],
+                    scores=scores[index][some, None], window_starts=starts, **selection,
                 ).seq_lens  # fmt: skip
             for i in some:
                 k, v = (pool[i].flatten(0, 1)[: int(lengths)].transpose(0, 1)[None] for pool in pools)

@@ -12,7 +12,18 @@ from kara_kernels.engine import Policy
 
 from . import picture
 from .measure import DISTANCES
-from .methods import ABLATION_RETENTION, BASE, DEFAULT, METHODS, SERVED_RETENTIONS, Served, ablations, served
+from .methods import (
+    ABLATION_RETENTION,
+    BASE,
+    DEFAULT,
+    GUARDED_RETENTIONS,
+    METHODS,
+    SERVED_RETENTIONS,
+    Served,
+    ablations,
+    guards,
+    served,
+)
 from .statistics import Table, by_text, difference, mean, ratio, recall_by_kind, recall_tables
 
 SERVED_GROUP = 4
@@ -47,6 +58,7 @@ def _page(result: Mapping[str, Any]) -> list[str]:
         ["## In short", "", *_short(kl, above, exact, retentions)],
         _fidelity(records, tables, retentions),
         _served(kl),
+        _guarded(kl, by_text(records, "fidelity", "held")),
         _recall(records, tables, retentions),
         _decoding(records),
         _ablations(kl, by_text(records, "fidelity", "held")),
@@ -264,6 +276,30 @@ def _served(kl: Table) -> list[str]:
         if (name, SERVED_RETENTIONS[0]) in kl:
             shown = (_show(ratio(kl[name, r], kl[DEFAULT, r])) for r in SERVED_RETENTIONS)
             rows.append(f"| {name} | {_bits(policy):.2g} | " + " | ".join(shown) + " |")
+    return rows
+
+
+def _guarded(kl: Table, held: Table) -> list[str]:
+    """What the guard buys at the same memory."""
+    methods = [method for method in guards() if (method.name, GUARDED_RETENTIONS[0]) in kl]
+    if not methods:
+        return []
+    rows = [
+        f"## The guard, over {len(kl[methods[0].name, GUARDED_RETENTIONS[0]])} texts",
+        "",
+        "KL by that of the default, which keeps as many tokens of every window. Each text has the limit with which the",
+        "guard keeps as many on average; in brackets what the caches hold, by the default's.",
+        "",
+        "| | | " + " | ".join(f"{r:.0%}" for r in GUARDED_RETENTIONS) + " |",
+        "|---|---|" + "---|" * len(GUARDED_RETENTIONS),
+    ]
+    for method in methods:
+        cells = (
+            f"{_show(ratio(kl[method.name, r], kl[DEFAULT, r]))} "
+            f"[{ratio(held[method.name, r], held[DEFAULT, r]).value:.3f}]"
+            for r in GUARDED_RETENTIONS
+        )
+        rows.append(f"| {method.name} | {method.what} | " + " | ".join(cells) + " |")
     return rows
 
 

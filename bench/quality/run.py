@@ -22,6 +22,7 @@ from .methods import (
     ABLATION_RETENTION,
     DEFAULT,
     FULL,
+    GUARDED_RETENTIONS,
     METHODS,
     RETENTIONS,
     SERVED_RETENTIONS,
@@ -30,6 +31,7 @@ from .methods import (
     Cell,
     Method,
     ablations,
+    guards,
     served,
 )
 from .tasks import haystacks
@@ -108,7 +110,7 @@ class Run:
             for task in sources.BENCH
             for own in (False, True)
         }  # fmt: skip
-        every = [FULL, *METHODS, *served(), *ablations()]
+        every = [FULL, *METHODS, *served(), *guards(), *ablations()]
         self._methods = {method.name: sources.of_method(method) for method in every}
         self._texts_by, self._greedy_by = sources.of_callable(texts.own), sources.of_callable(write)
 
@@ -160,6 +162,7 @@ class Run:
 
     def _documents(self, written: list[texts.Text]) -> Iterator[Item]:
         cells = self.cells + cells_of(served()[:1] if self.plan.quick else served(), SERVED_RETENTIONS)
+        cells += [] if self.plan.quick else cells_of(guards(), GUARDED_RETENTIONS)
         extra = [] if self.plan.quick else cells_of(ablations(), [ABLATION_RETENTION])
         length, read = PROMPT + WINDOWS * WINDOW + TAIL + AHEAD, 0
         for text in written:
