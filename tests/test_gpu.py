@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-from kara_kernels import CompressedWindow, PagedCache, compress_window
+from kara_kernels import CompressedWindow, LookAhead, PackedQueries, PagedCache, compress_window
+from kara_kernels.engine import Held, Ledger, Plan, Policy, QueryRing, Span, execute, warm_up
+from kara_kernels.reference import pack_queries
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,3 +152,151 @@ def test_the_operator_is_what_it_says() -> None:
          "chunk_fraction": 0.3, "max_chunk": 8, "attention": "bidirectional", "reduction": "mean", "value_norm": False,
          "pool": "head", "redundancy": 0.0, "scale": None, "k_scale": None, "k_scales": None, "backend": "auto"},
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- the engine's shim
+
+
+class Served:
+    """Sequences of an engine on the GPU that are due, a ring for their queries, and their plans."""
+
+    def __init__(self, policy: Policy, heads: int = 2, group: int = 4, dim: int = 64) -> None:
+        self.policy, draw = policy, torch.Generator("cuda").manual_seed(0)
+        decoded = [policy.window + policy.tail + i for i in range(5)]
+        prompts = [7 + 16 * i for i in range(5)]
+        lengths = [prompt + n for prompt, n in zip(prompts, decoded, strict=True)]
+        counts = [-(-length // PAGE) for length in lengths]
+        order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).tolist()
+
+        def pools() -> list[torch.Tensor]:
+            shape = (sum(counts), PAGE, heads, dim)
+            return [torch.randn(shape, generator=draw, device="cuda").bfloat16() for _ in range(LAYERS)]
+
+        self.cache = PagedCache(pools(), pools())
+        self.ring = QueryRing(
+            policy, layers=LAYERS, query_heads=heads * group, kv_heads=heads, head_dim=dim,
+            max_sequences=policy.max_sequences, max_tokens=sum(decoded), dtype=torch.bfloat16, device="cuda",
+        )  # fmt: skip
+        self.steps = [torch.randn(sum(decoded), heads * group, dim, generator=draw, device="cuda").bfloat16()
+                      for _ in range(LAYERS)]  # fmt: skip
+        self.spans = [Span(str(i), prompts[i], prompts[i], n) for i, n in enumerate(decoded)]
+        ledger = Ledger(policy, PAGE)
+        for i, prompt in enumerate(prompts):
+            ledger.start(str(i), prompt, prompt)
+        held = [Held(str(i), n, [order.pop() for _ in range(count)], 0)
+                for i, (n, count) in enumerate(zip(lengths, counts, strict=True))]  # fmt: skip
+        self.plans: list[Plan] = ledger.plan(held)
+        assert len(self.plans) == 5
+        angle = torch.arange(dim // 2, device="cuda").float()
+        self.ahead = LookAhead(angle.cos(), angle.sin())
+
+    def record(self) -> None:
+        self.ring.prepare(self.spans)
+        for layer, step in enumerate(self.steps):
+            self.ring.record(layer, step)
+
+    def execute(self, backend: str = "triton") -> list[torch.Tensor]:
+        return execute(self.plans, self.cache, self.ring, self.policy, look_ahead=self.ahead, backend=backend)
+
+
+@pytest.mark.parametrize("form", ["int4", "fp8", "auto"])
+def test_an_engine_records_and_compresses_without_waiting_or_compiling(
+    form: str, monkeypatch: pytest.MonkeyPatch, strict: None
+) -> None:
+    from triton.compiler.compiler import CompiledKernel
+
+    torch.cuda.set_sync_debug_mode("default")
+    served = Served(Policy(query_dtype=form, max_sequences=8))
+    warm_up(served.cache, served.ring, served.policy, look_ahead=served.ahead, backend="triton")
+    before = [pool.clone() for half in (served.cache.k, served.cache.v or ()) for pool in half]
+    monkeypatch.setattr(CompiledKernel, "__init__", lambda *arguments: pytest.fail("compiled after the warm-up"))
+    torch.cuda.set_sync_debug_mode("error")
+    served.record()
+    kept = served.execute()
+    torch.cuda.set_sync_debug_mode("default")
+    pools = [pool for half in (served.cache.k, served.cache.v or ()) for pool in half]
+    moved = [pool.clone() for pool in pools]
+    for pool, old in zip(pools, before, strict=True):
+        pool.copy_(old)
+    if form == "int4":
+        assert isinstance(served.ring.queries, PackedQueries)
+        _, rows = served.ring.select(served.plans)
+        for layer, step in enumerate(served.steps):
+            exact = pack_queries(step)
+            assert torch.isin(exact.scales, served.ring.queries.scales[layer]).all()
+        assert rows.is_cuda
+    twin = served.execute(backend="torch")
+    # Rounding may swap a kept token for one with almost the same score.
+    overlap = [len(set(a) & set(b)) / len(a) for one, other in zip(kept, twin, strict=True)
+               for a, b in zip(one.flatten(0, 1).tolist(), other.flatten(0, 1).tolist(), strict=True)]  # fmt: skip
+    assert min(overlap) >= 1 - 2 / served.policy.keep
+    assert sum(overlap) / len(overlap) > 0.999
+    if all(torch.equal(a, b) for a, b in zip(kept, twin, strict=True)):
+        assert all(torch.equal(a, b) for a, b in zip(moved, pools, strict=True))
+
+
+def test_the_current_stream_is_used() -> None:
+    """It sees what was queued before it on its stream, and what is queued after it sees its result."""
+    engine = Engine()
+    before, query = engine.contents(), engine.query.clone()
+    expected = engine.compress()
+    moved = engine.contents()
+    engine.restore(before)
+    engine.query.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # the default stream would be ahead
+        engine.query.copy_(query)
+        again = engine.compress()
+        contents = engine.contents()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moved, contents, strict=True))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_pools_beyond_4_gib(dim: int) -> None:
+    """The last blocks of a pool whose offsets do not fit 32 bits, beside the same rows in a small one."""
+    blocks = (2**31 + 2**24) // (PAGE * HEADS * dim)
+    draw = torch.Generator("cuda").manual_seed(0)
+    far = [torch.empty(blocks, PAGE, HEADS, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    near = [torch.randn(24, PAGE, HEADS, dim, generator=draw, device="cuda").bfloat16() for _ in range(2)]
+    table = torch.randperm(24, generator=draw, device="cuda").int()[None]
+    for pool, rows in zip(far, near, strict=True):
+        pool[-24:] = rows
+    query = torch.randn(1, WINDOW, HEADS * GROUP, dim, generator=draw, device="cuda").bfloat16()
+    lengths = torch.tensor([WINDOW + 100], dtype=torch.int32, device="cuda")
+    starts = torch.tensor([30], dtype=torch.int32, device="cuda")
+    results = [
+        compress_window(query, k, v, table + first, lengths, window=WINDOW, keep=100, window_starts=starts)
+        for (k, v), first in ((far, blocks - 24), (near, 0))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(pool[-24:], rows) for pool, rows in zip(far, near, strict=True))
+
+
+# --------------------------------------------------------------------------------------------- transformers
+
+
+def test_a_transformers_model_decodes_as_with_the_pytorch_path() -> None:
+    transformers = pytest.importorskip("transformers")
+    from kara_kernels.integrations.transformers import KaraCache
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=256, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, initializer_range=0.1, eos_token_id=None,
+        bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().cuda()
+    model.set_attn_implementation("kara")
+    ids = torch.randint(1, 97, (3, 40), device="cuda")
+    texts, kept = [], []
+    for backend in ("triton", "torch"):
+        cache = KaraCache(model, window=64, keep=32, tail=16, backend=backend)
+        texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=220,
+                                    do_sample=False))  # fmt: skip
+        kept.append([event.keep_indices.cpu() for event in cache.events])
+        assert len(cache.events) == 3 * 3
+    assert torch.equal(*texts)
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))

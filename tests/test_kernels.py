@@ -1,9 +1,13 @@
-"""Each interpreted kernel against the reference: indices and bytes match exactly, scores within rounding.
+"""Each kernel against the reference, interpreted or, with TRITON_INTERPRET=0, on a GPU: indices and bytes match
+exactly, scores within rounding.
 
 `test_compiled.py` and `test_emulated.py` check what the interpreter cannot see: races, missing barriers, widths.
 """
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -11,27 +15,33 @@ import torch
 import worlds
 from conftest import INTERPRETED
 from hypothesis import given, settings
+from on_gpu import ON_GPU, lent
 from worlds import FP8, Plan, Sequenced, World, plans
 
-from kara_kernels import CompressedWindow, compress_window, ops, reference
+import kara_kernels
+from kara_kernels import CompressedWindow, reference
+from kara_kernels.ops import compact_blocks, expand_chunks, score_window, select_topk
 from kara_kernels.ops._tiles import score_config
 from kara_kernels.ops._triton import ARCHITECTURES
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+pytestmark = pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="needs the interpreter or a GPU")
 
-few = settings(max_examples=12)
-many = settings(max_examples=40)
+few = settings(max_examples=4 if ON_GPU else 12)  # on a GPU, most examples compile kernels
+many = settings(max_examples=15 if ON_GPU else 40)
+compress_window = lent(kara_kernels.compress_window)
+ops = SimpleNamespace(
+    score_window=lent(score_window), select_topk=lent(select_topk), expand_chunks=lent(expand_chunks),
+    compact_blocks=lent(compact_blocks),
+)  # fmt: skip
 REDUCTIONS = st.sampled_from(["mean", "rms"])
 MOVED_DTYPES = (*worlds.FLOATS, *FP8, torch.uint8, torch.int8)
 
 
-def score(world: World, module: object, layer: int | None = None, **options: object) -> torch.Tensor:
+def score(world: World, module: Any, layer: int | None = None, **options: object) -> torch.Tensor:
     query, keys = world.query, world.k_caches
     if layer is not None:
         query, keys = query[layer], keys[layer]
-    return module.score_window(  # type: ignore[attr-defined]
-        query, keys, world.block_tables, world.window_starts, world.plan.window, **options
-    )
+    return module.score_window(query, keys, world.block_tables, world.window_starts, world.plan.window, **options)
 
 
 def assert_scores_agree(world: World, value_norm: bool = False, **options: object) -> None:
@@ -132,7 +142,7 @@ def test_logits_at_the_edges_of_float32(magnitude: float) -> None:
     query[..., 0] = 1
     table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     for module, options in ((ops, {"backend": "triton"}), (reference, {})):
-        scores = module.score_window(query, keys, table, start, 16, scale=0.6931471, **options)  # type: ignore[attr-defined]
+        scores = module.score_window(query, keys, table, start, 16, scale=0.6931471, **options)
         assert torch.allclose(scores, torch.tensor(1 / 16))
 
 
@@ -153,7 +163,7 @@ def test_what_few_queries_need_much_counts_more_in_squares() -> None:
     table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     for module, options in ((ops, {"backend": "triton"}), (reference, {})):
         mean, rms = (
-            module.score_window(query, keys, table, start, 4, scale=1.0, reduction=reduction, **options)[0, 0]  # type: ignore[attr-defined]
+            module.score_window(query, keys, table, start, 4, scale=1.0, reduction=reduction, **options)[0, 0]
             for reduction in ("mean", "rms")
         )
         assert mean.tolist() == pytest.approx([0.5, 0.125, 0.375, 0], abs=1e-6)
@@ -168,7 +178,7 @@ def test_lengths_at_the_edges_of_float32(magnitude: float) -> None:
     keys, query = torch.zeros(1, 16, 1, 8), torch.zeros(1, 1, 1, 8)  # attends evenly
     exact = values[0, :, 0].double().norm(dim=-1) / 16
     for module, options in ((ops, {"backend": "triton"}), (reference, {})):
-        scores = module.score_window(query, keys, table, start, 16, v_cache=values, **options)  # type: ignore[attr-defined]
+        scores = module.score_window(query, keys, table, start, 16, v_cache=values, **options)
         assert torch.allclose(scores[0, 0].double(), exact, rtol=1e-5 if magnitude > 1e-38 else 0.1, atol=2e-45)
 
 
@@ -183,7 +193,7 @@ def test_redundancy_at_the_edges_of_float32(magnitude: float) -> None:
     exact = -(unit @ unit.mean(0)).softmax(-1)
     for module, options in ((ops, {"backend": "triton"}), (reference, {})):
         query = torch.zeros(1, 1, 1, 8)  # attends evenly
-        scores = module.score_window(query, keys, table, start, 16, redundancy=1.0, **options)  # type: ignore[attr-defined]
+        scores = module.score_window(query, keys, table, start, 16, redundancy=1.0, **options)
         assert torch.allclose(scores[0, 0].double(), 1 / 16 + exact, atol=1e-7)
 
 
@@ -347,6 +357,8 @@ WRONG_COMPACTIONS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("wrong", WRONG_COMPACTIONS)
 def test_a_wrong_compaction_is_refused_before_anything_moves(wrong: str, backend: str) -> None:
+    if ON_GPU and backend == "triton":
+        pytest.skip("contents are not checked on a GPU")
     change, error, words = WRONG_COMPACTIONS[wrong]
     given_ = COMPACT | {"k_cache": torch.randn(4, 4, 2, 3), "v_cache": torch.randn(4, 4, 2, 5)} | change
     before = given_["k_cache"].clone(), given_["v_cache"].clone()

@@ -11,7 +11,7 @@ from .measure import SCHEMA
 
 Run = tuple[Row, list[Row]]  # the common values, and one row per case
 STEPS = ("score", "select", "compact")
-FIRST = ("event", *STEPS)
+FIRST = ("event", *STEPS, "call")
 RATED = ("score", "compact", "paper's score")
 EVERY = ("paper's event", "paper's score", "predecessor", "r-kv", "snapkv")  # with the queries of every token and head
 
@@ -35,7 +35,8 @@ def page(run: Run) -> str:
     return "\n".join([
         f"# Times of kernels and events\n\n**{head['kind']}.** {machine}.\n",
         "Microseconds: median (a tenth of the samples below - a tenth above). Kernels and events are replayed CUDA "
-        "graphs over buffers that exceed L2; the other ways are eager, since they read lengths on the host.\n",
+        "graphs over buffers that exceed L2; the other ways are eager, since they read lengths on the host. *Call* is "
+        "what an eager call of `compress_window` takes on the host: checks, allocation and launches.\n",
         "## What is recommended\n\nQueries as the engine shim records them by default: those of every token and head "
         "of window and tail, in four bits, read in place from a ring; of DeepSeek-V3 what fits in 4 GiB.\n",
         markdown(("case", *FIRST), ((r["case"], *(cell(r, name) for name in FIRST)) for r in rows)),
