@@ -55,22 +55,22 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"no times from kernels that are not known to be right: {wrong}", file=sys.stderr)
             return 1
     torch.set_num_threads(1)
-    rows, l2 = [], measure.l2_bytes() if device == "cuda" else 0
-    try:
-        with Screen().phase({}, "events", len(cases), "cases") as advance:
-            for case in cases:
-                rows.append(measure.measure(case, device, options.rounds, l2))
-                advance(1, case.label)
-    except RuntimeError as error:
-        print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
     head = {
         "schema": measure.SCHEMA, "kind": REHEARSAL if options.rehearse else REAL, "machine": measure.machine(device),
         "copy_bandwidth": measure.copy_bandwidth(device, options.rounds),
     }  # fmt: skip
     folder, name = options.out or RESULTS, "rehearsal" if options.rehearse else "gpu"
     folder.mkdir(parents=True, exist_ok=True)
-    tables.write(folder / f"{name}.csv", rows, **head)
+    rows, l2 = [], measure.l2_bytes() if device == "cuda" else 0
+    try:
+        with Screen().phase({}, "events", len(cases), "cases") as advance:
+            for case in cases:
+                rows.append(measure.measure(case, device, options.rounds, l2))
+                tables.write(folder / f"{name}.csv", rows, **head)  # what is measured outlasts an interruption
+                advance(1, case.label)
+    except RuntimeError as error:
+        print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     (folder / f"{name}.md").write_text(report.page((head, rows)), encoding="utf-8")
     report.draw((head, rows), folder / f"{name}.png")
     print(folder / f"{name}.md")

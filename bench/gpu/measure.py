@@ -96,7 +96,8 @@ class World:
             random(case.layers, rows, heads).abs().to(torch.bfloat16),
         )
         angle = torch.arange(case.dim // 2, device=device).float()
-        self.ahead = LookAhead(angle.cos(), angle.sin())
+        # Latent keys have their rotary dimensions last, where queries are not turned ahead.
+        self.ahead = LookAhead(angle.cos(), angle.sin()) if case.values else None
         self.ring_rows = torch.randperm(rows, generator=generator, device=device).int().view(case.batch, -1)
         every = (case.layers, case.batch, case.window, case.heads * case.group, case.dim)
         self.every = random(*every) if math.prod(every) * dtype.itemsize <= MOST_QUERIES else None

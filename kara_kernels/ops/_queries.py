@@ -55,11 +55,17 @@ def load_queries(queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, DI
     query = query.to(tl.int64)
     row = tl.multiple_of(queries.base + (query * queries.stride_query + member * queries.stride_head), ALIGN)
     if queries.scales is not None:
-        offs_b = first // 2 + tl.arange(0, SIZE // 2)
-        mask = inside[:, None] & (offs_b < DIM // 2)[None, :]
         step = queries.scales + (query * queries.stride_scale_query + member * queries.stride_scale_head)
         step = tl.load(step, mask=inside, other=0.0).to(tl.float32)
-        rows = unpack(tl.load(row[:, None] + offs_b[None, :], mask=mask, other=0))
+        if SIZE > 16:
+            offs_b = first // 2 + tl.arange(0, SIZE // 2)
+            mask = inside[:, None] & (offs_b < DIM // 2)[None, :]
+            rows = unpack(tl.load(row[:, None] + offs_b[None, :], mask=mask, other=0))
+        else:  # Triton 3.6 multiplies 16 joined dimensions wrongly, so each loads its own byte
+            offs_d = first + tl.arange(0, SIZE)
+            mask = inside[:, None] & (offs_d < DIM)[None, :]
+            codes = tl.load(row[:, None] + (offs_d // 2)[None, :], mask=mask, other=0).to(tl.int32)
+            rows = _signed((codes >> (offs_d % 2 * 4)[None, :]) & 15)
         rows = (rows * step[:, None]).to(FORM.dtype)  # exact, in float16 within its range
     else:
         offs_d = first + tl.arange(0, SIZE)
@@ -75,5 +81,11 @@ def load_queries(queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, DI
 def unpack(codes):
     """float32 ``[rows, dims]`` from bytes ``[rows, dims / 2]``, whose low halves come first."""
     codes = codes.to(tl.int32)
-    pairs = tl.join(((codes & 15) ^ 8) - 8, ((codes >> 4) ^ 8) - 8)
-    return tl.reshape(pairs, [codes.shape[0], 2 * codes.shape[1]]).to(tl.float32)
+    pairs = tl.join(_signed(codes & 15), _signed(codes >> 4))
+    return tl.reshape(pairs, [codes.shape[0], 2 * codes.shape[1]])
+
+
+@triton.jit
+def _signed(code):
+    """float32 of four bits in two's complement."""
+    return ((code ^ 8) - 8).to(tl.float32)

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 # Before vLLM is imported. One thread: tests share the cores, and spinning threads on a busy machine are far slower.
 os.environ.update(
@@ -14,6 +15,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )
+
+if torch.cuda.is_available():
+    # Kernels run as compiled code, and attention multiplies float32 as float32, as the dense model does.
+    os.environ.update(TRITON_INTERPRET="0", TRITON_F32_DEFAULT="ieee", VLLM_USE_FLASHINFER_SAMPLER="0")
 
 vllm = pytest.importorskip("vllm")
 

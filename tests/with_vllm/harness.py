@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 
+ON_GPU = current_platform.is_cuda_alike()
 VOCABULARY = 512
 MODES = ["synchronous", "asynchronous"]
 KARA = {"window": 64, "keep": 32, "tail": 16, "query_stride": 2}
@@ -187,6 +189,17 @@ class Engine:
         )
 
 
+def placed(mode):
+    """Options that only a GPU needs. Test processes share it, so none measures memory that another takes or frees."""
+    if not ON_GPU:
+        return {}
+    return {
+        "gpu_memory_utilization": 0.02,
+        "kv_cache_memory_bytes": 1 << 28,
+        "async_scheduling": mode == "asynchronous",  # vLLM's default there
+    }
+
+
 class _Done:
     """An event or a stream of a device that is never behind."""
 
@@ -200,6 +213,9 @@ class _Done:
 def asynchronous():
     """Makes vLLM schedule asynchronously on a CPU, which it does only on GPUs: it schedules a step before it sees the
     tokens of the one before, keeps two in its queue, and feeds tokens from one step to the next in the worker."""
+    if ON_GPU:
+        yield
+        return
     update = CpuPlatform.check_and_update_config.__func__
 
     def keep_asynchronous(cls, config):
@@ -224,6 +240,7 @@ def engine(model, kara=KARA, *, trace=None, mode="synchronous", **options):
         "max_num_seqs": 8,
         "num_gpu_blocks_override": 200,
         "enforce_eager": True,
+        **placed(mode),
     }
     if kara is not None:
         traced = {} if trace is None else {"trace": str(trace)}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import KARA, MODES, asking, engine, greedy, no_block_once, prompts
+from harness import KARA, MODES, ON_GPU, asking, engine, greedy, no_block_once, prompts
 from vllm import SamplingParams
 
 import kara_kernels.integrations.vllm.layout as layout
@@ -282,6 +282,7 @@ def test_engine_core_in_a_process_of_its_own(model, dense, trace, monkeypatch):
         dense.assert_equal(kara, served, compressions=3)
 
 
+@pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("pool", ["head", "layer", "model"])
 def test_two_tensor_parallel_ranks(model, dense, trace, pool):
     with engine(model, {**KARA, **WINDOWS, "pool": pool}, trace=trace, tensor_parallel_size=2) as kara:

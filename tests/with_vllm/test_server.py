@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from harness import KARA, prompts
+from harness import KARA, ON_GPU, prompts
 from openai import BadRequestError, OpenAI
 
 from demos.serve.server import MODEL, Settings, serving
@@ -26,7 +26,7 @@ def server(model, tmp_path_factory):
         max_requests=6,
         dtype="float32",
         eager=True,
-        cpu=True,
+        cpu=not ON_GPU,
         threads=1,
         kara={**KARA, "trace": str(folder / "trace.jsonl"), "live": str(folder / "live.json")},
     )

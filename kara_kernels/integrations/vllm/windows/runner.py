@@ -67,6 +67,7 @@ class KaraRunner(_Mixin):
             device=self.device,
             rows=self.kara.query_rows,
         )
+        self.kara_ring.warm_up()  # vLLM may capture graphs while it measures memory, and nothing loads in a capture
         logger.info(
             "Kara's query ring takes %.2f GiB: for each of %d sequences as much as %.0f tokens of KV cache",
             self.kara_ring.nbytes / 2**30,
@@ -290,7 +291,12 @@ class KaraRunnerV1(KaraRunner):
 
 
 class KaraRunnerV2(KaraRunner):
-    """Extends vLLM's V2 model runner, the default on GPUs. Written from its source: **it has never run**."""
+    """Extends vLLM's V2 model runner, the default on GPUs."""
+
+    def kara_init(self) -> None:
+        super().kara_init()
+        self.kara_dropped: tuple[Tensor, Tensor] | None = None
+        """Tokens that the requests of this step have lost, on the device and on the host."""
 
     def _kara_kernel_blocks(self) -> list[int]:
         return self.kernel_block_sizes
@@ -309,12 +315,12 @@ class KaraRunnerV2(KaraRunner):
         counts = input_batch.num_scheduled_tokens
         prompts = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
         self._kara_prepare(input_batch.req_ids, prompts, input_batch.num_computed_tokens_np, counts)
+        self.kara_dropped = None
         if not self.kara_step.dropped:
             return super().prepare_attn(input_batch)
         dropped = np.array([self.kara_step.dropped.get(name, 0) for name in input_batch.req_ids], dtype=np.int32)
-        n = len(dropped)
-        input_batch.seq_lens[:n] -= async_tensor_h2d(dropped, device=self.device)
-        input_batch.seq_lens_cpu_upper_bound[:n] -= torch.from_numpy(dropped)
+        self.kara_dropped = async_tensor_h2d(dropped, device=self.device), torch.from_numpy(dropped)
+        self._kara_lengthen(input_batch, -1)
         logical = input_batch.positions
         # vLLM computes slots from positions. The model must then see logical positions again.
         input_batch.positions = logical.clone()
@@ -324,3 +330,17 @@ class KaraRunnerV2(KaraRunner):
             return super().prepare_attn(input_batch)
         finally:
             input_batch.positions = logical
+
+    def sample(self, hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        # vLLM samples no token while a prefill goes on, that is while a request is shorter than its text. Recomputed
+        # text is a prefill, and once it is compressed its physical length never gets there.
+        if self.kara_dropped is not None:
+            self._kara_lengthen(input_batch, 1)
+        return super().sample(hidden_states, input_batch, *args, **kwargs)
+
+    def _kara_lengthen(self, input_batch: Any, sign: int) -> None:
+        """Converts lengths from logical to physical (-1), for attention, and back (1)."""
+        assert self.kara_dropped is not None
+        on_device, on_host = self.kara_dropped
+        input_batch.seq_lens[: len(on_host)] += sign * on_device
+        input_batch.seq_lens_cpu_upper_bound[: len(on_host)] += sign * on_host
