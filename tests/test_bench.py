@@ -242,6 +242,7 @@ def test_a_rehearsal_says_what_it_is(rehearsal: Path) -> None:
 def test_files_of_gpu_times_hold_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     for path in gpu.RESULTS.glob("gpu*.csv"):
         assert report.read(path)[0]["kind"] == gpu.REAL
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.page(report.read(path))
     assert not list(gpu.RESULTS.glob("gpu*sample*"))
     with pytest.raises(SystemExit):
         gpu.main(["--rehearse"])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from on_gpu import ON_GPU, lent
 from worlds import Plan, Sequenced, World
 
+from bench.codegen.__main__ import OLDEST, triton_of
 from kara_kernels import compress_window
 from kara_kernels.ops import score_window
 from kara_kernels.ops.pack import launch_pack, pack_queries
@@ -172,6 +177,19 @@ def test_packed_queries_score_as_what_they_stand_for(form: str, dim: int, window
     assert torch.equal(kernel.keep_indices == -1, reference.keep_indices == -1)
     assert torch.equal(kernel.seq_lens, reference.seq_lens)
     assert reference.scores[:, 0].any()
+
+
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="runs the emulator")
+@pytest.mark.parametrize("case", [
+    "test_pack.py::test_packed_queries_score_as_what_they_stand_for[24-33-dtype1-stacked]",
+    "test_ahead.py::test_the_kernel_turns_keys_as_it_loads_them[80-80-20-dtype5-interleaved-packed]",
+])  # fmt: skip
+def test_the_oldest_triton_multiplies_sixteen_dimensions(case: str) -> None:
+    """Triton 3.6 did so wrongly when they came in joined halves."""
+    environment = {**os.environ, "PYTHONPATH": str(triton_of(OLDEST))}
+    command = [sys.executable, "-m", "pytest", "-q", f"{Path(__file__).parent / case}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout[-3000:]
 
 
 ONE = PackedQueries.empty(1, 3, 4, 8)

@@ -75,7 +75,7 @@ def _run_children(options: argparse.Namespace) -> list[Row]:
 def _child(version: str, target: str, quick: bool, installed: str) -> list[Row]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     if version != installed:
-        environment["PYTHONPATH"] = str(_triton(version))
+        environment["PYTHONPATH"] = str(triton_of(version))
     command = [sys.executable, "-m", "bench.codegen", "--child", target, *(["--quick"] if quick else [])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -83,7 +83,7 @@ def _child(version: str, target: str, quick: bool, installed: str) -> list[Row]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _triton(version: str) -> Path:
+def triton_of(version: str) -> Path:
     """A folder with that version, fetched once per user."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kara_kernels"
     held = hashlib.sha256(f"{version} {sys.version}".encode()).hexdigest()[:12]

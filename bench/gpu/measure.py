@@ -295,7 +295,7 @@ def machine(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
                                 capture_output=True, text=True).stdout if _has("nvidia-smi") else ""  # fmt: skip
-        facts |= {"device": properties.name, "cuda": torch.version.cuda, "hip": torch.version.hip,
+        facts |= {"device": properties.name, "cuda": f"CUDA {torch.version.cuda}", "hip": torch.version.hip,
                   "driver": driver.strip().splitlines()[0] if driver.strip() else "unknown"}  # fmt: skip
     else:
         facts |= {"device": "CPU"}

@@ -9,6 +9,7 @@ from bench.tables import Row, markdown
 
 from .measure import SCHEMA
 
+MODEL = Path(__file__).parents[1] / "results" / "model.csv"
 Run = tuple[Row, list[Row]]  # the common values, and one row per case
 STEPS = ("score", "select", "compact")
 FIRST = ("event", *STEPS, "call")
@@ -45,30 +46,61 @@ def page(run: Run) -> str:
         "## The published method and other ways\n\nAll with the queries of every token and head of the window, where "
         "they fit into memory: Kara as published, the predecessor's way to compute the same, R-KV and SnapKV.\n",
         markdown(("case", *EVERY), ((r["case"], *(cell(r, name) for name in EVERY)) for r in rows)),
+        *_modelled(run),
     ])  # fmt: skip
 
 
+def _modelled(run: Run) -> list[str]:
+    """Published events of one sequence beside those of the cost model, for the models and the GPU that it knows.
+
+    What it calls recommended has other queries: those that fit for more sequences than any case has.
+    """
+    head, rows = run
+    known = {row["model"]: row["total"] for row in tables.read(MODEL)[1]
+             if row["table"] == "events" and row["fits"] and row["way"] == "published, every query"
+             and row["gpu"] in head["machine"]["device"]}  # fmt: skip
+    found = [(row["name"], known[row["name"]], row["times"]["paper's event"]["median"]) for row in rows
+             if (row["window"], row["batch"]) == (256, 1) and row["name"] in known]  # fmt: skip
+    if not found:
+        return []
+    return [
+        "## Against the cost model\n\nMicroseconds of the published event of one sequence, W 256, by "
+        "[the model](model.md), which counts instructions and assumes how fast they issue, and as measured:\n",
+        markdown(("case", "modelled", "measured", "measured / modelled"),
+                 ((name, f"{1e6 * guess:.0f}", f"{1e6 * time:.0f}", f"{time / guess:.2f}")
+                  for name, guess, time in found)),
+    ]  # fmt: skip
+
+
 def draw(run: Run, path: Path) -> None:
+    """One compression of a batch, in ours and other ways, on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     head, rows = run
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.8), layout="constrained")
-    colours = ("#0b6e99", "#d98c3f", "#5b8f4d")
-    left = [0.0] * len(rows)
-    for step, colour in zip(STEPS, colours, strict=True):
-        widths = [1e6 * r["times"][step]["median"] for r in rows]
-        axes.barh(range(len(rows)), widths, 0.55, left=left, color=colour, label=step)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.plot([1e6 * r["times"]["event"]["median"] for r in rows], range(len(rows)), "k|", ms=14, label="whole event")
-    axes.set_yticks(range(len(rows)), [r["case"] for r in rows], fontsize=8)
+    figure, axes = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.8), layout="constrained")
+    ways = {
+        "event": ("recommended, queries in 4 bits", "#0b6e99", "o", 60),
+        "paper's event": ("as published", "#5fb3d9", "o", 40),
+        "predecessor": ("predecessor's way, PyTorch", "#d98c3f", "D", 26),
+        "r-kv": ("R-KV, PyTorch", "#999999", "s", 22),
+        "snapkv": ("SnapKV, PyTorch", "#bbbbbb", "^", 22),
+    }
+    for name, (label, colour, marker, size) in ways.items():
+        found = [(1e3 * row["times"][name]["median"], y) for y, row in enumerate(rows) if name in row["times"]]
+        if found:
+            axes.scatter(*zip(*found, strict=True), s=size, color=colour, marker=marker, label=label, zorder=3)
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("microseconds, median")
-    axes.set_title(f"{head['machine']['device']}\n{head['kind']}", fontsize=10)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("milliseconds of one compression, all layers and sequences of the batch, median")
+    axes.set_title(f"{head['machine']['device']}: {head['kind']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.grid(axis="both", color="#eeeeee", zorder=0)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.07), ncols=3)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

@@ -205,3 +205,17 @@ def test_memory_in_plenty_and_nothing_to_compress_changes_no_token(model):
         with engine(model, kara) as one:
             said.append([request.tokens for request in one.generate(prompts(5, 40, 77), greedy(200))])
     assert said[0] == said[1]
+
+
+def test_the_worker_of_a_gpu_leaves_vllms_worker_of_cpus_alone():
+    """Importing that one replaces classes of torch.cuda."""
+    code = """
+import torch
+from vllm.platforms import current_platform
+type(current_platform).is_cpu = lambda self: False
+event = torch.cuda.Event
+from kara_kernels.integrations.vllm.windows.worker import KaraGPUWorker
+assert torch.cuda.Event is event
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

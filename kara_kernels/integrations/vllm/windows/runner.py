@@ -2,8 +2,7 @@
 
 A step with plans first moves rows. Then it continues as in vLLM: block tables, from which freed blocks are cut first,
 block zeroing, copies, inputs, forward pass. Compression runs outside captured CUDA graphs, on the stream of the forward
-pass. Recording runs inside them and reads its indices from a fixed address. **Untested on a GPU**, like all of this
-library.
+pass. Recording runs inside them and reads its indices from a fixed address.
 """
 
 from __future__ import annotations

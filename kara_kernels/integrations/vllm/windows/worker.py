@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from .runner import KaraRunnerV1, KaraRunnerV2
 
-try:
+if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
-except ImportError:  # GPU wheels may lack its dependencies, and then it is not used
+else:  # importing it would replace torch.cuda.Event
     CPUWorker = Worker
 
 _Mixin: Any = Any if TYPE_CHECKING else object  # the class after it is one of vLLM's workers
@@ -30,4 +31,4 @@ class KaraCPUWorker(_KaraWorker, CPUWorker):
 
 
 class KaraGPUWorker(_KaraWorker, Worker):
-    """vLLM's worker for GPUs, with Kara. Untested: no GPU was available."""
+    """vLLM's worker for GPUs, with Kara."""
