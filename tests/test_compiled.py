@@ -248,7 +248,8 @@ def test_the_shim_compiles_nothing_after_its_warm_up(
         )  # fmt: skip
         warm_up(cache, ring, policy, k_scale=k_scale, backend="triton")
         compiled = [build.name for build in builds]
-        assert sorted(compiled) == ["compact_kernel", "keep_kernel", "score_kernel"]
+        # For windows of 32, and of 8 when blocks are short.
+        assert sorted(compiled) == 2 * ["compact_kernel"] + 2 * ["keep_kernel"] + 2 * ["score_kernel"]
         ring.prepare([Span(str(s), 0, 0, 1) for s in range(9)])
         plans = [
             Plan(str(s), 99, 80 + s, 64 + s, window_start=16 + s, window=32, keep=16 - s,
@@ -258,6 +259,8 @@ def test_the_shim_compiles_nothing_after_its_warm_up(
         ]  # fmt: skip
         for count in range(1, 10):
             execute(plans[:count], cache, ring, policy, k_scale=k_scale, backend="triton")
+            short = [plan._replace(window=policy.least_window, keep=4) for plan in plans[:count]]
+            execute(short, cache, ring, policy, k_scale=k_scale, backend="triton")
         assert [build.name for build in builds] == compiled
 
 

@@ -59,7 +59,9 @@ class Request:
     # What the shim's ledger must agree with.
     rows: list[list[int]] = field(default_factory=list)  # per (layer, head): logical position of every row
     looked_at: set[int] = field(default_factory=set)  # positions that a window has judged
+    looked_at_twice: list[set[int]] = field(default_factory=list)  # per (layer, head)
     frontier: int = 0
+    squeezed: int = 0  # rows before it were judged twice, or never
     windows: int = 0
     dropped: int = 0
     compress: bool = True
@@ -73,6 +75,7 @@ class Request:
     def restart(self, lists: int) -> None:
         self.computed, self.blocks, self.frontier, self.windows, self.dropped = 0, [], self.prompt_len, 0, 0
         self.rows, self.looked_at, self.recorded = [[] for _ in range(lists)], set(), []
+        self.looked_at_twice, self.squeezed = [set() for _ in range(lists)], 0
         self.guarded, self.stopped = None, False
 
     @property
@@ -285,16 +288,21 @@ class Engine:
         names = [plan.request_id for plan in urgent]
         assert len(set(names)) == len(names)
         assert not planned & set(names)
-        assert [before[name] for name in names] == sorted((before[name] for name in names), reverse=True)
+        again = [plan.window_start < self._named(plan.request_id).frontier for plan in urgent]
+        assert again == sorted(again), "survivors before a window"
+        keys = [before[name] for name in names[: again.count(False)]]
+        assert keys == sorted(keys, reverse=True)
         freed = [len(plan.freed) for plan in urgent]
         assert sum(freed[:-1]) < short
         if sum(freed) < short:  # nobody is left who would free a block
             for name in set(before) - planned - set(names):
                 request = self._named(name)
-                guard = self.policy.max_loss is not None
-                keep = self._kept(request) if request.own or guard else self.policy.least_keep
-                kept = -(-(request.length - request.window + keep) // self.page)
-                frees = len(request.blocks) > kept and before[name] >= request.window + tail + self.page
+                window, keep = request.window, self._kept(request)
+                if self._yields(request):
+                    window, keep = self._least(request, before[name] - tail)
+                kept = -(-(request.length - window + keep) // self.page)
+                frees = len(request.blocks) > kept and before[name] >= window + tail + self.page
+                frees |= self._squeezable(request)
                 assert (
                     not frees
                     or not request.compress
@@ -307,7 +315,30 @@ class Engine:
         self.events["urgent compression of a shorter tail"] += sum(
             plan.physical_len - plan.window_start < plan.window + self.policy.tail for plan in urgent
         )
+        self.events["urgent compression of survivors"] += sum(again)
+        self.events["urgent compression of a smaller window"] += sum(
+            plan.window < self.policy.window and not self._named(plan.request_id).own for plan in urgent
+        )
         return urgent
+
+    def _yields(self, request: Request) -> bool:
+        return not request.own and self.policy.max_loss is None
+
+    def _least(self, request: Request, available: int) -> tuple[int, int]:
+        """Window and keep under pressure, by how many tokens there are."""
+        policy = self.policy
+        if available >= request.window:
+            return request.window, policy.least_keep
+        return policy.least_window, max(1, policy.least_keep * policy.least_window // policy.window)
+
+    def _squeezable(self, request: Request) -> bool:
+        """Whether compressing survivors once more would free a block."""
+        start = max(request.squeezed, self._first_owned(request) * self.page, request.prompt_len, self.policy.protected)
+        window, _ = self._least(request, request.frontier - start)
+        keep = max(1, window * self.policy.least_keep // self.policy.keep)
+        freed = len(request.blocks) - -(-(request.length - window + keep) // self.page)
+        allowed = self._yields(request) and self.policy.attention != "causal"
+        return allowed and request.frontier - start >= window > keep and freed > 0
 
     def _held(self, rng: random.Random) -> list[Held]:
         held = []
@@ -344,11 +375,19 @@ class Engine:
         self.events["blocks freed"] += len(plan.freed)
         self.events["window behind shared blocks"] += plan.window_start > request.frontier
         # The second ledger drops positions in _execute, once the keep lists are known.
-        request.frontier = plan.window_start + plan.keep
+        window = request.rows[0][plan.window_start : plan.window_start + plan.window]
+        if plan.window_start < request.frontier:
+            request.squeezed = plan.window_start + plan.keep
+            request.frontier -= plan.window - plan.keep
+            for twice, rows in zip(request.looked_at_twice, request.rows, strict=True):
+                twice |= set(rows[plan.window_start : plan.window_start + plan.window])
+        else:
+            request.frontier = plan.window_start + plan.keep
+            self.events["urgent compression to fewer tokens"] += urgent and plan.keep * request.window < (
+                request.keep * plan.window
+            )
         request.windows += 1
         request.dropped += plan.window - plan.keep
-        self.events["urgent compression to fewer tokens"] += urgent and plan.keep < request.keep
-        window = request.rows[0][plan.window_start : plan.window_start + request.window]
         request.looked_at |= set(window)
         del request.blocks[plan.kept_blocks :]
         self.pool.give_back(plan.freed)
@@ -550,18 +589,22 @@ class Engine:
         policy, page = self.policy, self.page
         assert request.compress, "it asked to be left alone"
         assert not request.stopped
-        assert plan.window == request.window
-        if not urgent or request.own or policy.max_loss is not None:
-            assert plan.keep == self._kept(request)
-        else:
-            assert plan.keep in (request.keep, policy.least_keep)
-        start, end = plan.window_start, plan.window_start + request.window
+        start, end = plan.window_start, plan.window_start + plan.window
         assert plan.logical_len == request.computed
         assert plan.blocks == tuple(request.blocks)
         assert plan.physical_len == request.length
-        assert plan.new_len == request.length - request.window + plan.keep
+        assert plan.new_len == request.length - plan.window + plan.keep
         assert plan.kept_blocks == -(-plan.new_len // page)
         assert plan.first_written == start // page
+        if start < request.frontier:
+            self._check_squeeze(plan, request, urgent)
+            return
+        if not urgent or not self._yields(request):
+            assert (plan.window, plan.keep) == (request.window, self._kept(request))
+        else:
+            window, least = self._least(request, plan.physical_len - start - tail)
+            assert plan.window == window
+            assert plan.keep in (max(1, request.keep * window // request.window), least)
         assert plan.physical_len - end >= tail
         for rows in request.rows:
             window = set(rows[start:end])
@@ -575,7 +618,7 @@ class Engine:
                 or before < self._first_owned(request) * page
                 or (policy.attention == "causal" and rows[before] not in request.recorded[-self.ring.rows :])
             )
-        overdue = self._uncompressed(request.name) >= request.window + tail + page
+        overdue = self._uncompressed(request.name) >= plan.window + tail + page
         assert len(plan.freed) >= policy.min_freed_blocks or overdue
         assert plan.freed or not urgent
         self.events["goes ahead without gain"] += len(plan.freed) < policy.min_freed_blocks
@@ -596,6 +639,27 @@ class Engine:
         assert plan.last_query * policy.query_stride == judges[-1]
         self.events["few queries"] += len(judges) < most
         self.events["judged by its own queries after a wait"] += judges[-1] < recorded[-1]
+
+    def _check_squeeze(self, plan: Plan, request: Request, urgent: bool) -> None:
+        """A plan of survivors: the oldest that were judged once, by the newest queries."""
+        start, policy, recorded = plan.window_start, self.policy, request.recorded[-self.ring.rows :]
+        assert urgent
+        assert self._yields(request)
+        assert policy.attention != "causal"
+        assert plan.freed
+        assert start + plan.window <= request.frontier
+        assert plan.window == self._least(request, request.frontier - start)[0]
+        assert plan.keep == max(1, plan.window * policy.least_keep // policy.keep)
+        first_owned = self._first_owned(request) * self.page
+        for twice, rows in zip(request.looked_at_twice, request.rows, strict=True):
+            window = set(rows[start : start + plan.window])
+            assert not window & twice, "a token is looked at three times"
+            assert min(window) >= max(request.prompt_len, policy.protected), "the window swallows the prompt"
+            before = start - 1
+            assert before < max(request.prompt_len, policy.protected) or rows[before] in twice or before < first_owned
+        judges = recorded[-self._judges_of(request) :]
+        assert plan.num_queries == len(judges) > 0
+        assert plan.last_query * policy.query_stride == judges[-1]
 
     def _judges_of(self, request: Request) -> int:
         """The number of queries that should score a window of this request."""
@@ -670,6 +734,7 @@ def draw_setup(rng: random.Random, tensors: str) -> Setup:
         tail=(tail := rng.choice([0, 0, 1, 3, 6])),
         pressure_tail=rng.choice([None, 0, tail]),
         pressure_keep=rng.choice([None, 1, keep]),
+        pressure_window=rng.choice([None, 1, 3, window]),
         protected=rng.choice([0, 0, 7]),
         period=rng.choice([1, 1, 2, 3]),
         max_sequences=rng.randint(1, 3),
@@ -767,6 +832,7 @@ EXPECTED = (
     "chunk", "finish", "abort", "waits for others", "preempted in the step of its plan", "causal",
     "causal behind tokens without queries", "several settings in one step", "judged by its own queries after a wait",
     "urgent compression", "urgent compression of a shorter tail", "urgent compression to fewer tokens",
+    "urgent compression of survivors", "urgent compression of a smaller window",
     "kept what the guard asked for", "stopped by the guard",
 )  # fmt: skip
 

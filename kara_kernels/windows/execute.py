@@ -143,10 +143,11 @@ def warm_up(
     ring.warm_up()
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
-    nobody = Plan("", 0, 0, 0, 0, policy.window, policy.keep, (0,), 0, 0, last_query=0, num_queries=0)
     count = policy.window if policy.attention == "causal" else policy.query_rows
     call = _Call(ring, _options(policy, scale, k_scale, reduce_scores, look_ahead, backend))
-    call.launch([nobody], [range(count)], [(0,)], cache, None)
+    for window in sorted({policy.window, policy.least_window}):
+        nobody = Plan("", 0, 0, 0, 0, window, 1, (0,), 0, 0, last_query=0, num_queries=0)
+        call.launch([nobody], [range(count)], [(0,)], cache, None)
 
 
 def _options(

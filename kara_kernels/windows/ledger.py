@@ -74,7 +74,10 @@ class Ledger:
             check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         self._planned.pop(request_id, None)
         frontier = max(prompt_len, policy.protected)
-        self._states[request_id] = Running(self._started, policy, max(prompt_len, computed), frontier)
+        recorded_from = max(prompt_len, computed)
+        self._states[request_id] = Running(
+            self._started, policy, policy is not self.policy, recorded_from, frontier, squeezed=frontier
+        )
         self._started += 1
 
     def forget(self, request_id: str) -> None:
@@ -98,8 +101,8 @@ class Ledger:
         return 0 if state is None else state.uncompressed(logical_len)
 
     def is_due(self, request_id: str, logical_len: int, *, urgent: bool = False) -> bool:
-        """Whether the sequence has a full window and tail. ``urgent``: or a tail for :meth:`relieve`. Cheap: call it
-        before you create a :class:`Held`."""
+        """Whether the sequence has a full window and tail. ``urgent``: or may have something for :meth:`relieve`.
+        Cheap: call it before you create a :class:`Held`."""
         state = self._states.get(request_id)
         return state is not None and state.is_due(logical_len, urgent)
 
@@ -136,7 +139,7 @@ class Ledger:
         only acts later.
         """
         state = self._states.get(request_id)
-        if state is None or state.policy is not self.policy or self.policy.max_loss is None:
+        if state is None or state.own or self.policy.max_loss is None:
             return
         state.keep = self.policy.guarded(needed)
         if state.keep is None and not state.stopped:
@@ -153,7 +156,7 @@ class Ledger:
         check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         for state in self._states.values():
             own = state.policy
-            state.policy = policy if own is self.policy else policy.resized(own.window, own.keep)
+            state.policy = policy.resized(own.window, own.keep) if state.own else policy
             state.keep, state.stopped = None, False
         self.policy = policy
 
@@ -179,23 +182,19 @@ class Ledger:
         """More compressions of this step, which free ``blocks`` blocks if they can. Call it after :meth:`plan`, when
         the engine would otherwise preempt a sequence.
 
-        Sequences without a plan are compressed with a tail of at least ``policy.least_tail``, as many as it takes. If
-        that frees too few blocks, they keep ``policy.least_keep``, unless they have a ``keep`` of their own or a guard.
-        ``period`` and ``max_sequences`` do not hold, and every plan frees a block.
+        Sequences without a plan are compressed as many as it takes, with a tail of at least ``policy.least_tail`` and
+        windows of ``policy.least_window`` where there is no larger one. If that frees too few blocks, they keep
+        ``policy.least_keep``, and then their survivors are compressed once more, to the same share. Sequences with
+        settings of their own or a guard yield no more than a shorter tail. ``period`` and ``max_sequences`` do not
+        hold, and every plan frees a block.
         """
         if self.shadow:
             return []
         others = [sequence for sequence in held if sequence.request_id not in self._of_round]
-        plans: list[Plan] = []
-        for pressure in (1, 2):
-            plans, freed = [], 0
-            for plan in self._in_turn(others, pressure):
-                if freed >= blocks:
-                    break
-                plans.append(plan)
-                freed += len(plan.freed)
-            if freed >= blocks:
-                break
+        plans = _freeing(blocks, self._in_turn(others, 1))
+        if sum(len(plan.freed) for plan in plans) < blocks:
+            fresh = self._in_turn(others, 2)
+            plans = _freeing(blocks, fresh + self._squeezing(others, {plan.request_id for plan in fresh}))
         return self._remember(plans)
 
     def _remember(self, plans: list[Plan]) -> list[Plan]:
@@ -215,7 +214,11 @@ class Ledger:
         state = self._states[plan.request_id]
         kept = plan.window if self.shadow else plan.keep
         state.dropped += plan.window - kept
-        state.frontier = plan.window_start + kept
+        if plan.window_start < state.frontier:  # survivors
+            state.frontier -= plan.window - kept
+            state.squeezed = plan.window_start + kept
+        else:
+            state.frontier = plan.window_start + kept
         state.windows += 1
         state.said.clear()
 
@@ -235,7 +238,7 @@ class Ledger:
             return None
         policy = state.policy
         keep = policy.keep if state.keep is None else state.keep
-        if pressure > 1 and policy is self.policy and policy.max_loss is None:
+        if pressure > 1 and state.yields:
             keep = policy.least_keep
         plan = state.oldest_window(held, self.page_size, self.query_rows, keep, urgent)
         if isinstance(plan, str):
@@ -244,7 +247,22 @@ class Ledger:
             return None
         return plan.physical_len - max(state.frontier, held.first_owned * self.page_size), plan
 
+    def _squeezing(self, held: Iterable[Held], besides: set[str]) -> list[Plan]:
+        """Plans of survivors. Sequences with most that were compressed once go first."""
+        states = [(self._states[x.request_id], x) for x in held if x.request_id in self._states.keys() - besides]
+        states.sort(key=lambda found: (found[0].squeezed - found[0].frontier, found[0].order))
+        return [plan for state, x in states if (plan := state.oldest_survivors(x, self.page_size)) is not None]
+
     def _skip(self, state: Running, reason: str) -> None:
         if reason not in state.said:
             state.said.add(reason)
             self.skipped[reason] += 1
+
+
+def _freeing(blocks: int, plans: list[Plan]) -> list[Plan]:
+    """The first of ``plans``, as many as free ``blocks`` blocks, or all."""
+    taken, freed = 0, 0
+    while taken < len(plans) and freed < blocks:
+        freed += len(plans[taken].freed)
+        taken += 1
+    return plans[:taken]

@@ -2,8 +2,8 @@
 
 Each sequence has two lengths. The *logical* length counts every token ever seen. Positions, stop conditions and
 recomputation use it. The *physical* length counts the rows a sequence still holds. Slots and attention use it. They
-differ by the number of *dropped* tokens. The *frontier* is the physical length of the part that is never touched again:
-the prompt and the survivors of earlier compressions.
+differ by the number of *dropped* tokens. The *frontier* is the physical length of the part that no window reaches:
+the prompt and the survivors of earlier compressions. Only shortage of blocks may compress survivors once more.
 """
 
 from __future__ import annotations
@@ -72,9 +72,14 @@ class Running:
     """Sequences that started later have a larger one."""
     policy: Policy
     """The ledger's, or one with the sequence's own window and keep."""
+    own: bool
+    """Whether it is the sequence's own."""
     recorded_from: int
     """Logical position of the first query in the ring."""
     frontier: int
+    squeezed: int
+    """Physical length of the prompt and of the survivors that were compressed twice. Those from here to the frontier
+    were compressed once."""
     dropped: int = 0
     windows: int = 0
     keep: int | None = None
@@ -88,11 +93,25 @@ class Running:
         """Decoded tokens after the frontier. 0 within a prompt."""
         return max(0, logical_len - self.dropped - self.frontier)
 
+    @property
+    def yields(self) -> bool:
+        """Whether shortage of blocks may take more than its settings say."""
+        return not self.own and self.policy.max_loss is None
+
+    @property
+    def least_window(self) -> int:
+        """Tokens of its smallest window when blocks are short."""
+        return self.policy.least_window if self.yields else self.policy.window
+
     def enough(self, urgent: bool) -> int:
         """Uncompressed tokens that make it due."""
-        return self.policy.window + (self.policy.least_tail if urgent else self.policy.tail)
+        policy = self.policy
+        return self.least_window + policy.least_tail if urgent else policy.window + policy.tail
 
     def is_due(self, logical_len: int, urgent: bool) -> bool:
+        """Whether it may have a window; or survivors, if urgent."""
+        if urgent and self.yields and self.frontier - self.squeezed >= self.least_window:
+            return True
         return not self.stopped and self.uncompressed(logical_len) >= self.enough(urgent)
 
     def oldest_window(self, held: Held, page: int, query_rows: int, keep: int, urgent: bool) -> Plan | str:
@@ -103,9 +122,9 @@ class Running:
             page: tokens per block.
             query_rows: queries that the ring holds.
             keep: tokens of the window that stay.
-            urgent: with a shorter tail, and only if it frees a block.
+            urgent: with a shorter tail, of fewer tokens if there are too few, and only if it frees a block.
         """
-        policy, enough = self.policy, self.enough(urgent)
+        policy, enough, window = self.policy, self.enough(urgent), self.policy.window
         physical = held.logical_len - self.dropped
         filled = -(-physical // page)
         if len(held.blocks) < filled:
@@ -113,10 +132,12 @@ class Running:
                 f"blocks: expected at least {filled} for the {physical} rows of {held.request_id}, "
                 f"got {len(held.blocks)}"
             )
-        after = physical - (policy.window - keep)
-        kept = -(-after // page)
-        gain = filled - kept
         begin = max(self.frontier, held.first_owned * page)
+        if urgent:
+            if physical - begin < window + policy.least_tail and self.yields:
+                window, keep = self.least_window, max(1, keep * self.least_window // window)
+            enough = window + policy.least_tail
+        gain = filled - -(-(physical - (window - keep)) // page)
         start, first, last = self._judges(begin, held.logical_len, query_rows, urgent)
         if physical - begin < enough:
             return "shared"
@@ -126,10 +147,35 @@ class Running:
         # Decoded tokens served by the prefix cache have no recorded queries, so wait until enough are recorded.
         if physical - start < enough or last - first + 1 < max(1, policy.query_rows // 4):
             return "queries"
+        return self._plan(held, page, start, window, keep, first, last)
+
+    def oldest_survivors(self, held: Held, page: int) -> Plan | None:
+        """The plan that compresses a window of survivors once more, scored by the newest queries, if it frees a block.
+
+        As many of them stay as ``policy.least_keep`` is of ``policy.keep``.
+        """
+        policy = self.policy
+        start = max(self.squeezed, held.first_owned * page)
+        window = policy.window if self.frontier - start >= policy.window else self.least_window
+        keep = max(1, window * policy.least_keep // policy.keep)
+        last = (held.logical_len - 1) // policy.query_stride
+        first = max((self.recorded_from - 1) // policy.query_stride, last - policy.query_rows) + 1
+        # Causal queries are those of a window's own tokens, which the ring no longer has.
+        if not self.yields or policy.attention == "causal" or keep == window or self.frontier - start < window:
+            return None
+        if last - first + 1 < max(1, policy.query_rows // 4):
+            return None
+        plan = self._plan(held, page, start, window, keep, first, last)
+        return plan if plan.freed else None
+
+    def _plan(self, held: Held, page: int, start: int, window: int, keep: int, first: int, last: int) -> Plan:
+        """Of samples ``first`` to ``last``, both included."""
+        physical = held.logical_len - self.dropped
+        after = physical - (window - keep)
         return Plan(
             request_id=held.request_id, logical_len=held.logical_len, physical_len=physical, new_len=after,
-            window_start=start, window=policy.window, keep=keep, blocks=tuple(held.blocks),
-            first_written=start // page, kept_blocks=kept, last_query=last, num_queries=last - first + 1,
+            window_start=start, window=window, keep=keep, blocks=tuple(held.blocks), first_written=start // page,
+            kept_blocks=-(-after // page), last_query=last, num_queries=last - first + 1,
         )  # fmt: skip
 
     def _judges(self, begin: int, logical: int, query_rows: int, urgent: bool) -> tuple[int, int, int]:

@@ -34,7 +34,10 @@ class Policy(Scoring, Selection):
     pressure_tail: int | None = None
     """``tail`` when an engine is short of blocks. None is a quarter of ``tail``."""
     pressure_keep: int | None = None
-    """``keep`` when an engine is still short of blocks with that tail. None is half of ``keep``."""
+    """``keep`` when an engine is still short of blocks with that tail, and the survivors of earlier windows are reduced
+    to the same share. None is half of ``keep``; ``keep`` leaves survivors alone."""
+    pressure_window: int | None = None
+    """Smallest ``window`` when an engine is short of blocks. None is a quarter of ``window``."""
     max_loss: float | None = None
     """Guard: most share of a window's scores that its dropped tokens may have, 0..1. Each compression of a sequence
     sets ``keep`` of its next window to what that would have taken. None leaves ``keep`` alone."""
@@ -74,6 +77,8 @@ class Policy(Scoring, Selection):
             check_count("pressure_tail", self.pressure_tail, 0, self.tail)
         if self.pressure_keep is not None:
             check_count("pressure_keep", self.pressure_keep, 1, MAX_WINDOW)
+        if self.pressure_window is not None:
+            check_count("pressure_window", self.pressure_window, 1, MAX_WINDOW)
         if self.max_loss is not None:
             check_number("max_loss", self.max_loss, 0.0, 1.0)
         least = min(1, self.min_freed_blocks)  # tokens that must be dropped, because dropping none never frees a block
@@ -113,11 +118,14 @@ class Policy(Scoring, Selection):
         return cls(**settings)
 
     def resized(self, window: int | None = None, keep: int | None = None) -> Policy:
-        """The same policy with another ``window`` or ``keep``, where one is given, and then without the guard."""
+        """The same policy with another ``window`` or ``keep``, where one is given, and then without the guard. Shortage
+        of blocks takes no smaller windows then."""
         if window is None and keep is None:
             return self
         window, keep = self.window if window is None else window, self.keep if keep is None else keep
-        return dataclasses.replace(self, window=window, keep=keep, max_loss=None, min_keep=None, max_keep=None)
+        return dataclasses.replace(
+            self, window=window, keep=keep, pressure_window=MAX_WINDOW, max_loss=None, min_keep=None, max_keep=None
+        )
 
     def check_page_size(self, page_size: int) -> None:
         """Raises ValueError for settings that could never free a block of ``page_size`` tokens."""
@@ -169,6 +177,14 @@ class Policy(Scoring, Selection):
     def least_tail(self) -> int:
         """``pressure_tail``, or what None means."""
         return self.tail // 4 if self.pressure_tail is None else self.pressure_tail
+
+    @property
+    def least_window(self) -> int:
+        """``pressure_window``, or what None means. With ``attention="causal"``, where the queries are those of a whole
+        window, it is ``window``."""
+        if self.attention == "causal":
+            return self.window
+        return -(-self.window // 4) if self.pressure_window is None else min(self.window, self.pressure_window)
 
     @property
     def positions_ahead(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from shim import Decoding, small
@@ -514,3 +515,52 @@ def test_who_still_lacks_blocks_keeps_fewer_tokens() -> None:
     assert [(plan.request_id, plan.keep, len(plan.freed)) for plan in plans] == [("a", 2, 3)]
     ledger.commit(plans[0])
     assert ledger.dropped("a") == 6
+
+
+def test_who_still_lacks_blocks_compresses_smaller_windows() -> None:
+    """A quarter of a window, which keeps the same share. Not if the sequence has settings of its own."""
+    ledger = Ledger(small(pressure_tail=1, pressure_window=4), 2)
+    held = [Decoding(ledger, name, prompt=4, decoded=6).held() for name in "ab"]
+    ledger.start("b", 4, 4, keep=2)
+    assert [ledger.is_due(name, 10, urgent=True) for name in "ab"] == [True, False]
+    [plan] = ledger.relieve(held, 1)
+    assert (plan.request_id, plan.window_start, plan.window, plan.keep, plan.new_len) == ("a", 4, 4, 2, 8)
+    assert (plan.num_queries, plan.last_query) == (6, 9)
+    ledger.commit(plan)
+    ledger.plan([])
+    assert not ledger.is_due("a", 10, urgent=True)
+    assert ledger.relieve([held[0]._replace(blocks=range(4))], 1) == []
+
+
+def test_who_still_lacks_blocks_compresses_survivors_once_more() -> None:
+    """The oldest first, to a quarter if others keep a half; each only once, and new survivors when there are any."""
+    ledger = Ledger(small(tail=0, pressure_window=8, min_freed_blocks=0), 2)
+    sequence = Decoding(ledger, prompt=4)
+    for _ in range(4):
+        sequence.until_planned()
+    assert (ledger.windows("a"), sequence.physical) == (4, 4 + 4 * 4 + 1)
+    held = sequence.held()
+    ledger.plan([])
+    [plan] = ledger.relieve([held], 2)
+    assert (plan.window_start, plan.window, plan.keep, plan.new_len) == (4, 8, 4, held.logical_len - 16 - 4)
+    assert (plan.num_queries, plan.last_query) == (8, held.logical_len - 1)
+    ledger.commit(plan)
+    ledger.plan([])
+    [plan] = ledger.relieve([sequence.held()], 2)
+    assert (plan.window_start, plan.window, plan.keep) == (8, 8, 4)
+    ledger.commit(plan)
+    ledger.plan([])
+    assert ledger.relieve([sequence.held()], 2) == []
+    assert (sequence.physical, ledger.dropped("a")) == (4 + 4 + 4 + 1, 24)
+    plan = sequence.until_planned()  # the next window comes after them
+    assert plan.window_start == 12
+
+
+@pytest.mark.parametrize("settings", [{"pressure_keep": 4}, {"attention": "causal"}, {"max_loss": 0.5}])
+def test_survivors_stay_as_they_are(settings: dict[str, Any]) -> None:
+    ledger = Ledger(small(tail=0, min_freed_blocks=0, **settings), 2)
+    sequence = Decoding(ledger, prompt=4)
+    for _ in range(4):
+        sequence.until_planned()
+    ledger.plan([])
+    assert ledger.relieve([sequence.held()], 2) == []

@@ -1,5 +1,7 @@
 """vLLM with Kara gives the same tokens as a dense model with the same tokens dropped (float32, greedy)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from harness import KARA, MODES, ON_GPU, asking, engine, greedy, no_block_once, prompts
@@ -52,7 +54,7 @@ def test_preemption_in_a_tiny_pool(model, dense, trace, chunk, mode):
     tiny = {"max_model_len": 416, "num_gpu_blocks_override": 15, "max_num_batched_tokens": chunk}
     with engine(model, trace=trace, mode=mode, **tiny) as kara:
         served = kara.generate(prompts(5, 40, 77, 30, 51), greedy(300))
-        assert sum(len(request.recomputed) for request in served) >= 3
+        assert sum(len(request.recomputed) for request in served) >= 2
         dense.assert_equal(kara, served, compressions=3)
         kara.assert_nothing_leaks()
         # A preempted text is compressed while it is recomputed, so that it never takes more room than before.
@@ -83,6 +85,24 @@ def test_requests_are_compressed_early_before_one_is_preempted(model, dense, tra
     assert recomputed[1] <= recomputed[0] / 3, recomputed
 
 
+@both
+def test_survivors_are_compressed_once_more_before_one_is_preempted(model, dense, trace, mode):
+    """To half as many. If all must stay, a request is preempted."""
+    recomputed = []
+    for keep in (32, 16):
+        told, settings = (trace if keep < 32 else None), {**KARA, "pressure_window": 32, "pressure_keep": keep}
+        with engine(model, settings, trace=told, mode=mode, num_gpu_blocks_override=20, max_model_len=416) as kara:
+            served = kara.generate(prompts(5, 40, 20, 30), greedy(300))
+            recomputed.append(sum(sum(request.recomputed) for request in served))
+            if told:
+                starts = [[e["window_start"] for e in kara.events_of(request.request_id)] for request in served]
+                assert sum(later < start for of in starts for start, later in pairwise(of)) >= 4
+                dense.assert_equal(kara, served, compressions=4)
+                kara.assert_nothing_leaks()
+    assert recomputed[0] > 0
+    assert recomputed[1] == 0
+
+
 WINDOWS = {"windows": [96, 40]}
 OWN = [False, ..., {"keep": 8}, {"window": 96, "keep": 70}, {"window": 40}, True]  # ...: nothing is asked for
 SIZES = [None, (64, 32), (64, 8), (96, 70), (40, 32), (64, 32)]
@@ -108,13 +128,13 @@ def test_requests_with_settings_of_their_own_side_by_side(model, dense, trace, o
 @both
 def test_a_preempted_request_keeps_its_own_settings(model, dense, trace, mode):
     tiny = {"max_model_len": 416, "num_gpu_blocks_override": 15}
-    with engine(model, {**KARA, **WINDOWS}, trace=trace, mode=mode, **tiny) as kara:
+    with engine(model, {**KARA, **WINDOWS, "pressure_window": 64}, trace=trace, mode=mode, **tiny) as kara:
         served = kara.generate(prompts(33, 5, 40, 77, 20, 64), [asking(own, 300) for own in OWN])
         # Recomputed in full, each was compressed before and after.
         again = [
             i for i, x in enumerate(served) if {e["recomputed_len"] > 0 for e in kara.events_of(x.request_id)} > {0}
         ]
-        assert sum(len(request.recomputed) for request in served) >= 3
+        assert sum(len(request.recomputed) for request in served) >= 2
         assert {2, 3, 4} & set(again)
         assert_sizes(kara, served, compressions=2)
         dense.assert_equal(kara, served, compressions=0)
