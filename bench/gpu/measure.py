@@ -283,7 +283,8 @@ def copy_bandwidth(device: str, rounds: int) -> float:
 
 
 def machine(device: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     facts: dict[str, Any] = {"torch": torch.__version__, "commit": commit or "unknown"}
     try:
         import triton
