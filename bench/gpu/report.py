@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench import tables
 from bench.tables import Row, markdown
+from bench.traffic.model import WAYS
 
 from .measure import SCHEMA
 
@@ -57,7 +58,7 @@ def _modelled(run: Run) -> list[str]:
     """
     head, rows = run
     known = {row["model"]: row["total"] for row in tables.read(MODEL)[1]
-             if row["table"] == "events" and row["fits"] and row["way"] == "published, every query"
+             if row["table"] == "events" and row["fits"] and row["way"] == WAYS[1].name
              and row["gpu"] in head["machine"]["device"]}  # fmt: skip
     found = [(row["name"], known[row["name"]], row["times"]["paper's event"]["median"]) for row in rows
              if (row["window"], row["batch"]) == (256, 1) and row["name"] in known]  # fmt: skip

@@ -74,9 +74,8 @@ class Ledger:
             check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         self._planned.pop(request_id, None)
         frontier = max(prompt_len, policy.protected)
-        recorded_from = max(prompt_len, computed)
         self._states[request_id] = Running(
-            self._started, policy, policy is not self.policy, recorded_from, frontier, squeezed=frontier
+            self._started, policy, policy is not self.policy, max(prompt_len, computed), frontier, squeezed=frontier
         )
         self._started += 1
 

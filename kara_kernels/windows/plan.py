@@ -110,9 +110,8 @@ class Running:
 
     def is_due(self, logical_len: int, urgent: bool) -> bool:
         """Whether it may have a window; or survivors, if urgent."""
-        if urgent and self.yields and self.frontier - self.squeezed >= self.least_window:
-            return True
-        return not self.stopped and self.uncompressed(logical_len) >= self.enough(urgent)
+        survivors = urgent and self.yields and self.frontier - self.squeezed >= self.least_window
+        return survivors or (not self.stopped and self.uncompressed(logical_len) >= self.enough(urgent))
 
     def oldest_window(self, held: Held, page: int, query_rows: int, keep: int, urgent: bool) -> Plan | str:
         """The plan of its oldest window, or the reason why that has to wait, as :attr:`Ledger.skipped` counts them.
@@ -124,7 +123,7 @@ class Running:
             keep: tokens of the window that stay.
             urgent: with a shorter tail, of fewer tokens if there are too few, and only if it frees a block.
         """
-        policy, enough, window = self.policy, self.enough(urgent), self.policy.window
+        policy, window = self.policy, self.policy.window
         physical = held.logical_len - self.dropped
         filled = -(-physical // page)
         if len(held.blocks) < filled:
@@ -133,10 +132,10 @@ class Running:
                 f"got {len(held.blocks)}"
             )
         begin = max(self.frontier, held.first_owned * page)
-        if urgent:
-            if physical - begin < window + policy.least_tail and self.yields:
-                window, keep = self.least_window, max(1, keep * self.least_window // window)
-            enough = window + policy.least_tail
+        tail = policy.least_tail if urgent else policy.tail
+        if urgent and physical - begin < window + tail:
+            window, keep = self.least_window, max(1, keep * self.least_window // window)
+        enough = window + tail
         gain = filled - -(-(physical - (window - keep)) // page)
         start, first, last = self._judges(begin, held.logical_len, query_rows, urgent)
         if physical - begin < enough:
@@ -145,7 +144,7 @@ class Running:
         if (urgent and not gain) or (gain < policy.min_freed_blocks and physical - begin < enough + page):
             return "gain"
         # Decoded tokens served by the prefix cache have no recorded queries, so wait until enough are recorded.
-        if physical - start < enough or last - first + 1 < max(1, policy.query_rows // 4):
+        if physical - start < enough or self._too_few(first, last):
             return "queries"
         return self._plan(held, page, start, window, keep, first, last)
 
@@ -158,12 +157,10 @@ class Running:
         start = max(self.squeezed, held.first_owned * page)
         window = policy.window if self.frontier - start >= policy.window else self.least_window
         keep = max(1, window * policy.least_keep // policy.keep)
-        last = (held.logical_len - 1) // policy.query_stride
-        first = max((self.recorded_from - 1) // policy.query_stride, last - policy.query_rows) + 1
+        first, last = self._recorded(held.logical_len, policy.query_rows)
         # Causal queries are those of a window's own tokens, which the ring no longer has.
-        if not self.yields or policy.attention == "causal" or keep == window or self.frontier - start < window:
-            return None
-        if last - first + 1 < max(1, policy.query_rows // 4):
+        possible = self.yields and policy.attention != "causal" and self.frontier - start >= window > keep
+        if not possible or self._too_few(first, last):
             return None
         plan = self._plan(held, page, start, window, keep, first, last)
         return plan if plan.freed else None
@@ -180,10 +177,8 @@ class Running:
 
     def _judges(self, begin: int, logical: int, query_rows: int, urgent: bool) -> tuple[int, int, int]:
         """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""
-        policy, stride = self.policy, self.policy.query_stride
-        newest = (logical - 1) // stride
-        # Sample n is the query at logical position n * stride. The ring holds the newest ones.
-        oldest = max((self.recorded_from - 1) // stride, newest - query_rows) + 1
+        policy = self.policy
+        oldest, newest = self._recorded(logical, query_rows)
         if policy.attention == "causal":
             # Query i acts as window token i, so a token whose own query is gone fits in no window.
             start = max(begin, oldest - self.dropped)
@@ -191,8 +186,16 @@ class Running:
             return start, first, first + policy.window - 1
         rows = policy.query_rows
         # Queries of the window and its tail. If it had to wait, later ones have overwritten the oldest.
-        first = -(-(begin + self.dropped) // stride)
+        first = -(-(begin + self.dropped) // policy.query_stride)
         if not urgent:  # always as many, however samples fall
             first = min(first, newest - rows + 1)
         first = max(oldest, first)
         return begin, first, min(newest, first + rows - 1)
+
+    def _recorded(self, logical: int, rows: int) -> tuple[int, int]:
+        """The oldest and the newest of the last ``rows`` samples. Sample n is the query at position n * stride."""
+        newest = (logical - 1) // self.policy.query_stride
+        return max((self.recorded_from - 1) // self.policy.query_stride, newest - rows) + 1, newest
+
+    def _too_few(self, first: int, last: int) -> bool:
+        return last - first + 1 < max(1, self.policy.query_rows // 4)

@@ -158,9 +158,9 @@ def test_memory_and_what_is_lost_to_preemption(model):
             return preempt(request, *args, **kwargs)
 
         kara.scheduler._preempt_request = preempted
-        kara.generate(prompts(5, 40, 77, 30, 51), greedy(300))
+        kara.generate(prompts(5, 40, 77, 30, 51, 20), greedy(300))
         assert shown(model)["query_ring_bytes"] == kara.runner.kara_ring.nbytes
-    assert len(lost) >= 2
+    assert len(lost) >= 3
     assert counted(model, before)["recomputed_tokens_total"] == sum(lost)
 
 
