@@ -70,6 +70,18 @@ def aligned(values: np.ndarray) -> np.ndarray:
     return out
 
 
+def test_a_parameter_that_a_program_chooses() -> None:
+    """Compilers merge two branches that differ in arguments only into one that loads from a chosen address."""
+    out, first, second = aligned(np.zeros(32, np.uint64)), np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+    execute(
+        "setp.lt.u32 %p1, %r0, 5;\nmov.b64 %rd5, kernel_param_1;\nmov.b64 %rd6, kernel_param_2;\n"
+        "selp.b64 %rd7, %rd5, %rd6, %p1;\nld.param.b64 %rd8, [%rd7];\nmul.wide.u32 %rd9, %r0, 8;\n"
+        "add.s64 %rd9, %rd0, %rd9;\nst.global.b64 [%rd9], %rd8;",
+        out, first, second,
+    )  # fmt: skip
+    assert out.tolist() == [first.ctypes.data if i < 5 else second.ctypes.data for i in range(32)]
+
+
 # -------------------------------------------------------------------------- registers to registers, against Python
 
 WIDTH = {"pred": 4, "b16": 2, "b32": 4, "b64": 8, "f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f64": 8}
@@ -269,6 +281,8 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "min.s32": (["s32"] * 2, "s32", min),
     "max.s32": (["s32"] * 2, "s32", max),
     "min.u32": (["u32"] * 2, "u32", min),
+    "min.s64": (["s64"] * 2, "s64", min),
+    "max.s64": (["s64"] * 2, "s64", max),
     "max.f32": (["f32"] * 2, "f32", not_nan(max)),
     "min.f32": (["f32"] * 2, "f32", not_nan(min)),
     "max.NaN.f32": (["f32"] * 2, "f32", with_nan(max)),
@@ -276,6 +290,8 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "mul.hi.s32": (["s32"] * 2, "s32", lambda a, b: a * b >> 32),
     "mul.hi.u64": (["u64"] * 2, "u64", lambda a, b: a * b >> 64),
     "mul.hi.s64": (["s64"] * 2, "s64", lambda a, b: a * b >> 64),
+    "div.s32": (["s32"] * 2, "s32", lambda a, b: math.trunc(Fraction(a, b)) if b else -1),
+    "div.u32": (["u32"] * 2, "u32", lambda a, b: a // b if b else -1),
     "mul.wide.u16": (["u16"] * 2, "u32", lambda a, b: a * b),
     "mul.wide.u32": (["u32"] * 2, "u64", lambda a, b: a * b),
     "mul.wide.s32": (["s32"] * 2, "s64", lambda a, b: a * b),
@@ -292,6 +308,8 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "or.b64": (["b64"] * 2, "b64", lambda a, b: a | b),
     "or.pred": (["pred"] * 2, "pred", lambda a, b: a or b),
     "xor.b32": (["b32"] * 2, "b32", lambda a, b: a ^ b),
+    "xor.b64": (["b64"] * 2, "b64", lambda a, b: a ^ b),
+    "xor.pred": (["pred"] * 2, "pred", lambda a, b: a != b),
     "not.pred": (["pred"], "pred", lambda a: not a),
     "not.b32": (["b32"], "b32", lambda a: ~a),
     "shl.b16": (["b16", "u32"], "b16", lambda a, n: a << min(n, 16)),
@@ -314,6 +332,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "ex2.approx.ftz.f32": (["f32"], "f32", lambda a: flushed(power_of_two(a))),
     "setp.eq.b32": (["b32"] * 2, "pred", lambda a, b: a == b),
     "setp.lt.s32": (["s32"] * 2, "pred", lambda a, b: a < b),
+    "setp.gt.s64": (["s64"] * 2, "pred", lambda a, b: a > b),
     "setp.ge.s64": (["s64"] * 2, "pred", lambda a, b: a >= b),
     "setp.gt.u32": (["u32"] * 2, "pred", lambda a, b: a > b),
     "setp.le.u64": (["u64"] * 2, "pred", lambda a, b: a <= b),
@@ -327,6 +346,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "setp.num.f32": (["f32"] * 2, "pred", compared(lambda a, b: True, False)),
     "selp.b16": (["b16", "b16", "pred"], "b16", lambda a, b, p: a if p else b),
     "selp.b32": (["b32", "b32", "pred"], "b32", lambda a, b, p: a if p else b),
+    "selp.b64": (["b64", "b64", "pred"], "b64", lambda a, b, p: a if p else b),
     "selp.f32": (["f32", "f32", "pred"], "f32", lambda a, b, p: a if p else b),
     "mov.b32": (["b32"], "b32", lambda a: a),
     "mov.u64": (["u64"], "u64", lambda a: a),
@@ -339,6 +359,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "cvt.rn.f32.s32": (["s32"], "f32", lambda a: to_float32(Fraction(a))),
     "cvt.rn.f16.s32": (["s32"], "f16", lambda a: float(np.float16(a))),
     "cvt.rn.f32.u32": (["u32"], "f32", lambda a: to_float32(Fraction(a))),
+    "cvt.rn.f32.u16": (["u16"], "f32", lambda a: float(a)),
     "cvt.rzi.s32.f32": (["f32"], "s32", lambda a: 0 if a != a else int(max(-(2.0**31), min(2.0**31 - 1, a)))),
     "cvt.f32.f16": (["f16"], "f32", lambda a: a),
     "cvt.f64.f32": (["f32"], "f64", lambda a: a),
@@ -462,11 +483,12 @@ def test_reduction(name: str, function: Callable) -> None:
 
 
 def test_vectors_are_packed_and_unpacked() -> None:
-    """mov.b64 and mov.b32 in both directions, low part first."""
+    """mov.b64 and mov.b32 in both directions, low part first. A part may go nowhere."""
     values, out = np.arange(32, dtype=np.uint64) * 0x100010001 + 0x1122334455667788, np.zeros(32, np.uint64)
     execute("mad.wide.u32 %rd20, %r0, 8, %rd0;\nmad.wide.u32 %rd21, %r0, 8, %rd1;\nld.global.b64 %rd22, [%rd20];\n"
-            "mov.b64 {%r10, %r11}, %rd22;\nmov.b32 {%rs1, %rs2}, %r10;\nmov.b32 %r12, {%rs2, %rs1};\n"
-            "mov.b64 %rd23, {%r12, %r11};\nst.global.b64 [%rd21], %rd23;", values, out)  # fmt: skip
+            "mov.b64 {%r10, _}, %rd22;\nmov.b64 {_, %r11}, %rd22;\nmov.b32 {%rs1, %rs2}, %r10;\n"
+            "mov.b32 %r12, {%rs2, %rs1};\nmov.b64 %rd23, {%r12, %r11};\n"
+            "st.global.b64 [%rd21], %rd23;", values, out)  # fmt: skip
     halves = values.view(np.uint16).reshape(32, 4)
     assert (out.view(np.uint16).reshape(32, 4) == halves[:, [1, 0, 2, 3]]).all()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .program import Address, Immediate, Instruction, Operand, Register, UnknownPTX
+from .program import DISCARD, Address, Immediate, Instruction, Operand, Register, UnknownPTX
 
 TYPES = {
     "pred": np.dtype(bool), "b8": np.dtype("u1"), "b16": np.dtype("u2"), "b32": np.dtype("u4"), "b64": np.dtype("u8"),
@@ -45,6 +45,12 @@ def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The upper half of a product."""
     wide = object if a.itemsize == 8 else np.int64 if a.dtype.kind == "i" else np.uint64
     return (a.astype(wide) * b.astype(wide) >> np.array(8 * a.itemsize, wide)).astype(a.dtype)
+
+
+def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Integers divided towards zero; all ones for a divisor of zero, which PTX leaves open."""
+    quotient = np.abs(a.astype(np.int64)) // np.maximum(np.abs(b.astype(np.int64)), 1)
+    return np.where(b == 0, -1, np.where((a < 0) != (b < 0), -quotient, quotient)).astype(a.dtype)
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -165,6 +171,7 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"(min|max)\.f32", lambda m: (["f32"] * 2, "f32", np.fmin if m[1] == "min" else np.fmax)),
     (r"(min|max)\.NaN\.f32", lambda m: (["f32"] * 2, "f32", np.minimum if m[1] == "min" else np.maximum)),
     (r"mul\.hi\.([su](?:32|64))", lambda m: ([m[1]] * 2, m[1], _high)),
+    (r"div\.([su]32)", lambda m: ([m[1]] * 2, m[1], _quotient)),
     (r"mul\.wide\.([su])(16|32)", lambda m: (
         [m[1] + m[2]] * 2, m[1] + str(2 * int(m[2])),
         lambda a, b: a.astype(TYPES[m[1] + str(2 * int(m[2]))]) * b)),
@@ -189,7 +196,7 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"selp\.([bsuf](?:16|32|64))", lambda m: ([m[1]] * 2 + ["pred"], m[1], lambda a, b, p: np.where(p, a, b))),
     (r"mov\.(pred|[bsuf](?:16|32|64))", lambda m: ([m[1]], m[1], lambda a: a)),
     (r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
-    (r"cvt\.rn\.(f16|f32)\.([su](?:32|64))", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
+    (r"cvt\.rn\.(f16|f32)\.([su](?:16|32|64))", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.(f32|f64)\.(f16|f32)", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.rn\.(f16|f32)\.(f32|f64)", lambda m: ([m[2]], m[1], lambda a: a.astype(TYPES[m[1]]))),
     (r"cvt\.f32\.bf16", lambda m: (["bf16"], "f32", _bf16_to_f32)),
@@ -275,10 +282,23 @@ def _addresses(operand: Operand) -> Callable[[Any], np.ndarray]:
 def _parameter(m: re.Match, instruction: Instruction) -> Step:
     target, source = instruction.operands
     write, dtype = writer(target, m[1]), TYPES[m[1]]
+    if not source.name:
+        return _chosen_parameter(write, dtype, _addresses(source))
 
     def step(warps: Any) -> None:
         value = np.frombuffer(warps.parameters[source.name], dtype, 1)
         write(warps, value.reshape(1, 1))
+
+    return step
+
+
+def _chosen_parameter(write: Callable, dtype: np.dtype, locate: Callable) -> Step:
+    """A parameter through its address, of which each has eight bytes."""
+
+    def step(warps: Any) -> None:
+        held = np.frombuffer(b"".join(value.ljust(8, b"\0") for value in warps.parameters.values()), np.uint8)
+        first = locate(warps)[..., None] + np.arange(dtype.itemsize)
+        write(warps, np.ascontiguousarray(held[first]).view(dtype)[..., 0])
 
     return step
 
@@ -463,11 +483,12 @@ def _move_vector(m: re.Match, instruction: Instruction) -> Step:
     vector = target if isinstance(target, tuple) else source
     part = f"b{int(whole[1:]) // len(vector)}"
     if isinstance(target, tuple):
-        read, write = reader(source, whole), [writer(to, part) for to in target]
+        read = reader(source, whole)
+        write = {place: writer(to, part) for place, to in enumerate(target) if to != DISCARD}
 
         def step(warps: Any) -> None:
             parts = np.ascontiguousarray(np.broadcast_to(read(warps), warps.mask.shape))[..., None].view(TYPES[part])
-            for place, to in enumerate(write):
+            for place, to in write.items():
                 to(warps, np.ascontiguousarray(parts[..., place]))
 
     else:

@@ -38,6 +38,7 @@ class Label:
 
 
 Operand = Register | Immediate | Address | Label | tuple
+DISCARD = Label("_")  # in place of a register of a vector: nothing is written
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def _operand(text: str, line: int) -> Operand:
         return Immediate(0)
     if text.startswith("$"):
         return Label(text)
+    if text == "_":
+        return DISCARD
     if text.startswith(("0f", "0F")):
         return Immediate(int(text[2:], 16))
     if text.startswith(("0d", "0D")):
@@ -155,4 +158,6 @@ def _operand(text: str, line: int) -> Operand:
         return Immediate(struct.unpack("<I", struct.pack("<f", float(text)))[0])
     if text in ("true", "false"):
         return Immediate(int(text == "true"))
+    if parameter := re.fullmatch(r"\w+_param_(\d+)", text):  # its address, which a program chooses and then loads from
+        return Immediate(8 * int(parameter[1]))
     raise UnknownPTX(f"line {line}: operand {text}")
