@@ -10,9 +10,13 @@ if TYPE_CHECKING:
     from .integrations.flashinfer import block_tables_from_csr
     from .packed import PackedQueries
     from .paged import PagedCache
+    from .payload import PayloadLayout
     from .windows.compress import CompressedWindow, compress_window
 
-__all__ = ["CompressedWindow", "LookAhead", "PackedQueries", "PagedCache", "block_tables_from_csr", "compress_window"]
+__all__ = [
+    "CompressedWindow", "LookAhead", "PackedQueries", "PagedCache", "PayloadLayout", "block_tables_from_csr",
+    "compress_window",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _ROOMS = {
@@ -20,6 +24,7 @@ _ROOMS = {
     "LookAhead": "ahead",
     "PackedQueries": "packed",
     "PagedCache": "paged",
+    "PayloadLayout": "payload",
     "block_tables_from_csr": "integrations.flashinfer",
     "compress_window": "windows.compress",
 }

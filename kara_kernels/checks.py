@@ -72,14 +72,14 @@ def check_lengths(name: str, value: object, sequences: int, device: torch.device
     return lengths
 
 
-def check_scores(scores: object) -> Tensor:
-    """Checks float32 ``[..., W]`` with ``1 <= W <= MAX_WINDOW``."""
+def check_scores(scores: object, most: int = MAX_WINDOW) -> Tensor:
+    """Checks float32 ``[..., W]`` with ``1 <= W <= most``."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores: expected a tensor, got {type(scores).__name__}")
     if scores.dtype != torch.float32:
         raise TypeError(f"scores: expected dtype torch.float32, got {scores.dtype}")
-    if scores.dim() == 0 or not 1 <= scores.shape[-1] <= MAX_WINDOW:
-        raise ValueError(f"scores: expected [..., W] with W in 1..{MAX_WINDOW}, got shape {list(scores.shape)}")
+    if scores.dim() == 0 or not 1 <= scores.shape[-1] <= most:
+        raise ValueError(f"scores: expected [..., W] with W in 1..{most}, got shape {list(scores.shape)}")
     return scores
 
 

@@ -40,8 +40,9 @@ NAN_BITS = {
     torch.float8_e5m2fnuz: 0,
     torch.uint8: 0,
     torch.int8: 0,
+    torch.float64: 0x7FF8 << 48,
 }
-INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 POISON_IDS = (-1, -(2**31), 2**31 - 1, 2**30)
 
 Keeps = Sequence[Sequence[Sequence[Sequence[int]]]]  # [L][S][H][K]

@@ -1,9 +1,16 @@
 """The operations, each with a Triton kernel and a PyTorch counterpart in :mod:`kara_kernels.reference`."""
 
+from .channels import rank_channels
 from .chunks import expand_chunks
 from .compact import compact_blocks
+from .gather import gather_rows, scatter_rows
 from .pack import pack_queries
+from .quantize import dequantize_rows, quantize_rows
+from .rank import rank_rows
 from .score import score_window
 from .select import select_topk
 
-__all__ = ["compact_blocks", "expand_chunks", "pack_queries", "score_window", "select_topk"]
+__all__ = [
+    "compact_blocks", "dequantize_rows", "expand_chunks", "gather_rows", "pack_queries", "quantize_rows",
+    "rank_channels", "rank_rows", "scatter_rows", "score_window", "select_topk",
+]  # fmt: skip

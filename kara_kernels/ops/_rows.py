@@ -101,3 +101,51 @@ def row_pointer(rows, block, place, FORMAT: tl.constexpr):
     # One addition to the base, so that the hint applies to the sum. A hint on a constant 0 would be folded away.
     offset = block.to(tl.int64) * rows.stride_block + place.to(tl.int64) * rows.stride_token
     return tl.multiple_of(rows.base + offset, ALIGN)
+
+
+@triton.jit
+def nearest_even(x):
+    """float32 ``x`` in 0..2^22 as int32, half to even."""
+    return ((x + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2^23: addition rounds to whole numbers
+
+
+@triton.jit
+def to_words(x, KIND: tl.constexpr):
+    """float32 as the bits of ``KIND``, rounded half to even; float8 saturates at its largest number."""
+    bits = x.to(tl.int32, bitcast=True)
+    if KIND == "float32":
+        return bits
+    elif KIND == "bfloat16":  # by hand, because the interpreter truncates
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.int16)
+    elif KIND == "float16":
+        return x.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        FNUZ: tl.constexpr = KIND == "e4m3fnuz" or KIND == "e5m2fnuz"  # a zero without sign, and one more of the bias
+        E4: tl.constexpr = KIND == "e4m3fn" or KIND == "e4m3fnuz"
+        MANTISSA: tl.constexpr = 3 if E4 else 2
+        BIAS: tl.constexpr = (7 if E4 else 15) + (1 if FNUZ else 0)
+        LARGEST: tl.constexpr = 0x7F if FNUZ else (0x7E if E4 else 0x7B)
+        size = bits & 0x7FFFFFFF
+        code = (size + ((1 << (22 - MANTISSA)) - 1) + ((size >> (23 - MANTISSA)) & 1)) >> (23 - MANTISSA)
+        code -= (127 - BIAS) << MANTISSA
+        # Below the smallest normal number steps are equal. This includes rounding up to it.
+        tiny = nearest_even(tl.minimum(tl.abs(x), 1.0) * (1 << (BIAS - 1 + MANTISSA)))
+        code = tl.minimum(tl.where(size < ((128 - BIAS) << 23), tiny, code), LARGEST)
+        sign = (bits >> 24) & 0x80
+        if FNUZ:
+            sign = tl.where(code == 0, 0, sign)
+        return tl.where(x != x, 0x80 if FNUZ else 0x7F, code | sign).to(tl.uint8)
+
+
+@triton.jit
+def from_words(words, KIND: tl.constexpr):
+    """float32 from the bits of ``KIND``."""
+    if KIND == "float32":
+        return words.to(tl.float32, bitcast=True)
+    elif KIND == "bfloat16":
+        return (words.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == "float16":
+        return words.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return fp8_to_float(words, KIND, tl.float32)
