@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from on_gpu import ON_GPU, lent
 from worlds import Plan, Sequenced, World
 
-from bench.codegen.__main__ import OLDEST, triton_of
+from bench.codegen.__main__ import OLDEST
+from bench.packages import package_of
 from kara_kernels import compress_window
 from kara_kernels.ops import score_window
 from kara_kernels.ops.pack import launch_pack, pack_queries
@@ -186,7 +187,7 @@ def test_packed_queries_score_as_what_they_stand_for(form: str, dim: int, window
 ])  # fmt: skip
 def test_the_oldest_triton_multiplies_sixteen_dimensions(case: str) -> None:
     """Triton 3.6 did so wrongly when they came in joined halves."""
-    environment = {**os.environ, "PYTHONPATH": str(triton_of(OLDEST))}
+    environment = {**os.environ, "PYTHONPATH": str(package_of("triton", OLDEST))}
     command = [sys.executable, "-m", "pytest", "-q", f"{Path(__file__).parent / case}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "1 passed" in done.stdout, done.stdout[-3000:]

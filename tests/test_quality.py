@@ -1,8 +1,7 @@
-"""The quality bench: peers on cases computed by hand, replays against a dense model, tasks and statistics."""
+"""The quality bench: methods, replays against a dense model, tasks and statistics."""
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from dense import Ledger, dense_logits  # noqa: E402
 from test_transformers import make_model  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
-from bench.quality import decode, measure, peers, picture, statistics, tasks  # noqa: E402
+from bench.quality import decode, measure, picture, statistics, tasks  # noqa: E402
 from bench.quality.methods import (  # noqa: E402
     DEFAULT,
     METHODS,
@@ -31,7 +30,8 @@ from bench.quality.methods import (  # noqa: E402
     guarded,
     pyramid,
 )
-from bench.quality.replay import Replay, Window  # noqa: E402
+from bench.quality.replay import Replay  # noqa: E402
+from kara_kernels import scorers  # noqa: E402
 from kara_kernels.engine import Policy  # noqa: E402
 from kara_kernels.integrations.transformers import KaraCache  # noqa: E402
 from kara_kernels.options import PAPER, RECOMMENDED, Scoring, split_options  # noqa: E402
@@ -41,106 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BY_NAME = {method.name: method for method in METHODS}
 
 
-# ---- peers, by hand ----------------------------------------------------------------------------------------
-
-
-def window(query: Any = None, keys: Any = None, values: Any = None, *, length: int, start: int = 0, group: int = 1,
-           dim: int = 2, tail: int = 0, seed: int = 0) -> Window:  # fmt: skip
-    """One layer and one KV head, zeros by default. ``keys [T][D]``, ``query [N][G][D]``."""
-    total = start + length + tail
-    keys = torch.zeros(total, dim) if keys is None else torch.tensor(keys)
-    query = torch.zeros(length + tail, group, keys.shape[1]) if query is None else torch.tensor(query)
-    values = torch.zeros(total, 2) if values is None else torch.tensor(values)
-    return Window(query[None, :, None], keys[None, None], values[None, None], start, length, 1.0, seed, lambda q, n: q)
-
-
-def scores(scorer: Any, given: Window) -> list[float]:
-    found = scorer(given)
-    assert found.shape == (1, 1, given.length)
-    return found[0, 0].tolist()
-
-
-def approx(*values: float) -> Any:
-    return pytest.approx(list(values), abs=1e-5)
-
-
-def test_h2o_sums_what_queries_gave_that_could_see_a_key() -> None:
-    # Tokens 0 | 1 2: the query of 1 halves between 0 and 1, that of 2 gives a third to each.
-    assert scores(peers.h2o, window(length=2, start=1)) == approx(1 / 2 + 1 / 3, 1 / 3)
-
-
-def test_tova_asks_the_newest_query_of_all_heads() -> None:
-    # Head 0 attends evenly to four tokens, head 1 to token 1 alone; token 0 lies before the window, 3 is the tail.
-    query = [[[0.0, 0.0], [0.0, 0.0]]] * 2 + [[[0.0, 0.0], [90.0, 0.0]]]
-    keys = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-    assert scores(peers.tova, window(query, keys, length=2, start=1, tail=1)) == approx((1 / 4 + 1) / 2, 1 / 8)
-
-
-def test_snapkv_pools_over_seven() -> None:
-    keys = [[0.0, 0.0]] * 10
-    keys[5] = [90.0, 0.0]
-    query = [[[0.0, 0.0]]] * 9 + [[[1.0, 0.0]]]
-    given = window([[[0.0, 0.0]]] * 9 + query[-1:], keys, length=9, tail=1)
-    # Only the last of the ten queries attends to token 5; the others see it evenly, once they can.
-    even = [sum(1 / (i + 1) for i in range(max(j, 0), 9)) / 10 for j in range(9)]
-    received = [even[j] + (0.1 if j == 5 else 0.0) for j in range(9)]
-    # Queries 5 to 8 see a key of 90 with a query of zero: still evenly.
-    assert scores(peers.snapkv, given) == approx(*(max(received[max(0, j - 3) : j + 4]) for j in range(9)))
-
-
-def test_snapkv_asks_the_last_32() -> None:
-    query = [[[90.0, 0.0]]] * 8 + [[[0.0, 0.0]]] * 32
-    keys = [[1.0, 0.0]] + [[0.0, 0.0]] * 39
-    received = sum(1 / (i + 1) for i in range(8, 40)) / 32  # had the first eight been asked: more
-    assert scores(peers.snapkv, window(query, keys, length=40))[0] == pytest.approx(received, abs=1e-5)
-
-
-def test_knorm_and_keydiff() -> None:
-    keys = [[3.0, 4.0], [0.0, 1.0]]
-    assert scores(peers.knorm, window(keys=keys, length=2)) == approx(-5, -1)
-    # Unit keys (1,0), (1,0), (0,1): their mean is (2,1)/3.
-    keys = [[2.0, 0.0], [1.0, 0.0], [0.0, 7.0]]
-    assert scores(peers.keydiff, window(keys=keys, length=3)) == approx(*(-x / math.sqrt(5) for x in (2, 2, 1)))
-
-
-def test_rkv_subtracts_what_is_alike_but_not_against_the_newest() -> None:
-    # Three equal keys. Of each row's similar keys the newest is forgiven: rows (0,1,-), (1,0,-), (1,-,0).
-    alike = [math.exp(x) for x in (2 / 3, 1 / 3, 0)]
-    expected = [0.1 / 3 - 0.9 * a / sum(alike) for a in alike]
-    assert scores(peers.rkv, window(keys=[[1.0, 0.0]] * 3, length=3)) == approx(*expected)
-
-
-def test_rkv_takes_logits_of_the_group_at_their_greatest() -> None:
-    keys = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]] + [[0.0, 0.0, 0.0]] * 12
-    query = [[[math.log(2), 0.0, 0.0], [0.0, 0.0, math.log(4)]]] * 15
-    # exp of the greatest logits: 2, 1, 4 and twelve ones; max-pooled over three neighbours to either side.
-    weights = [2, 1, 4] + [1] * 12
-    pooled = [max(weights[max(0, j - 3) : j + 4]) / sum(weights) for j in range(15)]
-    assert scores(peers.rkv, window(query, keys, length=15)) == approx(*(0.1 * x - 0.9 / 15 for x in pooled))
-
-
-def test_chunkkv_ranks_fixed_chunks_of_ten() -> None:
-    keys = [[90.0, 0.0] if j == 12 else [0.0, 0.0] for j in range(25)]
-    query = [[[1.0, 0.0]]] * 25
-    found = scores(peers.chunkkv, window(query, keys, length=25))
-    assert found[10:20] == [found[10]] * 10
-    assert found[0:10] == [found[0]] * 10
-    # Queries 12 to 24 give all to token 12; those before share evenly.
-    assert found[10] == pytest.approx((13 + 1 / 11 + 2 / 12) / 25 / 10, abs=1e-5)
-    assert found[20:] == approx(*[0.0] * 5)
-
-
-def test_compactor_weighs_by_values_and_averages_neighbours() -> None:
-    values = [[3.0, 0.0], [0.0, 6.0], [9.0, 0.0]]
-    assert scores(peers.compactor, window(values=values, length=3)) == approx(4.5, 6, 7.5)
-
-
-def test_chance_is_repeatable_and_streaming_keeps_the_newest() -> None:
-    given = Window(*(torch.zeros(2, 3, 4, 8),) * 3, 0, 4, 1.0, 5, lambda q, n: q)
-    assert torch.equal(peers.random_per_head(given), peers.random_per_head(given))
-    assert len({tuple(row) for row in peers.random_per_head(given).flatten(0, 1).tolist()}) == 6
-    assert len({tuple(row) for row in peers.random_shared(given).flatten(0, 1).tolist()}) == 1
-    assert peers.streaming_llm(given)[1, 2].tolist() == [0, 1, 2, 3]
+# ---- methods ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -292,7 +193,7 @@ def test_where_a_text_is_left_is_where_generation_leaves_it() -> None:
 def test_scorers_of_peers_decode_too() -> None:
     model = make_model()
     prompt, text = text_of(7, 3), text_of(60, 4)
-    method = Method("small", "", "peer", peers.h2o, {"chunk_fraction": 0.0}, window=16, tail=4)
+    method = Method("small", "", "peer", scorers.h2o, {"chunk_fraction": 0.0}, window=16, tail=4)
     [found] = decode.decoding(model, "x", prompt, text, [(method, 0.5)])
     llama_text = decode.follow(model, prompt, text, DynamicCache(), 4, 16)
     assert llama_text.shape == (60, 61)

@@ -20,12 +20,13 @@ from test_transformers import make_model
 
 import bench.quality.__main__ as command
 from bench import tables
-from bench.quality import peers, report, run, sources
+from bench.quality import report, run, sources
 from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, guards, pyramid, served
 from bench.quality.replay import Replay
 from bench.store import Store, code_of
 from demos.screen import Screen
 from kara_kernels.options import Scoring
+from kara_kernels.scorers import published
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +79,7 @@ WITH_ALL = 2  # haystacks, with everything
 
 
 def with_another_h2o(monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = [replace(m, scorer=peers.knorm) if m.name == "H2O" else m for m in METHODS]
+    changed = [replace(m, scorer=published.knorm) if m.name == "H2O" else m for m in METHODS]
     monkeypatch.setattr(run, "METHODS", changed)
 
 
@@ -142,12 +143,16 @@ def test_a_key_says_all_that_a_record_depends_on(tmp_path: Path, monkeypatch: py
     assert len({made.key(item, (BY_NAME["H2O"], r)) for r in (0.3, 0.5)}) == 2
 
 
-def peers_as(tmp_path: Path, old: str, new: str) -> Any:
-    """The module of peers with changed source."""
-    source = Path(peers.__file__).read_text()
+def published_as(tmp_path: Path, old: str, new: str) -> Any:
+    """The module of published scorers with changed source."""
+    source = Path(published.__file__).read_text()
     assert old in source
-    path = tmp_path / f"peers_{len(list(tmp_path.iterdir()))}.py"
-    path.write_text(source.replace(old, new).replace("from .replay", "from bench.quality.replay"))
+    path = tmp_path / f"published_{len(list(tmp_path.iterdir()))}.py"
+    path.write_text(
+        source.replace(old, new)
+        .replace("from ..", "from kara_kernels.")
+        .replace("from .", "from kara_kernels.scorers.")
+    )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec
     assert spec.loader
@@ -158,16 +163,16 @@ def peers_as(tmp_path: Path, old: str, new: str) -> Any:
 
 
 @pytest.mark.parametrize(("old", "new", "changed"), [
-    ("    return -window.window_keys.norm(dim=-1)", "    return window.window_keys.norm(dim=-1)", {"knorm"}),
-    ("masked_fill(later, -math.inf)", "masked_fill(later, 0)", {"snapkv", "h2o", "tova", "chunkkv"}),  # a helper
-    ("[..., window.span]", "[..., :1]", {"snapkv", "h2o", "tova", "chunkkv"}),
-    ("CHUNK = 10", "CHUNK = 11", {"chunkkv"}),  # a constant
+    ("-rows.scored_keys(layer).norm", "rows.scored_keys(layer).norm", {"knorm"}),
+    ("masked_fill_(later, -math.inf)", "masked_fill_(later, 0)", {"snapkv", "h2o", "tova", "chunkkv"}),  # a helper
+    ("[..., rows.span].sum", "[..., :1].sum", {"snapkv", "h2o", "tova", "chunkkv"}),
+    ("COMPACTOR_CHUNK = 10", "COMPACTOR_CHUNK = 11", {"chunkkv"}),  # a constant
     ("SNAP_POOL = 32, 7", "SNAP_POOL = 32, 9", {"snapkv"}),
-    ("    return -window.window_keys.norm(dim=-1)", "    # !\n    return (-window.window_keys.norm(dim=-1))", set()),
+    ("    return _by_layer(rows, lambda layer: -", "    # !\n    return _by_layer(rows,  lambda layer: -", set()),
     ("Prefers keys of small norm", "Small keys", set()),
 ])  # fmt: skip
 def test_code_that_a_scorer_reaches_counts(tmp_path: Path, old: str, new: str, changed: set[str]) -> None:
-    before, after = peers_as(tmp_path, "import math", "import math"), peers_as(tmp_path, old, new)
+    before, after = (published_as(tmp_path, *change) for change in (("import math",) * 2, (old, new)))
     scorers = [method.scorer.__name__ for method in METHODS if method.family in ("peer", "null")]
 
     def of(module: Any) -> dict[str, list[str]]:
@@ -210,6 +215,10 @@ ALL = {"fidelity", "decoding", *OURS}
     ("kara_kernels/windows/queries.py", OURS | {"decoding"}),
     ("kara_kernels/engine/__init__.py", {"decoding"}),
     ("kara_kernels/integrations/vllm/settings.py", set()),
+    ("kara_kernels/scorers/rows.py", ALL),
+    ("kara_kernels/scorers/own.py", OURS),
+    ("kara_kernels/scorers/published.py", set()),  # counts scorer by scorer, as above
+    ("kara_kernels/reference/rank.py", set()),
     ("kara_kernels/windows/of_tomorrow.py", ALL),
 ])  # fmt: skip
 def test_files_that_a_record_depends_on(tmp_path: Path, path: str, changed: set[str]) -> None:

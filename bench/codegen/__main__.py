@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from bench import tables
+from bench.packages import package_of
 from bench.tables import Row
 
 ROOT = Path(__file__).parents[2]
@@ -75,31 +74,12 @@ def _run_children(options: argparse.Namespace) -> list[Row]:
 def _child(version: str, target: str, quick: bool, installed: str) -> list[Row]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     if version != installed:
-        environment["PYTHONPATH"] = str(triton_of(version))
+        environment["PYTHONPATH"] = str(package_of("triton", version))
     command = [sys.executable, "-m", "bench.codegen", "--child", target, *(["--quick"] if quick else [])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"Triton {version}, {target}: {done.stderr.strip().splitlines()[-1]}")
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def triton_of(version: str) -> Path:
-    """A folder with that version, fetched once per user."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kara_kernels"
-    held = hashlib.sha256(f"{version} {sys.version}".encode()).hexdigest()[:12]
-    folder = cache / f"triton-{version}-{held}"
-    if not folder.exists():
-        print(f"fetching Triton {version} into {folder}", file=sys.stderr)
-        part = cache / f".{folder.name}.{os.getpid()}"
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*pip, "--target", str(part), f"triton=={version}"], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"could not install Triton {version}: {done.stderr.strip().splitlines()[-1]}")
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(part)
-    return folder
 
 
 def _compile(target: str, quick: bool) -> Iterator[Row]:
@@ -127,7 +107,13 @@ def _compile(target: str, quick: bool) -> Iterator[Row]:
             yield from fresh(f"W {window}")
         for dim in (64, 128, 576):
             shapes.launch_packing(dim)
+            shapes.launch_channels(dim)
             yield from fresh(f"D {dim}")
+        shapes.launch_ranking()
+        yield from fresh("C 4096")
+        for payload in shapes.PAYLOADS[:1] if quick else shapes.PAYLOADS:
+            payload.launch()
+            yield from fresh(payload.label)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,15 @@ def _of(*kernels: str) -> Callable[[Row], bool]:
 
 GOALS = (
     Goal("no spills", lambda row: True, lambda row: row["spills"] == 0),
-    Goal("16-byte loads", _of("score_kernel", "compact_kernel"), lambda row: row["load_bytes"] >= 16),
-    Goal("16-byte stores", _of("compact_kernel"), lambda row: row["store_bytes"] >= 16),
+    Goal("16-byte loads", _of("score_kernel", "compact_kernel", "gather_kernel", "scatter_kernel", "quantize_kernel"),
+         lambda row: row["load_bytes"] >= 16),
+    Goal("16-byte stores", _of("compact_kernel", "gather_kernel", "scatter_kernel", "dequantize_kernel"),
+         lambda row: row["store_bytes"] >= 16),
     Goal("tensor cores", _of("score_kernel"), lambda row: row["tensor"] > 0),
     Goal("no atomics", lambda row: True, lambda row: row["atomics"] + row["shared_atomics"] == 0),
     Goal("shared memory within the limit", lambda row: True, lambda row: row["shared"] <= row["shared_limit"]),
+    Goal("occupancy of 25 %", lambda row: row["kernel"] in ("quantize_kernel", "dequantize_kernel"),
+         lambda row: row["occupancy"] >= 0.25),
     Goal("occupancy of 12.5 %", lambda row: row["kernel"] == "score_kernel" and row["target"] in ("sm_80", "sm_90"),
          lambda row: row["occupancy"] >= 0.125),
 )  # fmt: skip

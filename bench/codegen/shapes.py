@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from kara_kernels import LookAhead, PackedQueries, compress_window
-from kara_kernels.ops import expand_chunks, pack_queries, select_topk
+from kara_kernels import LookAhead, PackedQueries, PagedCache, compress_window
+from kara_kernels.ops import expand_chunks, gather, pack_queries, quantize, rank_channels, rank_rows, select_topk
 from kara_kernels.options import PAPER, RECOMMENDED
+from kara_kernels.payload import PayloadLayout
+from kara_kernels.payload_arguments import PayloadArguments
 
 BF16, FP16, FP8, FP32 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32
 
@@ -112,6 +114,48 @@ SHAPES += [Shape(dtype=FP32)]
 QUICK = [Shape(), Shape(2048), Shape(256, 64, recorded=True), Shape(256, 576, 0, 16, 64), Shape(published=True)]
 
 
+@dataclass(frozen=True)
+class PayloadShape:
+    """Rows of two layers to a payload and back, with their places."""
+
+    dim: int = 128
+    v_dim: int | None = None  # as dim; 0: one latent cache
+    dtype: torch.dtype = BF16
+    form: str = "int8"
+    channels: int | None = None
+
+    @property
+    def label(self) -> str:
+        values = "" if self.v_dim is None else ", latent"
+        channels = "" if self.channels is None else f", {self.channels} channels"
+        return f"D {self.dim}{values}, {str(self.dtype).removeprefix('torch.')}, {self.form}{channels}"
+
+    def launch(self) -> None:
+        """Launches unchecked, because nothing was written that could be read."""
+        v_dim = self.dim if self.v_dim is None else self.v_dim
+        k, v = ([torch.zeros(16, 16, 2, width, dtype=self.dtype) for _ in range(2)] for width in (self.dim, v_dim))
+        cache = PagedCache(k, v if v_dim else None)
+        layout = PayloadLayout(
+            **PayloadLayout.shape_of(cache), tokens=200, rows=200, form=self.form, channels=self.channels
+        )
+        lists = torch.zeros(2, 2, max(200, layout.k_dim), dtype=torch.int32)
+        given = PayloadArguments(
+            cache=cache, block_table=torch.arange(16, dtype=torch.int32), layout=layout, sections=len(layout.sections),
+            payload=torch.zeros(layout.nbytes, dtype=torch.uint8), rows=lists[..., :200],
+            channels=None if self.channels is None else lists[..., : self.channels],
+        )  # fmt: skip
+        exact = self.form == "exact"
+        for launcher in (gather.launch_gather, gather.launch_scatter) if exact else (
+            quantize.launch_quantize, quantize.launch_dequantize
+        ):  # fmt: skip
+            launcher(given)
+
+
+PAYLOADS = [PayloadShape(), PayloadShape(64), PayloadShape(256), PayloadShape(576, 0), PayloadShape(dtype=FP8)]
+PAYLOADS += [PayloadShape(dtype=FP32), PayloadShape(channels=80), PayloadShape(form="int4"), PayloadShape(form="fp8")]
+PAYLOADS += [PayloadShape(form="exact", channels=80)]
+
+
 def launch_packing(dim: int) -> None:
     """Queries of one decoding step, packed."""
     pack_queries(torch.zeros(4, 8, dim, dtype=BF16), backend="triton")
@@ -122,3 +166,16 @@ def launch_rows(window: int) -> None:
     scores = torch.zeros(2, window)
     select_topk(scores, window // 2, backend="triton")
     expand_chunks(scores, window // 2, window // 8, 8, backend="triton")
+
+
+def launch_ranking() -> None:
+    """The order of a context's rows: one of a single tile, and one whose runs merge twice."""
+    for length in (1024, 4096):
+        rank_rows(torch.zeros(2, length), backend="triton")
+
+
+def launch_channels(dim: int) -> None:
+    """The channels of K that queries use."""
+    table = torch.arange(4, dtype=torch.int32)
+    query, keys = torch.zeros(32, 8, dim, dtype=BF16), torch.zeros(4, 16, 2, dim, dtype=BF16)
+    rank_channels(query, keys, table, 64, 8, backend="triton")

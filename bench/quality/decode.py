@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 from kara_kernels.integrations.transformers import KaraCache
 from kara_kernels.integrations.transformers.rotary import find_look_ahead
+from kara_kernels.scorers import Rows
 
 from .methods import OURS, Method
-from .replay import Window
 
 SLICE = 128
 
@@ -48,7 +48,7 @@ def _scorer(method: Method, prompt: int, scale: float, ahead: Any) -> Callable[.
         where = block_tables[0][rows // page].long(), rows % page
         keys, values = (torch.stack([pool[where].transpose(0, 1) for pool in cache]) for cache in (k_cache, v_cache))
         grouped = query[:, 0].unflatten(2, (keys.shape[1], -1))
-        return method.scorer(Window(grouped, keys, values, start, window, scale, start - prompt, ahead))[:, None]
+        return method.scorer(Rows(grouped, keys, values, start, window, scale, start - prompt, ahead))[:, None]
 
     return scores
 

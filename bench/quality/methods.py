@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kara_kernels import scorers
 from kara_kernels.engine import Policy, QueryRing, Span, needed_tokens
-from kara_kernels.ops import score_window
 from kara_kernels.options import PAPER, Scoring, Selection, split_options
+from kara_kernels.scorers import Rows, Scorer
 from kara_kernels.windows.queries import FORMS
-
-from . import peers
-from .replay import Scorer, Window
 
 PLAIN: dict[str, Any] = {"chunk_fraction": 0.0}
 WINDOW, TAIL = Policy().window, Policy().tail
@@ -69,13 +67,13 @@ class Kara:
     stride: int = 1
     mean_heads: bool = False
 
-    def __call__(self, window: Window) -> Tensor:
+    def __call__(self, rows: Rows) -> Tensor:
         scoring = self.scoring
         everything = self.tail_queries and scoring.attention != "causal"
-        query = window.query if everything else window.query[:, : window.length]
+        query = rows.query if everything else rows.query[:, : rows.length]
         query = query[:, self.stride - 1 :: self.stride]
         query = query.mean(3) if self.mean_heads else query.flatten(2, 3)
-        return _scores(window, list(query[:, None]), scoring, self.look_ahead)
+        return scorers.kara(rows, query=list(query[:, None]), scoring=scoring, look_ahead=self.look_ahead)
 
 
 @dataclass(frozen=True)
@@ -84,33 +82,26 @@ class Served:
 
     policy: Policy = Policy()  # noqa: RUF009, frozen
 
-    def __call__(self, window: Window) -> Tensor:
-        layers, count, heads, group, dim = window.query.shape
+    def __call__(self, rows: Rows) -> Tensor:
+        layers, count, heads, group, dim = rows.query.shape
         policy = self.policy
         ring = QueryRing(
             policy, layers=layers, query_heads=heads * group, kv_heads=heads, head_dim=dim, max_sequences=1,
-            max_tokens=count, dtype=window.query.dtype, device=window.query.device,
+            max_tokens=count, dtype=rows.query.dtype, device=rows.query.device,
         )  # fmt: skip
         ring.prepare([Span("text", 0, 0, count)])
-        for layer, query in enumerate(window.query.flatten(2, 3)):
+        for layer, query in enumerate(rows.query.flatten(2, 3)):
             ring.record(layer, query)
         last = (count - 1) // policy.query_stride
-        rows = torch.tensor([ring.rows_of("text", last, last + 1)], dtype=torch.int32, device=window.query.device)
-        return _scores(window, ring.queries, policy, policy.positions_ahead > 0, query_rows=rows)
+        recorded = torch.tensor([ring.rows_of("text", last, last + 1)], dtype=torch.int32, device=rows.query.device)
+        return scorers.kara(
+            rows, query=ring.queries, query_rows=recorded, scoring=policy, look_ahead=policy.positions_ahead > 0
+        )
 
 
-def _scores(window: Window, query: Any, scoring: Scoring, look_ahead: bool, **given: Any) -> Tensor:
-    keys, values = (  # one block as long as the window
-        [layer.transpose(0, 1)[None] for layer in rows] for rows in (window.window_keys, window.window_values)
-    )
-    device = window.query.device
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    return score_window(
-        query, keys, zero[None], zero, window.length, scale=window.scale, attention=scoring.attention,
-        reduction=scoring.reduction, redundancy=scoring.redundancy,
-        v_cache=None if scoring.value_norm is False else values,
-        look_ahead=window.ahead(window.length, device) if look_ahead and window.ahead else None, **given,
-    )[:, 0]  # fmt: skip
+def nothing_known(rows: Rows) -> Tensor:
+    """The same score for every key."""
+    return torch.zeros(rows.shape, device=rows.keys.device)
 
 
 def pyramid(kept: int, layers: int) -> list[int]:
@@ -137,7 +128,7 @@ def _chunks(selection: dict[str, Any]) -> str:
     return f"{selection['chunk_fraction']} / {selection['max_chunk']}"
 
 
-FULL = Method("full", "the full cache: at retention 1 all scores keep everything", "full", peers.nothing_known)
+FULL = Method("full", "the full cache: at retention 1 all scores keep everything", "full", nothing_known)
 METHODS = [
     Method(DEFAULT, f"{OURS.scoring.reduction}, value norms, tail queries, looking ahead, chunks {_chunks(SELECTION)}",
            "kara", OURS, SELECTION),
@@ -158,18 +149,18 @@ METHODS = [
            Kara(replace(PAPER_SCORING, redundancy=9.0), look_ahead=False)),
     Method("mean, value norms", "the same weighed by value norms", "kara",
            Kara(Scoring(reduction="mean"), look_ahead=False)),
-    Method("random", "chance, per head", "null", peers.random_per_head),
-    Method("random, shared", "chance, one list", "null", peers.random_shared),
-    Method("StreamingLLM", "newest first", "null", peers.streaming_llm),
-    Method("SnapKV", "last 32 queries, max-pooled", "peer", peers.snapkv),
-    Method("H2O", "attention received so far", "peer", peers.h2o),
-    Method("TOVA", "newest query, per layer", "peer", peers.tova),
-    Method("R-KV", "last 8 queries, redundancy", "peer", peers.rkv),
-    Method("KeyDiff", "unlike the mean key", "peer", peers.keydiff),
-    Method("Knorm", "small keys", "peer", peers.knorm),
-    Method("ChunkKV", "fixed chunks of 10, per layer", "peer", peers.chunkkv),
-    Method("PyramidKV", "SnapKV with layer budgets", "peer", peers.snapkv, layer_budgets=pyramid),
-    Method("Compactor", "attention without mask x value norm", "peer", peers.compactor),
+    Method("random", "chance, per head", "null", scorers.random_per_head),
+    Method("random, shared", "chance, one list", "null", scorers.random_shared),
+    Method("StreamingLLM", "newest first", "null", scorers.streaming_llm),
+    Method("SnapKV", "last 32 queries, max-pooled", "peer", scorers.snapkv),
+    Method("H2O", "attention received so far", "peer", scorers.h2o),
+    Method("TOVA", "newest query, per layer", "peer", scorers.tova),
+    Method("R-KV", "last 8 queries, redundancy", "peer", scorers.rkv),
+    Method("KeyDiff", "unlike the mean key", "peer", scorers.keydiff),
+    Method("Knorm", "small keys", "peer", scorers.knorm),
+    Method("ChunkKV", "fixed chunks of 10, per layer", "peer", scorers.chunkkv),
+    Method("PyramidKV", "SnapKV with layer budgets", "peer", scorers.snapkv, layer_budgets=pyramid),
+    Method("Compactor", "attention without mask x value norm", "peer", scorers.compactor),
 ]  # fmt: skip
 
 SERVED_RETENTIONS = (0.3, 0.5)

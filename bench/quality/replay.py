@@ -10,8 +10,6 @@ effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +20,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kara_kernels import PagedCache, compress_window
-from kara_kernels.integrations.transformers.rotary import Ahead, find_look_ahead
+from kara_kernels.integrations.transformers.rotary import find_look_ahead
+from kara_kernels.scorers import Rows
 
 PAGE = 16
 _taken: list[tuple[Tensor, Tensor, Tensor]] | None = None  # inputs recorded by the attention below
@@ -46,40 +45,6 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any
 
 ALL_ATTENTION_FUNCTIONS.register("replay", _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("replay", lambda **kwargs: None)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The input of a scorer: one window of one sequence, all layers.
-
-    ``query [L, N, H, G, D]`` post-RoPE queries of the window and then the tail; ``keys``, ``values`` ``[L, H, T, D]``
-    of everything up to the end of the tail; the window is ``keys[:, :, start : start + length]``. ``ahead(n, device)``
-    has the angles of ``n`` positions; None for models without a rotary embedding.
-    """
-
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    start: int
-    length: int
-    scale: float
-    seed: int
-    ahead: Ahead | None
-
-    @property
-    def span(self) -> slice:
-        return slice(self.start, self.start + self.length)
-
-    @property
-    def window_keys(self) -> Tensor:
-        return self.keys[:, :, self.span]
-
-    @property
-    def window_values(self) -> Tensor:
-        return self.values[:, :, self.span]
-
-
-Scorer = Callable[[Window], Tensor]
 
 
 class Replay:
@@ -111,10 +76,10 @@ class Replay:
         """The start of the first window. The last window ends where the tail starts, so any rest is protected too."""
         return self.length - tail - self.windows(window, tail) * window
 
-    def window(self, index: int, window: int, tail: int, seed: int = 0) -> Window:
+    def window(self, index: int, window: int, tail: int, seed: int = 0) -> Rows:
         start = self.first(window, tail) + index * window
         end = start + window + tail
-        return Window(
+        return Rows(
             self.query[:, start:end], self.keys[:, :, :end], self.values[:, :, :end], start, window, self.scale,
             seed * 1000 + index, self.ahead,
         )  # fmt: skip

@@ -22,9 +22,13 @@ from bench.store import ROOT, code_of, digest, digest_of_files
 from .methods import Method
 
 BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "decoding": ("decode", "replay")}
-OTHERS = ("integrations/vllm/*", "integrations/__init__.py", "integrations/[ef]*.py")  # no measurement uses these
+# No measurement uses these, or :func:`of_method` hashes what it uses of them.
+OTHERS = (
+    "integrations/vllm/*", "integrations/__init__.py", "integrations/[ef]*.py", "*/rank.py", "scorers/__init__.py",
+    "scorers/published.py",
+)  # fmt: skip
 KERNELS = ("ops/[!_]*.py", "ops/_[knqr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
-SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py")  # unused if another scorer is used
+SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py", "scorers/own.py")  # unused if another scorer is used
 # Unused if another scorer is used and no engine runs.
 RING = (
     "ops/pack.py", "reference/pack.py", "windows/ledger.py", "windows/plan.py", "windows/policy.py",

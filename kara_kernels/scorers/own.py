@@ -1,0 +1,55 @@
+"""This library's own score of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_window
+from ..ops import score_window
+from ..options import Scoring
+from ..values import MAX_WINDOW
+from .rows import Rows
+
+
+def kara(
+    rows: Rows, *, query: Any = None, scoring: Scoring = Scoring(), look_ahead: bool = True,  # noqa: B008, frozen
+    query_rows: Tensor | None = None, window: int = MAX_WINDOW,
+) -> Tensor:  # fmt: skip
+    """This library's score with the recommended options, from queries turned ahead by the number of scored rows.
+
+    :func:`kara_kernels.ops.score_window` takes windows of up to 4096 rows. Longer contexts are scored as the fewest
+    windows of equal length (or one less), each by all queries: every window then receives as much attention as every
+    other, and the scores of all compare. Four texts of 1024 tokens, of which half were kept, had a KL of 0.017 in
+    windows of 256 by all queries, 0.019 by the queries of each window, and 0.023 in one window (SmolLM2-135M). Each
+    length of a window is compiled once on a GPU.
+
+    Args:
+        rows: what is scored. Without a rotary embedding, queries stay where they are.
+        query: instead of ``rows.query``: what :func:`kara_kernels.ops.score_window` takes, for ``L`` layers and one
+            sequence.
+        scoring: other options.
+        look_ahead: whether to look ahead.
+        query_rows: int32 ``[1, N]``, as in :func:`kara_kernels.ops.score_window`.
+        window: the longest window, ``1..4096`` rows.
+    """
+    device = rows.keys.device
+    query = list(rows.query.flatten(2, 3)[:, None]) if query is None else query
+    ahead = rows.ahead(rows.length, device) if look_ahead and rows.ahead is not None else None
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    windows = -(-rows.length // check_window(window))
+    ends = [rows.start + rows.length * i // windows for i in range(windows + 1)]
+
+    def score(first: int, last: int) -> Tensor:
+        keys, values = (  # one block as long as the window
+            [layer[:, first:last].transpose(0, 1)[None] for layer in of_all] for of_all in (rows.keys, rows.values)
+        )
+        return score_window(
+            query, keys, zero[None], zero, last - first, scale=rows.scale, attention=scoring.attention,
+            reduction=scoring.reduction, redundancy=scoring.redundancy,
+            v_cache=None if scoring.value_norm is False else values, look_ahead=ahead, query_rows=query_rows,
+        )[:, 0]  # fmt: skip
+
+    return torch.cat([score(*ends[i : i + 2]) for i in range(windows)], -1)
