@@ -1,0 +1,1 @@
+"""Contexts without an engine: what codecs cost, what placement gains."""
