@@ -9,7 +9,7 @@ VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm quality codegen traffic bench docs test test-vllm lint clean
+.PHONY: help demo demo-vllm quality codegen traffic contexts profile bench docs test test-vllm lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -33,13 +33,22 @@ traffic: $(VENV)/.dev ## count bytes and operations of compiled kernels in an em
 	$(BIN)/python -m bench.traffic $(ARGS)
 	$(BIN)/python -m bench.traffic.predict
 
+profile: $(VENV)/.demo ## measure the profile that `make contexts` simulates, of sixty texts (forty minutes)
+	mkdir -p build
+	$(BIN)/python -m bench.contexts.texts > build/contexts.jsonl
+	$(BIN)/python -m kara_kernels.contexts profile "$$($(BIN)/python -m demos.model)" build/contexts.jsonl \
+		-o bench/results/profile.json --threads 1 --tier ram=ram --tier disk=build $(ARGS)
+
+contexts: $(VENV)/.demo ## simulate contexts in storage tiers, with a measured profile (seven minutes)
+	$(BIN)/python -m bench.contexts $(ARGS)
+
 docs: $(VENV)/.dev ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "To read it with search: $(BIN)/python -m http.server -d build/site"
 
 test: $(VENV)/.dev ## run all tests except those of vLLM: interpreted, compiled, timed
 	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
-	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_kernels.py tests/test_compiled.py tests/test_launch.py tests/test_pack.py tests/test_ahead.py tests/test_emulated.py tests/test_codegen.py tests/test_traffic.py tests/test_gpu.py
+	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_kernels.py tests/test_compiled.py tests/test_launch.py tests/test_pack.py tests/test_rank.py tests/test_ahead.py tests/test_payload.py tests/test_payload_emulated.py tests/test_channels.py tests/test_emulated.py tests/test_codegen.py tests/test_traffic.py tests/test_gpu.py
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cost.py tests/test_overhead.py
 
 test-vllm: $(VLLM_PYTHON) ## test the plugin inside vLLM

@@ -183,3 +183,7 @@ def _check_name(name: str) -> None:
     except Exception as error:  # the Hub's client raises its own errors, those of its HTTP library, and OSError
         first = (str(error).strip().split("\n") or [""])[0] or type(error).__name__
         raise DemoError(f"--model {name}: no such directory, and not found on the Hub: {first}", 2) from error
+
+
+if __name__ == "__main__":  # the folder, for command lines that take a model
+    print(packaged_model(say=lambda line: print(line, file=sys.stderr)))

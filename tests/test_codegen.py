@@ -12,7 +12,7 @@ from bench.codegen import __main__ as command
 from bench.codegen.goals import EXCEPTIONS, Excuse, judge
 from bench.codegen.inspect import facts, occupancy, read_gcn, read_sass
 from bench.codegen.report import page
-from bench.codegen.shapes import SHAPES, Shape
+from bench.codegen.shapes import PAYLOADS, SHAPES, Shape
 from bench.compile_only import TARGETS, compiling_for
 
 SASS = """
@@ -89,7 +89,10 @@ def row(**changes: object) -> dict:
     ("no spills", {"spills": 8}), ("16-byte loads", {"load_bytes": 8}), ("tensor cores", {"tensor": 0}),
     ("16-byte stores", {"kernel": "compact_kernel", "store_bytes": 4}), ("no atomics", {"atomics": 1}),
     ("no atomics", {"shared_atomics": 1}), ("shared memory within the limit", {"shared": 4096}),
-    ("occupancy of 12.5 %", {"occupancy": 0.1}),
+    ("occupancy of 12.5 %", {"occupancy": 0.1}), ("occupancy of 25 %", {"kernel": "quantize_kernel", "occupancy": 0.2}),
+    ("16-byte loads", {"kernel": "gather_kernel", "load_bytes": 8}),
+    ("16-byte loads", {"kernel": "quantize_kernel", "load_bytes": 8}),
+    ("16-byte stores", {"kernel": "dequantize_kernel", "store_bytes": 8}),
 ])  # fmt: skip
 def test_a_missed_goal_is_told(goal: str, broken: dict[str, object]) -> None:
     assert not any(verdict.missed for verdict in judge([row()], ()))
@@ -129,13 +132,19 @@ def test_the_stored_table_meets_the_goals_and_is_of_these_shapes() -> None:
     assert not [verdict for verdict in verdicts if verdict.missed]
     assert (command.RESULTS / "codegen.md").read_text(encoding="utf-8") == page(stored, verdicts)
     kernels = {"score_kernel", "pool_kernel", "keep_kernel", "topk_kernel", "compact_kernel", "pack_kernel"}
-    assert {found["kernel"] for found in stored} == kernels
+    of_contexts = {"gather_kernel", "scatter_kernel", "quantize_kernel", "dequantize_kernel", "sort_kernel",
+                   "merge_kernel", "channel_kernel"}  # fmt: skip
+    assert kernels <= {found["kernel"] for found in stored} <= kernels | of_contexts
     assert {found["target"] for found in stored} == set(TARGETS) == set(command.TARGETS)
     assert len({found["triton"] for found in stored}) == 2
     labels = {found["shape"] for found in stored if found["kernel"] == "score_kernel"}
     assert labels <= {shape.label for shape in SHAPES}
     for found in stored:
         assert found["occupancy"] == occupancy(found["target"], found["registers"], found["shared"], found["warps"])
+    if missing := (kernels | of_contexts) - {found["kernel"] for found in stored}:
+        pytest.skip(f"the committed table is of an earlier bench, without {', '.join(sorted(missing))}: make codegen")
+    labels = {found["shape"] for found in stored if found["kernel"] == "quantize_kernel"}
+    assert labels == {shape.label for shape in PAYLOADS if shape.form != "exact"}
 
 
 def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

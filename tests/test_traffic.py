@@ -16,9 +16,11 @@ if INTERPRETED:
 
 from bench import tables
 from bench.traffic import __main__ as command
+from bench.traffic import payload
 from bench.traffic.measure import CASES, Case, floor, goals, measure, missed, others, tensors
 from bench.traffic.report import page
 from kara_kernels.options import PAPER, RECOMMENDED
+from kara_kernels.payload import PayloadLayout
 
 TINY = Case("tiny", window=8, dim=4, group=3, heads=2, tail=5, published=True, most_queries=6)
 
@@ -78,17 +80,41 @@ def test_goals_hold(case: Case) -> None:
     row = measure(case)
     for name, (ratio, limit) in goals(row).items():
         assert 0.5 < ratio <= limit, name
-    assert "missed" not in page([row])
+    assert "missed" not in page([row], [])
     worse = copy.deepcopy(row)
     worse["steps"]["compaction"]["requested_ratio"] = 1.4
-    assert page([row, worse]).count("**missed**") == 1
+    assert page([row, worse], []).count("**missed**") == 1
+
+
+@pytest.mark.parametrize("case", payload.CASES[1:3], ids=lambda case: case.name)
+def test_goals_of_payloads_hold(case: payload.Case) -> None:
+    row = payload.measure(case)
+    for name, (ratio, limit) in payload.goals(row).items():
+        assert 0.9 < ratio <= limit, name
+    text = page([], [row])
+    assert f"| {case.name} | writing |" in text
+    assert "missed" not in text
+    row["steps"]["reading"]["compulsory_ratio"] = 1.06
+    assert page([], [row]).count("**missed**") == 1
+
+
+def test_the_floor_of_a_tiny_payload() -> None:
+    """Two heads of 4 rows: by hand, of K and V, bounds of a group and of rows, and places; nothing of the gaps."""
+    case = payload.Case("tiny", 8, 4, "int4", tokens=4, page=2)
+    layout = PayloadLayout(layers=1, heads=2, dim=8, v_dim=4, dtype=torch.bfloat16, tokens=4, rows=4, form="int4",
+                           exact_rows=0)  # fmt: skip
+    pool = 2 * 4 * (8 + 4) * 2
+    arrays = 2 * (4 * (4 + 2) + 2 * 8 * 2 + 4 * 2 * 2 + 4 * 2)
+    assert payload.floor(case, layout, 32) == {"writing": pool + arrays + 32 + 8, "reading": pool + arrays + 8}
 
 
 def test_the_committed_page_is_that_of_its_table() -> None:
     _, rows = tables.read(command.RESULTS / "traffic.csv")
     if [row["case"] for row in rows] != [case.name for case in CASES]:
         pytest.skip("the committed table is of an earlier bench: make traffic")
-    assert (command.RESULTS / "traffic.md").read_text() == page(rows)
+    _, payloads = tables.read(command.RESULTS / "traffic_payload.csv")
+    assert [row["case"] for row in payloads] == [case.name for case in payload.CASES]
+    assert (command.RESULTS / "traffic.md").read_text() == page(rows, payloads)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +123,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     head, rows = tables.read(tmp_path / "traffic.csv")
     assert "not timed" in head["kind"]
     assert [row["case"] for row in rows] == ["SmolLM2"]
-    assert (tmp_path / "traffic.md").read_text() == page(rows)
+    _, payloads = tables.read(tmp_path / "traffic_payload.csv")
+    assert [row["case"] for row in payloads] == ["SmolLM2, int4"]
+    assert (tmp_path / "traffic.md").read_text() == page(rows, payloads)
     monkeypatch.setattr(command.measure, "goals", lambda row: {"anything": (2.0, 1.0)})
     assert command.main(["--quick", "--out", str(tmp_path)]) == 1
     assert "missed: SmolLM2, anything: 2.000, at most 1.0" in capsys.readouterr().err

@@ -18,34 +18,39 @@ from bench import tables
 from bench.store import digest_of_folders, measure_all
 from demos import DemoError
 
-from . import measure, report
+from . import measure, payload, report
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for traffic.md and traffic.csv")
-    parser.add_argument("--quick", action="store_true", help="the smallest case only")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for traffic.md and its tables")
+    parser.add_argument("--quick", action="store_true", help="the smallest cases only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases = [case for case in measure.CASES if not options.quick or case.name == "SmolLM2"]
     code = digest_of_folders("kara_kernels", "bench/traffic", "tests/ptx")
     jobs = {case.name: partial(measure.measure, case) for case in cases}
+    stored = [case for case in payload.CASES if not options.quick or case.name.startswith("SmolLM2")]
+    more = {case.name: partial(payload.measure, case) for case in stored}
     try:
         rows = measure_all("counting", jobs, code, triton.__version__, torch.__version__)
+        payloads = measure_all("counting payloads", more, code, triton.__version__, torch.__version__)
     except DemoError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("\ntraffic: stopped; the next run goes on from here", file=sys.stderr)
         return 130
     options.out.mkdir(parents=True, exist_ok=True)
-    tables.write(options.out / "traffic.csv", rows, kind="counted in an emulator of sm_80 code, not timed")
-    (options.out / "traffic.md").write_text(report.page(rows), encoding="utf-8")
+    kind = "counted in an emulator of sm_80 code, not timed"
+    tables.write(options.out / "traffic.csv", rows, kind=kind)
+    tables.write(options.out / "traffic_payload.csv", payloads, kind=kind)
+    (options.out / "traffic.md").write_text(report.page(rows, payloads), encoding="utf-8")
     print(options.out / "traffic.md")
-    missed = [(row, name) for row in rows for name in measure.missed(row)]
-    for row, name in missed:
-        ratio, limit = measure.goals(row)[name]
+    missed = [(row, name, *measure.goals(row)[name]) for row in rows for name in measure.missed(row)]
+    missed += [(row, name, *goal) for row in payloads for name, goal in payload.goals(row).items() if goal[0] > goal[1]]
+    for row, name, ratio, limit in missed:
         print(f"missed: {row['case']}, {name}: {ratio:.3f}, at most {limit}", file=sys.stderr)
     return int(bool(missed))
 

@@ -101,11 +101,11 @@ def tensors(case: Case) -> dict[str, Any]:
     wide = case.dtype if case.dtype.itemsize > 1 else torch.bfloat16
 
     def pool(width: int) -> list[torch.Tensor]:
-        return [_aligned(torch.randn(blocks, case.page, case.heads, width).to(case.dtype))]
+        return [aligned(torch.randn(blocks, case.page, case.heads, width).to(case.dtype))]
 
-    queries: Any = _aligned(torch.randn(case.queries, case.heads * case.group, case.dim).to(wide))
+    queries: Any = aligned(torch.randn(case.queries, case.heads * case.group, case.dim).to(wide))
     if not case.published:
-        queries = PackedQueries(*map(_aligned, pack_queries(queries)))
+        queries = PackedQueries(*map(aligned, pack_queries(queries)))
     angle = torch.arange(case.dim // 2).float()
     return {
         "query": [queries[None] if case.published else queries],
@@ -120,7 +120,7 @@ def tensors(case: Case) -> dict[str, Any]:
     }
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy aligned to 128 bytes, as GPUs allocate."""
     size = tensor.element_size()
     room = torch.empty(tensor.numel() + 128 // size, dtype=tensor.dtype)
@@ -198,7 +198,7 @@ def measure(case: Case) -> dict[str, Any]:
     stays = int((kept == torch.arange(case.keep)).sum())
     tail = case.tail * case.heads if case.keep < case.window else 0
     least = floor(case, partial.tiles, kept.numel() - stays + tail)
-    steps = {step: _counts([launch for launch in launches if STEPS[launch.name] == step], getattr(least, step))
+    steps = {step: counts_of([launch for launch in launches if STEPS[launch.name] == step], getattr(least, step))
              for step in ("scoring", "selection", "compaction")}  # fmt: skip
     operations = sum(launch.counts.matrix_operations for launch in launches)
     return {
@@ -208,7 +208,8 @@ def measure(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _counts(launches: list[Launch], least: int) -> dict[str, float]:
+def counts_of(launches: list[Launch], least: int) -> dict[str, float]:
+    """What launches count beside the least bytes."""
     counts = [launch.counts for launch in launches]
     requested = sum(c.global_loaded + c.global_stored for c in counts)
     sectors = sum(c.load_sectors + c.store_sectors for c in counts)

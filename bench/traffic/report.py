@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.tables import markdown
 
+from . import payload
 from .measure import EXCUSES, OTHERS, goals, missed
 
 INTRODUCTION = """# What an event moves and computes
@@ -29,10 +30,15 @@ norms, from the queries of the window in 16 bits. Some cases have fewer queries,
 - **others**: the least that PyTorch formulations move: each operand of each operation once, each result once.
 """
 
+PAYLOADS = """256 tokens of one layer, written to a payload and read back. The floor is each row of the pool once, each
+array of the payload once, and lists and block table once. All lanes of a row load its place and block, which caches
+answer: that is what is requested beyond the floor.
+"""
 
-def page(rows: Sequence[dict[str, Any]]) -> str:
+
+def page(rows: Sequence[dict[str, Any]], payloads: Sequence[dict[str, Any]]) -> str:
     parts = [INTRODUCTION, "## Goals\n"]
-    names = list(goals(rows[0]))
+    names = list(goals(rows[0])) if rows else []
     limits = {name: {goals(row)[name][1] for row in rows} for name in names}
     header = ("case", *(f"{name} (at most {' or '.join(map(str, sorted(limits[name])))})" for name in names))
     lines = []
@@ -50,7 +56,22 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
              "others"),
             (_line(row, step) for row in rows),
         ))  # fmt: skip
-    return "\n".join(parts)
+    return "\n".join([*parts, _payloads(payloads)])
+
+
+def _payloads(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        for step, counts in row["steps"].items():
+            ratio, limit = payload.goals(row)[f"{step}, compulsory"]
+            lines.append((
+                row["case"], step, f"{counts['floor']:,}", f"{ratio:.3f}{' **missed**' if ratio > limit else ''}",
+                f"{counts['requested_ratio']:.2f}x", f"{counts['sector_ratio']:.2f}x", f"{counts['instructions']:,}",
+                f"{counts['bank_ratio']:.2f}x",
+            ))  # fmt: skip
+    header = ("case", "step", "floor, bytes", "compulsory (at most 1.05)", "requested", "sectors",
+              "instructions of warps", "bank conflicts")  # fmt: skip
+    return f"## Payloads of contexts\n\n{PAYLOADS}\n{markdown(header, lines)}"
 
 
 def _line(row: dict[str, Any], step: str) -> tuple[object, ...]:
