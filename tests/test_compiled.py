@@ -23,14 +23,19 @@ if INTERPRETED:
 
 from triton.backends.compiler import GPUTarget
 
-from bench.codegen.inspect import sass
+from bench.codegen.goals import judge
+from bench.codegen.inspect import facts, sass
+from bench.codegen.shapes import PayloadShape
 from bench.compile_only import SHARED, TARGETS, Build, CompileOnly, compiling_for, driving
 from kara_kernels import PackedQueries, PagedCache, compress_window
 from kara_kernels.engine import Plan, Policy, QueryRing, Span, execute, warm_up
-from kara_kernels.ops import compact_blocks, expand_chunks, pack_queries, score_window, select_topk
+from kara_kernels.ops import compact_blocks, expand_chunks, pack_queries, rank_rows, score_window, select_topk
 from kara_kernels.ops._triton import ARCHITECTURES, architecture, launch
 from kara_kernels.ops.chunks import launch_keep
+from kara_kernels.ops.quantize import launch_dequantize, launch_quantize
 from kara_kernels.ops.select import launch_topk
+from kara_kernels.payload import PayloadLayout
+from kara_kernels.payload_arguments import PayloadArguments
 
 # name: (window, D, Dv, G, page, cache dtype, options)
 SHAPES: dict[str, tuple[int, int, int, int, int, torch.dtype, dict[str, Any]]] = {
@@ -199,6 +204,59 @@ def test_packed_queries_compile(target: str) -> None:
     names = [build.name for build in builds]
     assert (names.count("score_kernel"), names.count("pack_kernel")) == (5, 1)
     assert all(build.resources()["spills"] == 0 for build in builds)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ranking_compiles_once_for_all_lengths(target: str) -> None:
+    """Without spills or atomics: a sort and a merge, each storing keys or positions."""
+    with compiling_for(target) as builds:
+        rank_rows(torch.zeros(2, 4096), backend="triton")
+        rank_rows(torch.zeros(2, 64), backend="triton")
+        assert sorted(build.name for build in builds) == ["merge_kernel"] * 2 + ["sort_kernel"] * 2
+        for rows, width in ((1, 1024), (5, 70000), (2, 16)):
+            rank_rows(torch.zeros(rows, width), sinks=1, newest=width // 2, backend="triton")
+        assert len(builds) == 4
+    for build in builds:
+        assert build.resources()["spills"] == 0, f"{build.name} spills: {build.resources()}"
+        assert build.shared <= SHARED[target]
+        assert not re.search(r"\b(atom|red)\.|_atomic_|\bds_(add|max|min|or)_", build.assembly), build.name
+
+
+PAYLOADS = (PayloadShape(), PayloadShape(576, 0, torch.float8_e4m3fn), PayloadShape(form="exact", channels=80))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", PAYLOADS, ids=lambda shape: shape.label)
+def test_payload_kernels_meet_the_goals(shape: PayloadShape, target: str) -> None:
+    """No spills or atomics, 16-byte accesses of the pool, warps to hide its latency. Here no exception is needed."""
+    with compiling_for(target) as builds:
+        shape.launch()
+    coded = {"quantize_kernel", "dequantize_kernel"} if shape.form != "exact" else set()
+    assert {build.name for build in builds} == {"gather_kernel", "scatter_kernel"} | coded
+    rows = [{"triton": "", "shape": shape.label, **facts(build)} for build in builds]
+    assert not [(verdict.goal, row) for verdict in judge(rows, ()) for row in verdict.missed]
+    for build in builds:  # a choice between two arguments is compiled into a load from a chosen address
+        assert not re.search(r"(?<!\[)\b\w+_kernel_param_\d+;", build.assembly) or build.name == "scatter_kernel"
+
+
+def test_payloads_compile_nothing_after_the_first() -> None:
+    """For any number of rows, sections and grades, and for slices of buffers at any address that 16 divides."""
+    k = torch.zeros(2, 40, 16, 2, 64, dtype=BF16)
+    lists, table = torch.arange(600).int().expand(2, 2, 600), torch.arange(80).int() % 40
+    room = torch.zeros(1 << 20, dtype=torch.uint8)
+    with compiling_for("sm_80") as builds:
+        for i, (tokens, rows, grade_rows) in enumerate([(600, 300, 64), (601, 5, 128), (65536, 600, 64), (70, 64, 64)]):
+            layout = PayloadLayout(layers=2, heads=2, dim=64, v_dim=64, dtype=BF16, tokens=tokens, rows=rows,
+                                   grade_rows=grade_rows)  # fmt: skip
+            given = PayloadArguments(
+                cache=PagedCache(k, k.clone()), block_table=table[i:], layout=layout, sections=len(layout.sections) - i,
+                payload=room[-room.data_ptr() % 64 + 16 * i :][: layout.nbytes], rows=lists[..., :rows],
+            )  # fmt: skip
+            launch_quantize(given)
+            launch_dequantize(given)
+    assert sorted(build.name for build in builds) == [
+        "dequantize_kernel", "gather_kernel", "quantize_kernel", "scatter_kernel"
+    ]  # fmt: skip
 
 
 def test_nothing_compiles_after_a_warm_up_call() -> None:

@@ -169,14 +169,15 @@ def check_make(words: list[str]) -> None:
 
 
 def check_options(module: str, words: list[str]) -> None:
-    known = options_of(module)
+    command = words[:1] if words and re.fullmatch(r"[a-z]+", words[0]) else []
+    known = options_of(module, *command)
     assert {word for word in words if word.startswith("--")} <= known
 
 
 @functools.cache
-def options_of(module: str) -> set[str]:
+def options_of(module: str, *command: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", module, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return set(re.findall(r"--[a-z-]+", done.stdout))
 

@@ -191,6 +191,26 @@ def test_selection_of_wide_rows(width: int) -> None:
     assert torch.equal(chunks, reference.expand_chunks(scores, width // 2, width // 8, 9))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("width", [1, 100, 1024, 2500])
+def test_ranking_is_exact(width: int, order: str) -> None:
+    """Rows of a wider tensor: within a tile, a full tile, and three tiles, of which the last merges with none first."""
+    scores = ROWS.repeat(1, 10)[:2, :width]
+    with emulating(order, [scores]) as launches:
+        ranked = ops.rank_rows(scores, sinks=2, newest=7, backend="triton")
+    clean(launches)
+    assert [launch.name for launch in launches] == ["sort_kernel"] + ["merge_kernel"] * (0 if width <= 1024 else 2)
+    assert torch.equal(ranked, reference.rank_rows(scores, sinks=2, newest=7))
+
+
+def test_ranking_of_long_rows() -> None:
+    scores = torch.randn(1, 20000, generator=torch.Generator().manual_seed(0)).round(decimals=2)  # many ties
+    with emulating("shuffled") as launches:
+        ranked = ops.rank_rows(scores, backend="triton")
+    clean(launches)
+    assert torch.equal(ranked, reference.rank_rows(scores))
+
+
 def test_the_same_bits_in_every_order_and_batch() -> None:
     """Scores of a sequence do not depend on the warp order or on other sequences."""
     plan, options, keep = WORLDS["llama"]
@@ -284,6 +304,25 @@ def test_lost_barriers_of_scoring_are_reported() -> None:
 def test_lost_barriers_of_selection_are_reported() -> None:
     found = problems("wide window, streamed", without(r"bar\.sync", "keep_kernel"))
     assert found & {"read races with a write of shared memory", "write races in shared memory"}
+
+
+def problems_of_ranking(rewrite: Callable[[str, str], str], width: int) -> set[str]:
+    with emulating("together", rewrite=rewrite) as launches:
+        ops.rank_rows(torch.randn(2, width), backend="triton")
+    return {problem.kind for launch in launches for problem in launch.problems}
+
+
+def test_lost_barriers_of_ranking_are_reported() -> None:
+    found = problems_of_ranking(without(r"bar\.sync", "sort_kernel"), 1024)
+    assert found & {"read races with a write of shared memory", "write races in shared memory"}
+
+
+@pytest.mark.parametrize(("instruction", "kernel"), [
+    (r"ld\.global\.b32", "sort_kernel"), (r"st\.global\.b64", "sort_kernel"), (r"st\.global\.b32", "merge_kernel"),
+    (r"ld\.global\.b64", "merge_kernel"),
+])  # fmt: skip
+def test_a_lost_mask_of_ranking_is_reported(instruction: str, kernel: str) -> None:
+    assert problems_of_ranking(unmasked(instruction, kernel), 1500)
 
 
 def unmasked(instruction: str, kernel: str) -> Callable[[str, str], str]:

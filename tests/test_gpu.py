@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-from kara_kernels import CompressedWindow, LookAhead, PackedQueries, PagedCache, compress_window
+from kara_kernels import CompressedWindow, LookAhead, PackedQueries, PagedCache, compress_window, ops
 from kara_kernels.engine import Held, Ledger, Plan, Policy, QueryRing, Span, execute, warm_up
+from kara_kernels.ops import rank_rows
 from kara_kernels.options import RECOMMENDED
+from kara_kernels.payload import PayloadLayout
 from kara_kernels.reference import pack_queries
+from kara_kernels.reference import rank_rows as reference_rank
 
 pytestmark = [
     pytest.mark.gpu,
@@ -290,6 +293,40 @@ def test_pools_beyond_4_gib(dim: int) -> None:
     assert all(torch.equal(pool[-24:], rows) for pool, rows in zip(far, near, strict=True))
 
 
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_payloads_of_pools_beyond_4_gib(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes as of a small pool, which are the reference's; the second call neither compiles nor waits."""
+    from triton.compiler.compiler import CompiledKernel
+
+    dim, draw = 128, torch.Generator("cuda").manual_seed(0)
+    blocks = (2**31 + 2**24) // (PAGE * HEADS * dim)
+    far = torch.empty(blocks, PAGE, HEADS, dim, dtype=torch.bfloat16, device="cuda")
+    near = torch.randn(24, PAGE, HEADS, dim, generator=draw, device="cuda").bfloat16()
+    far[-24:] = near
+    table = torch.randperm(24, generator=draw, device="cuda").int()
+    rows = torch.rand(HEADS, 300, generator=draw, device="cuda").argsort(-1).int()
+    layout = PayloadLayout(
+        layers=1, heads=HEADS, dim=dim, v_dim=0, dtype=torch.bfloat16, tokens=300, rows=300, form=form
+    )
+    write, read = (ops.gather_rows, ops.scatter_rows) if form == "exact" else (ops.quantize_rows, ops.dequantize_rows)
+    own = near.cpu()
+    expected = write(own, None, table.cpu(), rows.cpu(), layout, out=torch.zeros(layout.nbytes, dtype=torch.uint8))
+    read(expected, layout, own.zero_(), None, table.cpu())
+    payloads = torch.zeros(2, layout.nbytes, dtype=torch.uint8, device="cuda")
+    tables = table, table + (blocks - 24)
+    write(near, None, tables[0], rows, layout, out=payloads[0])
+    read(payloads[0], layout, near.zero_(), None, tables[0])
+    torch.cuda.synchronize()
+    monkeypatch.setattr(CompiledKernel, "__init__", lambda *arguments: pytest.fail("compiled after the first call"))
+    with no_synchronisation():
+        write(far, None, tables[1], rows, layout, out=payloads[1])
+        far[-24:].zero_()
+        read(payloads[1], layout, far, None, tables[1])
+    assert all(torch.equal(payload.cpu(), expected) for payload in payloads)
+    assert torch.equal(near.cpu(), own)
+    assert torch.equal(far[-24:].cpu(), own)
+
+
 # --------------------------------------------------------------------------------------------- transformers
 
 
@@ -315,3 +352,17 @@ def test_a_transformers_model_decodes_as_with_the_pytorch_path() -> None:
         assert len(cache.events) == 3 * 3
     assert torch.equal(*texts)
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_ranking_is_captured_and_never_synchronises() -> None:
+    scores = torch.randn(3, 5000, device="cuda")
+    expected = rank_rows(scores)  # compiles
+    assert torch.equal(expected.cpu(), reference_rank(scores.cpu()))
+    with no_synchronisation():
+        rank_rows(scores)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rank_rows(scores)
+    graph.replay()
+    assert torch.equal(captured, expected)
