@@ -153,7 +153,6 @@ class PayloadShape:
 
 PAYLOADS = [PayloadShape(), PayloadShape(64), PayloadShape(256), PayloadShape(576, 0), PayloadShape(dtype=FP8)]
 PAYLOADS += [PayloadShape(dtype=FP32), PayloadShape(channels=80), PayloadShape(form="int4"), PayloadShape(form="fp8")]
-PAYLOADS += [PayloadShape(form="exact", channels=80)]
 
 
 def launch_packing(dim: int) -> None:

@@ -73,7 +73,7 @@ def launch_channels(scores: Tensor, a: ChannelArguments) -> None:
         channel_kernel, (-(-dim // block_d), heads, len(a.cache.k)), scores.device, scores_ptr=scores, q_ptr=a.query[0],
         q_table=a.query.table, block_table_ptr=a.block_table, tokens=a.tokens,
         query_rows=a.query[0].shape[1] * group, stride_q_l=layer, stride_q_n=token, stride_q_h=head, **arguments,
-        H=heads, G=group, BLOCK_R=64, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+        H=heads, G=group, BLOCK_R=32, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,  # 64 rows spilled on sm_100
     )  # fmt: skip
 
 
