@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         profile = Profile.load(options.profile)
         work = jobs(profile, options.judge, size, seeds)
     except (OSError, ProfileError, ValueError) as error:
-        parser.error(f"--profile: {error}")
+        parser.error(f"--profile: {error}; make profile writes one")
     held = hashlib.sha256(options.profile.read_bytes()).hexdigest()
     code = digest_of_folders("kara_kernels/contexts", "bench/contexts")
     try:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _profile(options)
     except (CommandError, ProfileError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)  # a model's errors have several lines
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped; run the same command again to go on with {options.out}", file=sys.stderr)
@@ -49,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _about() -> str:
+    """What the command does, from the module's docstring."""
+    return (__doc__ or "").split("\n\n", 1)[1].replace("``", "")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m kara_kernels.contexts", description=(__doc__ or "").split("\n\n", 1)[1],
+    parser = argparse.ArgumentParser("python -m kara_kernels.contexts", description=_about(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(required=True)
     profile = commands.add_parser("profile", help="measure quality, size and tiers")

@@ -18,7 +18,7 @@ from ..ops import rank_rows
 from ..paged import PagedCache
 from ..payload import FORMS
 from ..scorers import NAMED
-from ..values import check_choice
+from ..values import check_choice, check_count
 from .codec import decode, encode
 from .packet import Packet, Step
 from .profile import Measured, ProfiledContext
@@ -62,6 +62,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, least in (("tokens", 2 * BLOCK), ("queries", 1), ("answer_tokens", 1)):
+            check_count(name, getattr(self, name), least, 2**31 - 1)
         check_choice("cache_dtype", self.cache_dtype, ("bfloat16", "float16", "float32"))
         for method in self.methods:
             scorer, _, form = method.partition("/")

@@ -302,6 +302,9 @@ def test_the_command(
     (None, ["--tier", "x=/no/such/folder"], "tier 'x' at /no/such/folder: .*No such file"),
     (None, ["--tier", "x=ftp://a"], "expected 'ram', a directory or redis://"),
     (None, ["--cache-dtype", "int3"], "cache_dtype: expected one of"),
+    (None, ["--tokens", "31"], "tokens: expected 32..2147483647, got 31"),
+    (None, ["--queries", "0"], "queries: expected 1.."),
+    (None, ["--answer-tokens", "0"], "answer_tokens: expected 1.."),
 ])  # fmt: skip
 def test_errors_of_the_command_are_one_line(
     lines: list[str] | None, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -314,6 +317,15 @@ def test_errors_of_the_command_are_one_line(
     assert len(said) == 1
     assert re.search(f"^error: .*{message}", said[0])
     assert not (tmp_path / "p.json").exists()
+
+
+def test_errors_of_a_model_are_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": TEXT}))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert command.main(["profile", str(tmp_path / "none"), str(tmp_path / "c.jsonl"), "-o", str(tmp_path / "p")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------- measured tiers
