@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import sqlite3
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,27 @@ def measure_all(what: str, cases: Mapping[str, Callable[[], Any]], *depends: Any
             advance(1, label)
     store.forget(keys.values())
     return values
+
+
+def concluded(name: str, body: Callable[[], None]) -> int:
+    """Runs a bench that keeps what it measured. Returns its exit code."""
+    try:
+        body()
+    except DemoError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; the next run goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder of ``--out``."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {path}: {error.strerror or error}") from error
 
 
 def digest(*parts: Any) -> str:

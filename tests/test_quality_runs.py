@@ -25,6 +25,7 @@ from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, guard
 from bench.quality.replay import Replay
 from bench.store import Store, code_of
 from demos.screen import Screen
+from kara_kernels.contexts.profile import digest_of
 from kara_kernels.options import Scoring
 from kara_kernels.scorers import published
 
@@ -188,12 +189,12 @@ def test_settings_and_models_count() -> None:
     assert len({sources.of_method(method) for method in methods}) == len(methods)
     assert sources.of_method(BY_NAME[DEFAULT]) == sources.of_method(replace(BY_NAME[DEFAULT]))
     model, twin = make_model(), make_model()
-    assert sources.of_model(model) == sources.of_model(twin)
+    assert digest_of(model) == digest_of(twin)
     twin.set_attn_implementation("sdpa")
-    assert sources.of_model(model) == sources.of_model(twin)
+    assert digest_of(model) == digest_of(twin)
     with torch.no_grad():
         twin.lm_head.weight[0, 0] += 1
-    assert sources.of_model(model) != sources.of_model(twin)
+    assert digest_of(model) != digest_of(twin)
 
 
 OURS = {"fidelity of ours", "fidelity of ours, on a GPU"}

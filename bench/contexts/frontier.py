@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import inspect
 import platform
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,10 +30,11 @@ from bench import tables
 from bench.quality import sources
 from bench.quality.replay import Replay
 from bench.quality.texts import Text
-from bench.store import Store, code_of, digest, digest_of_folders
+from bench.store import Store, code_of, concluded, digest, digest_of_folders, make_folder
 from demos import DemoError
 from demos.model import load
 from demos.screen import Screen
+from kara_kernels.contexts.profile import digest_of
 from kara_kernels.scorers import Rows
 
 from . import page, texts
@@ -139,7 +139,7 @@ class Run:
         code = digest_of_folders("bench/contexts/quantise.py", "bench/quality/replay.py", "kara_kernels/reference")
         scorers = {name: sources.of_callable(scorer) for name, scorer in SCORERS.items()}
         here = [code_of(inspect.getsource(thing)) for thing in (Reader, fidelity, squeezed)]
-        self._reader = digest(sources.of_model(self.model), versions, LENGTH, AHEAD, code, scorers, here)
+        self._reader = digest(digest_of(self.model), versions, LENGTH, AHEAD, code, scorers, here)
 
     def records(self) -> list[Record]:
         chosen = self._texts()
@@ -224,24 +224,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        _run(options)
-    except DemoError as error:
-        print(f"frontier: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("\nfrontier: stopped; the next run goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return concluded("frontier", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
     import kara_kernels.integrations.transformers
 
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {options.out}: {error.strerror or error}") from error
+    make_folder(options.out)
     torch.set_num_threads(options.threads)
     screen = Screen()
     model, tokenizer = load_model(options.model, screen.say)

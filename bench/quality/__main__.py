@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from demos import DemoError
+from bench.store import concluded, make_folder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -36,15 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        _run(options)
-    except DemoError as error:
-        print(f"quality: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("\nquality: stopped; the next run goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return concluded("quality", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -59,10 +50,7 @@ def _run(options: argparse.Namespace) -> None:
     from . import report
     from .run import Plan, Run, facts
 
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {options.out}: {error.strerror or error}") from error
+    make_folder(options.out)
     torch.set_num_threads(options.threads)
     screen, store = Screen(), Store()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,6 +14,7 @@ import transformers
 import kara_kernels
 from bench.store import Store, digest
 from demos.screen import Screen
+from kara_kernels.contexts.profile import digest_of
 
 from . import sources, texts
 from .decode import decoding, write
@@ -102,7 +103,7 @@ class Run:
         self.methods = [method for method in METHODS if not plan.quick or method.name in QUICK_METHODS]
         self.cells = cells_of(self.methods, (0.3, 0.5) if plan.quick else RETENTIONS)
         versions = platform.python_version(), torch.__version__, transformers.__version__
-        self._writer = digest(sources.of_model(model), plan.seed, *versions)
+        self._writer = digest(digest_of(model), plan.seed, *versions)
         self._reader = digest(self._writer, platform.machine(), torch.get_num_threads(), str(model.device))
         # Read all code now. If a file is edited during the run, the run still measures the earlier code.
         self._files = {

@@ -5,17 +5,13 @@ Every file of the library counts unless it is known to be unused in a measuremen
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import textwrap
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
-
-import torch
 
 from bench.store import ROOT, code_of, digest, digest_of_files
 
@@ -25,7 +21,8 @@ BENCH = {"fidelity": ("measure", "replay"), "recall": ("measure", "replay"), "de
 # No measurement uses these, or :func:`of_method` hashes what it uses of them.
 OTHERS = (
     "integrations/vllm/*", "integrations/__init__.py", "integrations/[ef]*.py", "*/rank.py", "scorers/__init__.py",
-    "scorers/published.py",
+    "scorers/published.py", "contexts/*", "payload*.py", "*/gather.py", "*/quantize.py", "*/channels.py",
+    "ops/_payload.py", "ops/_codes.py",
 )  # fmt: skip
 KERNELS = ("ops/[!_]*.py", "ops/_[knqr]*.py", "ops/_tiles.py")  # unused on CPUs; ops/_triton.py chooses the path
 SCORES = ("*/score.py", "ops/_norms.py", "ops/_tiles.py", "scorers/own.py")  # unused if another scorer is used
@@ -89,16 +86,3 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
-
-
-def of_model(model: Any) -> str:
-    """A hash of configuration and weights, regardless of their source."""
-    held = hashlib.sha256()
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    held.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        held.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        held.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return held.hexdigest()

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .profile import Profile, ProfileError
+from .profile import Profile, ProfileError, digest_of
 from .tiers import measure_tier
 
 PACKAGE = Path(__file__).parents[1]
@@ -179,31 +179,15 @@ def _profiler(options: argparse.Namespace, say: Callable[[str, float], None]) ->
     return Profiler(model, tokenizer, settings, ahead=find_look_ahead(model), embed=embed, say=say), about
 
 
-def digest_of(model: Any) -> str:
-    """A hash of configuration and weights, wherever they came from."""
-    import torch
-
-    held, config = hashlib.sha256(), model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    held.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        held.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        held.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return held.hexdigest()
-
-
 def _sources() -> str:
     held = hashlib.sha256()
     for source in SOURCES:
         path = PACKAGE / source
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            # Comments and docstrings are not in the tree that is hashed.
-            tree = ast.parse(file.read_text(encoding="utf-8"))
+            tree = ast.parse(file.read_text(encoding="utf-8"))  # without comments
             for node in ast.walk(tree):
-                for expression in getattr(node, "body", []) if isinstance(getattr(node, "body", None), list) else []:
-                    if isinstance(expression, ast.Expr) and isinstance(expression.value, ast.Constant):
-                        expression.value = ast.Constant(None)
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                    node.value = ast.Constant(None)  # a docstring
             held.update(f"{file.relative_to(PACKAGE).as_posix()}\0{ast.dump(tree)}".encode())
     return held.hexdigest()
 

@@ -6,7 +6,9 @@ is its ``key``.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -49,10 +51,8 @@ class Measured:
 
     def quality(self, judge: str) -> float:
         """In 0..1. ``"likelihood"`` is ``exp(-kl)``. Raises ValueError for a judge that was not asked."""
-        from math import exp
-
         check_choice("judge", judge, QUALITIES)
-        value = exp(-self.kl) if judge == "likelihood" else getattr(self, judge)
+        value = math.exp(-self.kl) if judge == "likelihood" else getattr(self, judge)
         if value is None:
             raise ValueError(f"judge: expected one that the profile has, got {judge!r}")
         return min(1.0, max(0.0, value))
@@ -135,3 +135,17 @@ def _measured(found: Measured) -> Measured:
         if getattr(found, name) is not None:
             check_number(name, getattr(found, name), 0, 1)
     return found
+
+
+def digest_of(model: Any) -> str:
+    """A hash of configuration and weights, wherever they came from."""
+    import torch
+
+    held, config = hashlib.sha256(), model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    held.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        held.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        held.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return held.hexdigest()
