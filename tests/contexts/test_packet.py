@@ -248,7 +248,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert [entry.name for entry in tmp_path.iterdir()] == ["context.kara"]
 
 
-def test_who_reads_while_another_writes_reads_the_old_packet(tmp_path: Path) -> None:
+def test_a_reader_during_a_write_gets_the_old_packet(tmp_path: Path) -> None:
     path = tmp_path / "context.kara"
     write_file(path, PACKET)
     with path.open("rb") as old:
