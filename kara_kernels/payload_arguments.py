@@ -84,15 +84,16 @@ def check_scatter(
 def stored_places(a: PayloadArguments) -> Tensor:
     """Where the payload's rows stood in the context, int32 ``[L, H, R]``."""
     rows = [section for section in a.layout.sections[: a.sections] if section.kind in ("exact", "rows")]
-    return _unsigned(torch.cat([section.of(a.payload)["index"] for section in rows], -1))
+    return unsigned(torch.cat([section.of(a.payload)["index"] for section in rows], -1))
 
 
 def stored_channels(a: PayloadArguments) -> Tensor:
     """The channels of K that the payload has, int32 ``[L, H, k_dim]``."""
-    return _unsigned(a.layout.sections[0].of(a.payload)["channels"])
+    return unsigned(a.layout.sections[0].of(a.payload)["channels"])
 
 
-def _unsigned(index: Tensor) -> Tensor:
+def unsigned(index: Tensor) -> Tensor:
+    """Stored numbers of rows or channels as int32."""
     return index.int() & 0xFFFF if index.dtype == torch.int16 else index
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from bench.quality.methods import Kara
 from kara_kernels import scorers
 from kara_kernels.options import Scoring
 
 from .quantise import Channels, Codec, Float8, Packet, Residual, Scorer
 
 SCORERS: dict[str, Scorer] = {
-    "ours": Kara(),
-    "ours (mean)": Kara(Scoring(reduction="mean")),
+    "ours": scorers.kara,
+    "ours (mean)": partial(scorers.kara, scoring=Scoring(reduction="mean")),
+    "ours (mean, 256)": partial(scorers.kara, scoring=Scoring(reduction="mean"), window=256),
+    "KVzip": scorers.kvzip,
     "SnapKV": scorers.snapkv,
     "KeyDiff": scorers.keydiff,
     "Knorm": scorers.knorm,
@@ -45,7 +46,7 @@ def _packets() -> dict[str, Codec]:
         found[f"{kept} of the rows, K4V4"] = Packet(4, 4, kept)
     found["0.75 of the rows, K8V8"] = Packet(8, 8, 0.75)
     found["0.75 of the rows, K4V4, K8V8 for the best 64"] = Packet(4, 4, 0.75, better=64 / 576)
-    for name in ("ours (mean)", "Compactor"):
+    for name in ("ours (mean)", "ours (mean, 256)", "KVzip", "Compactor"):
         found[f"K4V4, K8V8 for the best quarter by {name}"] = Packet(4, 4, order=name, better=0.25)
         for kept in (0.75, 0.5, 0.25):
             found[f"{kept} of the rows by {name}, K4V4"] = Packet(4, 4, kept, name)

@@ -24,18 +24,18 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
 
 from bench import tables
 from bench.quality import sources
-from bench.quality.replay import Replay
 from bench.quality.texts import Text
 from bench.store import Store, code_of, concluded, digest, digest_of_folders, make_folder
 from demos import DemoError
 from demos.model import load
 from demos.screen import Screen
 from kara_kernels.contexts.profile import digest_of
-from kara_kernels.scorers import Rows
+from kara_kernels.contexts.profiler import REPEAT
+from kara_kernels.contexts.replay import Replay, cache_of
+from kara_kernels.integrations.transformers.rotary import find_look_ahead
 
 from . import page, texts
 from .codecs import SCORERS, Entry, entries
@@ -59,30 +59,28 @@ Record = dict[str, Any]
 
 
 class Reader:
-    """A text in the cache of a model, in bfloat16, as a codec finds it."""
+    """A text in the cache of a model, in bfloat16, as a codec finds it. ``repeat``: an instruction, for KVzip."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
-        self.replay, self.after = Replay(model, ids[:LENGTH], 0), ids[LENGTH:]
-        unrounded = self.replay.go_on(self.replay.full(), self.after)
-        self.replay.keys, self.replay.values = (
-            self.replay.keys.bfloat16().float(),
-            self.replay.values.bfloat16().float(),
-        )
-        self.full = self.replay.go_on(self.replay.full(), self.after)
+    def __init__(self, model: Any, ids: Tensor, repeat: list[int]) -> None:
+        self.replay, self.after = Replay(model, ids[:LENGTH], ahead=find_look_ahead(model)), ids[LENGTH:]
+        unrounded = self._read(self.replay.full())
+        self.replay.keys, self.replay.values = map(self._rounded, (self.replay.keys, self.replay.values))
+        self.full = self._read(self.replay.full())
         self.rounding = self._kl(unrounded, self.full)
-        window = Rows(
-            self.replay.query, self.replay.keys, self.replay.values, 0, LENGTH, self.replay.scale, 0, self.replay.ahead
-        )  # fmt: skip
-        self.context = Context(window, SCORERS)
+        self.context = Context(self.replay.rows(repeat=repeat), SCORERS)
 
     def judge(self, keys: Tensor, values: Tensor) -> tuple[float, float]:
         """KL of the cache with these rows, and how often its most likely token is the uncompressed cache's."""
-        cache = DynamicCache()
-        for layer, rows in enumerate(zip(keys, values, strict=True)):
-            k, v = (some.bfloat16().float()[None] for some in rows)
-            cache.update(k, v, layer)
-        seen = self.replay.go_on(cache, self.after)
+        seen = self._read(cache_of(self._rounded(keys), self._rounded(values)))
         return self._kl(self.full, seen), float((seen.argmax(-1) == self.full.argmax(-1)).float().mean())
+
+    @staticmethod
+    def _rounded(rows: Tensor) -> Tensor:
+        return rows.bfloat16().float()
+
+    def _read(self, cache: Any) -> Tensor:
+        """Log-probabilities of what follows."""
+        return self.replay.ask(cache, [self.after], [AHEAD])[0]
 
     @staticmethod
     def _kl(of: Tensor, seen: Tensor) -> float:
@@ -136,10 +134,13 @@ class Run:
     def __post_init__(self) -> None:
         self.entries = [entry for entry in entries() if not self.quick or entry.name in QUICK]
         versions = platform.python_version(), torch.__version__, transformers.__version__
-        code = digest_of_folders("bench/contexts/quantise.py", "bench/quality/replay.py", "kara_kernels/reference")
+        code = digest_of_folders(
+            "bench/contexts/quantise.py", "kara_kernels/contexts/replay.py", "kara_kernels/reference"
+        )
         scorers = {name: sources.of_callable(scorer) for name, scorer in SCORERS.items()}
         here = [code_of(inspect.getsource(thing)) for thing in (Reader, fidelity, squeezed)]
-        self._reader = digest(digest_of(self.model), versions, LENGTH, AHEAD, code, scorers, here)
+        self._repeat: list[int] = self.tokenizer(REPEAT, add_special_tokens=False).input_ids
+        self._reader = digest(digest_of(self.model), versions, LENGTH, AHEAD, self._repeat, code, scorers, here)
 
     def records(self) -> list[Record]:
         chosen = self._texts()
@@ -165,7 +166,7 @@ class Run:
         def read() -> Reader:
             nonlocal reader
             if reader is None:
-                reader = Reader(self.model, torch.tensor(ids, device=self.model.device))
+                reader = Reader(self.model, torch.tensor(ids, device=self.model.device), self._repeat)
             return reader
 
         def measure(entry: Entry) -> Record:

@@ -9,6 +9,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -60,6 +61,8 @@ def of_method(method: Method) -> str:
 
 def of_callable(thing: Any) -> list[str]:
     """The code of a function, or of an object's class and its fields, and what it uses from its module."""
+    if isinstance(thing, partial):
+        return [repr((thing.args, thing.keywords)), *of_callable(thing.func)]
     if isinstance(thing, FunctionType):
         return sorted(_reached(thing, {}).values())
     return [repr(thing), *sorted(_reached(type(thing), {}).values())]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..paged import WORDS, Layers
 from ..payload import PayloadLayout, Section
-from ..payload_arguments import Caches, PayloadArguments, check_gather, check_scatter, stored_channels, stored_places
+from ..payload_arguments import Caches, PayloadArguments, check_gather, check_scatter, stored_channels, unsigned
 
 
 def gather_rows(
@@ -73,7 +73,8 @@ def halves(a: PayloadArguments) -> Iterator[tuple[int, str, Tensor]]:
 
 def rows_of(a: PayloadArguments, section: Section, layer: int, half: str, pool: Tensor) -> Tensor:
     """The rows of a section out of ``pool``, ``[H, r, D]``, with the kept channels of K."""
-    found = _words(pool)[_cells(a, section, layer, a.rows)]
+    places = None if a.rows is None else a.rows[layer, :, section.first : section.first + section.rows]
+    found = _words(pool)[_cells(a, section, places)]
     if half == "k" and a.channels is not None:
         found = found.gather(-1, a.channels[layer].long()[:, None].expand(-1, section.rows, -1))
     return found.view(pool.dtype)
@@ -85,7 +86,8 @@ def put_rows(a: PayloadArguments, section: Section, layer: int, half: str, pool:
     if half == "k" and a.layout.channels is not None:
         kept = stored_channels(a)[layer].long()[:, None].expand(-1, section.rows, -1)
         words = words.new_zeros(*words.shape[:2], a.layout.dim).scatter_(-1, kept, words)
-    _words(pool)[_cells(a, section, layer, None if a.to_front else stored_places(a))] = words
+    places = None if a.to_front else unsigned(section.of(a.payload)["index"][layer])
+    _words(pool)[_cells(a, section, places)] = words
 
 
 def _words(x: Tensor) -> Tensor:
@@ -93,13 +95,13 @@ def _words(x: Tensor) -> Tensor:
     return x.view(WORDS[x.element_size()])
 
 
-def _cells(a: PayloadArguments, section: Section, layer: int, places: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Block, row in it and head of each row of a section, to index a pool with; they broadcast to ``[H, r]``."""
-    some = slice(section.first, section.first + section.rows)
+def _cells(a: PayloadArguments, section: Section, places: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Block, row in it and head of each row of a section, to index a pool with; they broadcast to ``[H, r]``.
+    ``places [H, r]``: of the rows in the context; None: in the payload's order from the front."""
     if places is None:
-        token = torch.arange(some.start, some.stop, device=a.block_table.device)[None]
+        token = torch.arange(section.first, section.first + section.rows, device=a.block_table.device)[None]
     else:
-        token = places[layer, :, some].long()
+        token = places.long()
     page = a.cache.shape[1]
     head = torch.arange(a.layout.heads, device=token.device)[:, None]
     return a.block_table[token // page].long(), token % page, head
