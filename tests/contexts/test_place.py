@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from knapsack import gains, optimum
 
+from bench import tables
+from bench.contexts import optimum as bench
 from bench.contexts.optimum import Instance, instance, placed, shortfalls, upper_bound
 from kara_kernels.contexts.place import RULES, Move, Placement
 from kara_kernels.contexts.utility import Context, Option, Tier, utility
@@ -80,6 +83,29 @@ def test_the_upper_bound_is_above_the_optimum_and_below_room_for_all(seed: int) 
     bound, all_fit = upper_bound(case, placed(case, "priced")[1]), sum(best_gains(case))
     assert exact <= bound + 1e-9
     assert bound < all_fit or exact == pytest.approx(all_fit)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_integer_program_finds_the_optimum(seed: int) -> None:
+    case = small(seed, contexts=10, tiers=2)
+    exact = optimum([*zip(case.contexts, case.frequencies, strict=True)], case.tiers, ALPHA)
+    assert bench.optimum(case) == pytest.approx(exact, rel=2e-4)
+
+
+def test_the_page_of_the_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(bench, "GOAL", 0.001)  # so that some are solved exactly
+    assert bench.main(["--instances", "3", "--contexts", "20", "--out", str(tmp_path)]) == 0
+    head, rows = tables.read(tmp_path / "contexts-optimum.csv")
+    assert (tmp_path / "contexts-optimum.md").read_text() == bench.page(head, rows)
+    solved = [row for row in rows if "exact" in row]
+    assert solved
+    assert all(-1e-4 <= row["exact"] <= row["priced"] + 1e-4 for row in solved)
+
+
+def test_the_committed_page_of_the_optimum_is_that_of_its_table() -> None:
+    head, rows = tables.read(bench.RESULTS / "contexts-optimum.csv")
+    assert (bench.RESULTS / "contexts-optimum.md").read_text() == bench.page(head, rows)
 
 
 def test_the_default_is_within_two_percent_of_the_optimum_and_best_of_the_rules() -> None:
