@@ -68,17 +68,16 @@ def measure_all(what: str, cases: Mapping[str, Callable[[], Any]], *depends: Any
     return values
 
 
-def concluded(name: str, body: Callable[[], None]) -> int:
-    """Runs a bench that keeps what it measured. Returns its exit code."""
+def concluded(name: str, body: Callable[[], int | None]) -> int:
+    """Runs a bench that keeps what it measured. Returns its exit code, which ``body`` may choose."""
     try:
-        body()
+        return body() or 0
     except DemoError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; the next run goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 def make_folder(path: Path) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.store import digest_of_folders, measure_all
+from bench.store import concluded, digest_of_folders, make_folder, measure_all
 from bench.tables import Row
-from demos import DemoError
 from kara_kernels.contexts.profile import QUALITIES, Profile, ProfileError
 
 from . import compare, report, trace
@@ -122,15 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
         work = jobs(profile, options.judge, size, seeds)
     except (OSError, ProfileError, ValueError) as error:
         parser.error(f"--profile: {error}; make profile writes one")
+    return concluded("contexts", partial(_run, options, size, profile, work))
+
+
+def _run(options: argparse.Namespace, size: Size, profile: Profile, work: dict[str, Callable[[], list[Row]]]) -> None:
+    make_folder(options.out)
     held = hashlib.sha256(options.profile.read_bytes()).hexdigest()
     code = digest_of_folders("kara_kernels/contexts", "bench/contexts")
-    try:
-        rows = [row for found in measure_all("policies", work, held, options.judge, code, repr(size)) for row in found]
-    except DemoError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\ncontexts: stopped; the next run goes on from here", file=sys.stderr)
-        return 130
+    rows = [row for found in measure_all("policies", work, held, options.judge, code, repr(size)) for row in found]
     head = {
         "kind": "simulated", "profiled": len(profile.contexts),
         "model": Path(str(profile.about.get("model", "an unknown model"))).name,
@@ -138,7 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
         "busy": BUSY,
         "shape": trace.SHAPE, "exponent": trace.EXPONENT, "drift": trace.DRIFT,
     }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
     tables.write(options.out / "contexts.csv", rows, **head)
     head, rows = tables.read(options.out / "contexts.csv")
     (options.out / "contexts.md").write_text(report.page(head, rows), encoding="utf-8")
@@ -147,7 +144,6 @@ def main(arguments: list[str] | None = None) -> int:
     worlds = [row for row in rows if row["table"] == "scenario"]
     for line in report.missed([row for row in rows if row["table"] == "run"], worlds):
         print(f"missed: {line}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from bench import baselines, tables
-from bench.store import digest_of_folders, measure_all
-from demos import DemoError
+from bench.store import concluded, digest_of_folders, make_folder, measure_all
 from kara_kernels import LookAhead, PagedCache, compress_window
 from kara_kernels.engine import Policy
 from kara_kernels.ops import score_window
@@ -164,26 +163,23 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("threads", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
+    return concluded("speed", partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    make_folder(options.out)
     torch.set_num_threads(options.threads)
     cases = QUICK if options.quick else CASES
     head = {"kind": "measured on a CPU", "machine": machine(), "threads": options.threads, "torch": torch.__version__,
             "tail": TAIL, "page": PAGE, "recorded": recorded()}  # fmt: skip
     code = digest_of_folders("kara_kernels", "bench/speed", "bench/baselines.py")
     jobs = {case.label: partial(measure, case, options.rounds) for case in cases}
-    try:
-        seconds = measure_all("events", jobs, head, options.rounds, code)
-    except DemoError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\nspeed: stopped; the next run goes on from here", file=sys.stderr)
-        return 130
+    seconds = measure_all("events", jobs, head, options.rounds, code)
     rows = [{"case": case.label, **asdict(case), "seconds": s} for case, s in zip(cases, seconds, strict=True)]
-    options.out.mkdir(parents=True, exist_ok=True)
     tables.write(options.out / "speed.csv", rows, **head)
     (options.out / "speed.md").write_text(report.page(head, rows), encoding="utf-8")
     report.draw(head, rows, options.out / "speed.png")
     print(options.out / "speed.md")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ import torch
 import triton
 
 from bench import tables
-from bench.store import digest_of_folders, measure_all
-from demos import DemoError
+from bench.store import concluded, digest_of_folders, make_folder, measure_all
 
 from . import measure, payload, report
 
@@ -28,21 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for traffic.md and its tables")
     parser.add_argument("--quick", action="store_true", help="the smallest cases only")
     options = parser.parse_args(arguments)
+    return concluded("traffic", partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    make_folder(options.out)
     torch.set_num_threads(1)
     cases = [case for case in measure.CASES if not options.quick or case.name == "SmolLM2"]
     code = digest_of_folders("kara_kernels", "bench/traffic", "tests/ptx")
     jobs = {case.name: partial(measure.measure, case) for case in cases}
     stored = [case for case in payload.CASES if not options.quick or case.name.startswith("SmolLM2")]
     more = {case.name: partial(payload.measure, case) for case in stored}
-    try:
-        rows = measure_all("counting", jobs, code, triton.__version__, torch.__version__)
-        payloads = measure_all("counting payloads", more, code, triton.__version__, torch.__version__)
-    except DemoError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\ntraffic: stopped; the next run goes on from here", file=sys.stderr)
-        return 130
-    options.out.mkdir(parents=True, exist_ok=True)
+    rows = measure_all("counting", jobs, code, triton.__version__, torch.__version__)
+    payloads = measure_all("counting payloads", more, code, triton.__version__, torch.__version__)
     kind = "counted in an emulator of sm_80 code, not timed"
     tables.write(options.out / "traffic.csv", rows, kind=kind)
     tables.write(options.out / "traffic_payload.csv", payloads, kind=kind)
