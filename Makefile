@@ -39,7 +39,7 @@ profile: $(VENV)/.demo ## measure the profile that `make contexts` simulates, of
 	$(BIN)/python -m kara_kernels.contexts profile "$$($(BIN)/python -m demos.model)" build/contexts.jsonl \
 		-o bench/results/profile.json --threads 1 --tier ram=ram --tier disk=build $(ARGS)
 
-contexts: $(VENV)/.demo ## simulate contexts in storage tiers, with a measured profile (seven minutes)
+contexts: $(VENV)/.demo ## simulate contexts in storage tiers, with a measured profile (twelve minutes)
 	$(BIN)/python -m bench.contexts $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation site in build/site

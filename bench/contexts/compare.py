@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from bench.tables import Row
-from kara_kernels.contexts.utility import Context, Option, Tier
+from kara_kernels.contexts.utility import MAX_BYTES, Context, Option, Tier
 
 from .policies import PAPER_METHODS, Arc, Cached, Impress, Lfu, Lru, Placed, Recompute
 from .scenario import WHOLE, Scenario
 from .simulate import Policy
 
-ALPHAS = (0.03, 0.1, 0.4, 1.6, 4, 10, 25, 100, 400, 6400)  # times the mean seconds of recomputing a context
+# Times the mean seconds of recomputing a context.
+ALPHAS = (0.03, 0.1, 0.2, 0.4, 0.8, 1.6, 2.5, 4, 6.3, 10, 16, 25, 40, 63, 100, 160, 250, 400, 1000, 6400)
 LEVELS = (0.999, 0.99, 0.97, 0.95, 0.9)  # of mean quality
 HALF_LIFE = 500  # requests
-OURS, PAPER = "placement, priced", "Algorithm 1, its methods"
+OURS, PAPER, UNLIMITED = "placement, priced", "Algorithm 1, its methods", "a RAM that holds everything"
 PROMOTING = ", promoting"
 PLACEMENTS: dict[str, tuple[str, Sequence[str] | None, bool]] = {
     OURS: ("priced", None, False), "placement, per_byte": ("per_byte", None, False),
@@ -70,9 +71,8 @@ def entries(scenario: Scenario, alphas: Iterable[float] = ALPHAS) -> list[Entry]
         found.append(Entry("IMPRESS-like", "", lambda tiers: Impress(tiers, whole, half)))
     mean = statistics.fmean(context.prefill_seconds for context in scenario.contexts)
     for name, (rule, methods, promoting) in PLACEMENTS.items():
-        for alpha in alphas:
-            found.append(placed(name, rule, methods, promoting, alpha, mean, half_life))
-    return found
+        found += [placed(name, rule, methods, promoting, alpha, mean, half_life) for alpha in alphas]
+    return found + [unlimited(alpha, mean, half_life) for alpha in alphas]
 
 
 def placed(
@@ -82,6 +82,17 @@ def placed(
         return Placed(tiers, alpha=alpha * mean, rule=rule, half_life=half_life, methods=methods, promoting=promoting)
 
     return Entry(name, f"alpha {alpha:g}", make, alpha)
+
+
+def unlimited(alpha: float, mean: float, half_life: float) -> Entry:
+    """Each context in its own best option, on the fastest tier: what no policy with the same options can beat by more
+    than the order of its queues."""
+
+    def make(tiers: Sequence[Tier]) -> Policy:
+        endless = [replace(tier, capacity=MAX_BYTES) for tier in tiers]
+        return Placed(endless, alpha=alpha * mean, rule="priced", half_life=half_life)
+
+    return Entry(UNLIMITED, f"alpha {alpha:g}", make, alpha)
 
 
 def cheapest(rows: Iterable[Row], quality: float) -> Row | None:

@@ -31,10 +31,8 @@ from .scenario import H100_TIERS, LONGEST, MODELS, SHORTEST, WHOLE, modelled
 from .simulate import simulate, summary
 from .trace import SHAPE, Trace, zipf
 
-METHOD, RATIO = (
-    "compactor/int8",
-    0.25,
-)  # of packets on the remote tier; one method, so that a prefix of them can be read
+# Of packets on the remote tier: one method, so that a prefix of them can be read.
+METHOD, RATIO = "kara_mean/int8", 0.25
 ALPHA = 25  # times the mean seconds of recomputing
 REMOTE = Tier("remote", MAX_BYTES, 1e9, 5e-3)
 

@@ -25,7 +25,7 @@ from .profile import Measured, ProfiledContext
 from .replay import Replay, cache_of
 
 BLOCK = 16
-METHODS = ("compactor/int8", "snapkv/int8", "keydiff/exact", "knorm/exact", "snapkv/exact")
+METHODS = ("kara_mean/int8", "compactor/int8", "snapkv/int8", "keydiff/exact", "knorm/exact", "snapkv/exact")
 ROWS, FINER = (0.25, 0.5, 0.75, 1.0), (0.125, 0.25, 0.5, 1.0)  # shares of a context's rows; with 8 bits
 ASK = "\n\nQuestion: {query}\nAnswer:"
 MAKE = "{passage}\n\nA short question about the text above, ending with a question mark.\nQuestion:"

@@ -273,6 +273,9 @@ def test_every_request_is_served_once_within_capacity(seed: int, every: int) -> 
             least = asked.prefill_seconds if one.option is None else one.option.decode_seconds
             least += 0 if one.option is None else one.option.nbytes / world.tiers[one.tier].bandwidth
             assert one.ttft >= least + asked.question_seconds - 1e-9
+        if entry.policy == compare.UNLIMITED:
+            assert {one.tier for one in run.served if one.option is not None} == {0}
+            continue
         held = [tier.capacity for tier in world.tiers]
         assert all(used <= room for row in run.used for used, room in zip(row, held, strict=True)), entry
         if entry.policy == "prefill":
@@ -329,15 +332,16 @@ def test_comparison_at_equal_quality() -> None:
     fast = row(compare.FIXED + compare.IF_FASTER, 0.95, 3.0, setting="knorm/exact 50%")
     own = row(compare.FIXED, 0.99, 2.5, setting="compactor/int8 25%")
     runs = [row(compare.OURS, 0.97, 1.0, hit_bytes=5.0), row(compare.OURS, 0.991, 2.0), slow, fast, own]
+    runs.append(row(compare.UNLIMITED, 0.992, 0.5))
     assert compare.cheapest(runs[:2], 0.97) == runs[0]
     assert compare.cheapest(runs[:2], 0.98) == runs[1]
     assert compare.cheapest(runs[:2], 0.995) is None
-    assert compare.of(runs, compare.FIXED) == runs[2:]
+    assert compare.of(runs, compare.FIXED) == runs[2:5]
     assert compare.their_fixed(runs) == runs[2:4]
-    assert compare.frontier([*runs, row("x", 0.98, 9.0)]) == [slow, runs[1], runs[0]]
-    assert report.ratios(runs, compare.their_fixed, 0.97) == (8.0, 0.5)
-    assert report.ratios(runs, compare.their_fixed, 0.95) == (3.0, 0.5)
-    assert report.ratios(runs, lambda rows: compare.of(rows, compare.FIXED), 0.97) == (2.5, 0.5)
+    assert compare.frontier([*runs[:5], row("x", 0.98, 9.0)]) == [slow, runs[1], runs[0]]
+    assert report.ratios(runs, compare.their_fixed, 0.97) == (8.0, 16.0, 0.5)
+    assert report.ratios(runs, compare.their_fixed, 0.95) == (3.0, 6.0, 0.5)
+    assert report.ratios(runs, lambda rows: compare.of(rows, compare.FIXED), 0.97) == (2.5, 5.0, 0.5)
     assert report.ratios(runs, compare.their_fixed, 0.995) is None
     assert report.ratios(runs, lambda rows: compare.of(rows, "LRU"), 0.9) is None
 
@@ -345,12 +349,13 @@ def test_comparison_at_equal_quality() -> None:
 def test_missed_goals_are_told() -> None:
     world = {"scenario": "s", "seed": 0}
     runs = [row(compare.OURS, 0.97, 1.0), row(compare.PAPER, 0.98, 1.7), row("LRU", 1.0, 1.6)]
+    runs.append(row(compare.UNLIMITED, 1.0, 0.8))
     assert report.missed(runs, [world]) == [
         f"paper, s, seed 0, quality {level}: {told}" for level in (0.97, 0.95, 0.9)
-        for told in ("1.70x, at least 1.8x", "bytes 1.00, at most 0.33")
+        for told in ("1.70x, at least 1.8x; 2.12x if RAM held everything", "bytes 1.00, at most 0.33")
     ]  # fmt: skip
     page = report._goals(runs, [world])
-    assert page.count("**1.70x**, **1.00**") == 3
+    assert page.count("**1.70x** of 2.12x, **1.00**") == 3
     assert "| s | 0 | 1.60x |" in page
 
 
@@ -393,7 +398,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert (tmp_path / "contexts.md").read_text() == report.page(head, rows)
     assert (tmp_path / "contexts.png").stat().st_size > 10_000
     runs = [one for one in rows if one["table"] == "run"]
-    assert {one["policy"] for one in runs} >= {"prefill", *report.CACHES, "IMPRESS-like", *compare.PLACEMENTS}
+    assert {one["policy"] for one in runs} >= {
+        "prefill",
+        *report.CACHES,
+        "IMPRESS-like",
+        *compare.PLACEMENTS,
+        compare.UNLIMITED,
+    }
     assert len({one["scenario"] for one in runs}) == 4
     assert capsys.readouterr().err.count("missed: ") == len(
         report.missed(runs, [one for one in rows if one["table"] == "scenario"])
