@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 import worlds
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from worlds import FP8, Plan, Sequenced, World, plans
 
 from kara_kernels import reference
@@ -227,6 +227,9 @@ def test_a_broken_sequence_does_not_leak_into_others(plan: Plan) -> None:
 
 @many
 @given(plan=plans(max_layers=2, more_queries=False), causal=st.booleans(), stacked=st.booleans())
+@example(  # queries at addresses for which the BLAS rounds otherwise
+    plan=Plan(group=2, window=5, queries=5, dim=8, v_dim=8, page=1, guard=67), causal=False, stacked=False
+)
 def test_queries_are_found_by_their_rows(plan: Plan, causal: bool, stacked: bool) -> None:
     """Gives the same bits as copying each sequence's queries out of the shared buffer."""
     world = World(plan)

@@ -116,7 +116,10 @@ def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention
     keys_t = (keys * factor).transpose(1, 2)
     total = torch.zeros(heads, window, device=keys.device)
     for some in slices(count, max(1, SLICE_BYTES // (4 * heads * group * window))):
-        rows = query[some].float().permute(1, 0, 2, 3).reshape(heads, -1, dim)
+        # Always a copy: products of other strides or addresses may round otherwise.
+        rows = query[some].permute(1, 0, 2, 3).to(
+            torch.float32, copy=True, memory_format=torch.contiguous_format
+        ).reshape(heads, -1, dim)  # fmt: skip
         logits = torch.bmm(rows, keys_t)  # [h, n*G, W]
         if attention == "causal":  # query i is window token W - N + i and sees no later token
             token = torch.arange(some.start, some.stop, device=keys.device) + window - count
