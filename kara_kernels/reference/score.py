@@ -111,16 +111,14 @@ def _turned_back(keys: Tensor, ahead: LookAhead) -> Tensor:
 def _column_means(query: Tensor, keys: Tensor, factor: float | Tensor, attention: str, reduction: str) -> Tensor:
     """``query [N, h, G, D]``, ``keys [h, W, D]`` -> ``[h, W]``: mean or root mean square of the softmax rows over
     queries and group."""
-    count, heads, group, dim = query.shape
+    count, heads, group = query.shape[:3]
     window = keys.shape[1]
     keys_t = (keys * factor).transpose(1, 2)
     total = torch.zeros(heads, window, device=keys.device)
     for some in slices(count, max(1, SLICE_BYTES // (4 * heads * group * window))):
         # Always a copy: products of other strides or addresses may round otherwise.
-        rows = query[some].permute(1, 0, 2, 3).to(
-            torch.float32, copy=True, memory_format=torch.contiguous_format
-        ).reshape(heads, -1, dim)  # fmt: skip
-        logits = torch.bmm(rows, keys_t)  # [h, n*G, W]
+        rows = query[some].float().permute(1, 0, 2, 3).clone(memory_format=torch.contiguous_format)
+        logits = torch.bmm(rows.flatten(1, 2), keys_t)  # [h, n*G, W]
         if attention == "causal":  # query i is window token W - N + i and sees no later token
             token = torch.arange(some.start, some.stop, device=keys.device) + window - count
             hidden = torch.arange(window, device=keys.device) > token.repeat_interleave(group)[:, None]
