@@ -2,8 +2,8 @@
 
 A model reads 768 tokens of a text. Its cache, in 16 bits, is replaced by what a codec gives back, and the model reads
 the next 192 tokens. A codec is judged by the KL divergence to the uncompressed cache, in nats per token, and by the
-bytes it stores. Values are kept in the user's cache, so an interrupted run goes on. The whole takes about an hour on
-one idle core, ``--quick`` four minutes.
+bytes it stores. Values are kept in the user's cache, so an interrupted run goes on. The whole takes an hour and a half
+on one idle core, ``--quick`` four minutes.
 """
 
 from __future__ import annotations
