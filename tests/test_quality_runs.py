@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from bench.store import Store, code_of
 from demos.screen import Screen
 from kara_kernels.contexts.profile import digest_of
 from kara_kernels.options import Scoring
-from kara_kernels.scorers import published
+from kara_kernels.scorers import kara, published
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,6 +189,12 @@ def test_settings_and_models_count() -> None:
                BY_NAME["SnapKV"], replace(BY_NAME["SnapKV"], layer_budgets=pyramid)]  # fmt: skip
     assert len({sources.of_method(method) for method in methods}) == len(methods)
     assert sources.of_method(BY_NAME[DEFAULT]) == sources.of_method(replace(BY_NAME[DEFAULT]))
+
+
+def test_a_partial_scorer_is_its_function_and_what_it_was_given() -> None:
+    one, same, other = (partial(kara, window=window) for window in (256, 256, 512))
+    assert sources.of_callable(one) == sources.of_callable(same) != sources.of_callable(other)
+    assert sources.of_callable(one)[1:] == sources.of_callable(kara)
     model, twin = make_model(), make_model()
     assert digest_of(model) == digest_of(twin)
     twin.set_attn_implementation("sdpa")

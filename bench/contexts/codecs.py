@@ -12,7 +12,7 @@ from .quantise import Channels, Codec, Float8, Packet, Residual, Scorer
 
 SCORERS: dict[str, Scorer] = {
     "ours": scorers.kara,
-    "ours (mean)": partial(scorers.kara, scoring=Scoring(reduction="mean")),
+    "ours (mean)": scorers.kara_mean,
     "ours (mean, 256)": partial(scorers.kara, scoring=Scoring(reduction="mean"), window=256),
     "KVzip": scorers.kvzip,
     "SnapKV": scorers.snapkv,

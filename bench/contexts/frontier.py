@@ -237,7 +237,7 @@ def _run(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options.model, screen.say)
     records = Run(model, tokenizer, Store(), screen, options.quick, options.texts).records()
     head = {
-        "model": Path(options.model).stem if options.model else "SmolLM2-135M-Instruct",
+        "model": Path(options.model).stem if options.model else page.PACKAGED,
         "quick": options.quick,
         "context": LENGTH,
         "ahead": AHEAD,

@@ -3,8 +3,8 @@
 The optimum of 64 contexts x 12 options x 4 tiers is out of reach for dynamic programming. Lagrangian relaxation bounds
 it from above: for any price per byte, what all contexts gain in their own best places after paying, plus the price of
 the capacity. A placement within 2% of the bound is within 2% of the optimum. The few others are compared with the
-optimum itself, which an integer program finds in up to a minute. Gains are counted from everything being recomputed,
-because utilities can be negative.
+optimum itself, which an integer program finds. Gains are counted from everything being recomputed, because utilities
+can be negative.
 """
 
 from __future__ import annotations
@@ -238,8 +238,8 @@ Relative to an upper bound of the optimum, so less is missing in truth. Goal: {g
 ## Time
 
 Pure Python on one core of this machine ({machine}): placing all contexts from nothing, then {more} uses, each followed
-by a settlement. Goal: 5 ms, amortised. The longest change is usually one during which Python collects garbage, over
-all contexts: the last column.
+by a settlement. Goal: 5 ms, amortised. Python's garbage collector interrupts some changes. The last column is its
+longest pause.
 
 {times}"""
 
@@ -250,6 +250,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contexts", type=int, nargs="*", default=[1000, 10_000, 100_000], help="sizes to time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for contexts-optimum.md and .csv")
     options = parser.parse_args(arguments)
+    for name, least in (("instances", options.instances), ("contexts", min(options.contexts, default=1))):
+        if least < 1:
+            parser.error(f"--{name}: expected 1 or more, got {least}")
     return concluded("optimum", partial(_run, options))
 
 

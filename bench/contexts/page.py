@@ -10,6 +10,7 @@ from bench import tables
 from bench.quality.statistics import Interval, ratio
 
 BASE = "K4V4"
+PACKAGED = "SmolLM2-135M-Instruct"  # what is measured without --model
 BY_KIND = ("K8V8", "K4V4, K8V8 for the best quarter", BASE, "0.75 of the rows, K4V4", "0.5 of the rows, K4V4")
 BUDGETS = {
     "1/2": 0.55,
@@ -77,7 +78,7 @@ def _head(head: Mapping[str, Any], judged: Sequence[Record], kl: Values) -> list
     return [
         "# How to spend a context's bytes",
         "",
-        f"Written by `python -m bench.contexts.frontier{' --quick' if head['quick'] else ''}` with {head['model']} "
+        f"Written by `python -m bench.contexts.frontier{_options(head, len(kl[BASE]))}` with {head['model']} "
         f"in float32 (kara_kernels {head['kara_kernels']}, torch {head['torch']}, "
         f"transformers {head['transformers']}; {head['machine']}).",
         f"{len(kl[BASE])} texts of {len(kinds)} kinds ({', '.join(kinds)}).",
@@ -87,6 +88,12 @@ def _head(head: Mapping[str, Any], judged: Sequence[Record], kl: Values) -> list
         f"{_mean(kl['bfloat16']):.6f}.",
         "",
     ]
+
+
+def _options(head: Mapping[str, Any], count: int) -> str:
+    """What the command was given, as far as the records show it."""
+    quick = " --quick" if head["quick"] else ""
+    return quick if head["model"] == PACKAGED else f"{quick} --model MODEL --texts {count}"
 
 
 def _frontier(kl: Values, size: Mapping[str, float]) -> list[str]:

@@ -21,8 +21,9 @@ from .utility import Context, Tier
 class Keeper:
     """Contexts on tiers, planned and real.
 
-    Report contexts, uses and removals, then call :meth:`work` and carry out the transfers that it returns. Report each
-    with :meth:`finish`, and call :meth:`work` again. Erase what :meth:`erasable` lists before you start a transfer.
+    Report contexts, uses and removals, then call :meth:`work`. Erase what :meth:`erasable` lists after that, because
+    the transfers may be given its room. Then carry out the transfers, report each with :meth:`finish`, and call
+    :meth:`work` again.
 
     Args:
         tiers: from the fastest to the slowest. A ``reserve`` lets full tiers exchange contexts.

@@ -27,8 +27,8 @@ def keeper(*tiers: Tier, alpha: float = 10.0) -> Keeper:
 def carry_out(some: Keeper) -> None:
     """All transfers, without failures, until nothing is left to do."""
     for _ in range(100):
-        some.erasable()
         started = some.work()
+        some.erasable()
         if not started:
             return
         for transfer in started:
@@ -109,24 +109,25 @@ def test_room_is_made_before_it_is_needed() -> None:
     assert some.directory.used("ram") == 10
 
 
-def test_a_cut_waits_for_the_reader() -> None:
+def waiting() -> tuple[Keeper, Transfer]:
+    """A keeper that would cut "a" to make room for "b", and the load of "a" that it waits for."""
     some = keeper(Tier("ram", 10, 100.0))
     some.add(context("a", 10, 5))
     carry_out(some)
     load = some.load("a")
     some.add(context("b", 5))
     assert some.work() == []
+    return some, load
+
+
+def test_a_cut_waits_for_the_reader() -> None:
+    some, load = waiting()
     some.finish(load)
     assert [transfer.target.key for transfer in some.work() if transfer.target is not None] == ["b"]
 
 
 def test_room_that_comes_free_late_in_a_round_is_used() -> None:
-    some = keeper(Tier("ram", 10, 100.0))
-    some.add(context("a", 10, 5))
-    carry_out(some)
-    load = some.load("a")
-    some.add(context("b", 5))
-    assert some.work() == []
+    some, load = waiting()
     some._due = dict(reversed(some._due.items()))  # the store before the cut that it waits for
     some.finish(load)
     assert len(some.work()) == 1
@@ -253,8 +254,9 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def work(self) -> None:
+        started = self.keeper.work()
         self.erase()
-        for transfer in self.keeper.work():
+        for transfer in started:
             target = transfer.target
             assert target is not None
             assert target.option in self.contexts[target.key].options

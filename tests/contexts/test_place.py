@@ -103,6 +103,13 @@ def test_the_page_of_the_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(-1e-4 <= row["exact"] <= row["priced"] + 1e-4 for row in solved)
 
 
+@pytest.mark.parametrize("option", ["--instances", "--contexts"])
+def test_the_optimum_of_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([option, "0"])
+    assert f"{option}: expected 1 or more, got 0" in capsys.readouterr().err
+
+
 def test_the_committed_page_of_the_optimum_is_that_of_its_table() -> None:
     head, rows = tables.read(bench.RESULTS / "contexts-optimum.csv")
     assert (bench.RESULTS / "contexts-optimum.md").read_text() == bench.page(head, rows)
