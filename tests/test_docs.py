@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from kara_kernels.engine import Compression, Policy
+from kara_kernels.integrations.vllm import unsupported
+from kara_kernels.integrations.vllm.contexts.requests import asked_of
+from kara_kernels.integrations.vllm.contexts.settings import ContextSettings
 from kara_kernels.integrations.vllm.settings import LIVE, RUN, SUPPORTED
-from kara_kernels.integrations.vllm.windows import configure
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -146,14 +148,19 @@ def test_shell_blocks_name_what_exists(line: str) -> None:
     elif words[:2] == ["pip", "install"]:
         check_pip(words[2:])
     elif words[:2] == ["vllm", "serve"] or words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]:
-        settings = json.loads(words[words.index("--additional-config") + 1])["kara"]
-        Policy.from_settings({key: value for key, value in settings.items() if key != "trace"})
+        given = json.loads(words[words.index("--additional-config") + 1])
+        assert set(given) <= {"kara", "contexts"}
+        if "kara" in given:
+            Policy.from_settings({key: value for key, value in given["kara"].items() if key != "trace"})
+        ContextSettings(**given.get("contexts", {}))
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:])
     elif words[1] == "-m" and (ROOT / words[2].replace(".", "/") / "__main__.py").exists():
         check_options(words[2], words[3:])
     elif words[:3] == ["curl", "-s", "localhost:8000/v1/completions"]:
-        assert set(json.loads(json.loads(words[-1])["vllm_xargs"]["kara"])) <= {"keep", "window"}
+        body = json.loads(words[-1])
+        assert set(json.loads(body.get("vllm_xargs", {}).get("kara", "{}"))) <= {"keep", "window"}
+        assert asked_of(body.get("kv_transfer_params"), "on").on
     else:
         assert words == ["curl", "-s", "localhost:8000/metrics", "|", "grep", "kara:"], line
 
@@ -291,6 +298,12 @@ def test_the_settings_have_the_defaults_of_the_code() -> None:
     }
 
 
+def test_the_settings_of_contexts_have_the_defaults_of_the_code() -> None:
+    documented = {name: cells[0].strip("`") for name, cells in table("docs/vllm-contexts.md", "Settings").items()}
+    fields = dataclasses.fields(ContextSettings)
+    assert documented == {field.name: repr(field.default).replace("'", '"') for field in fields}
+
+
 def test_the_readme_says_what_matters_first() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 130
@@ -371,7 +384,7 @@ def test_the_trace_has_the_documented_keys() -> None:
 
 def test_what_vllm_refuses_is_what_the_code_refuses() -> None:
     rows = table("docs/vllm.md", "What is refused")
-    seen = {"configuration": configure.UNSUPPORTED, "layers": configure.UNSUPPORTED_LAYERS}
+    seen = {"configuration": unsupported.UNSUPPORTED, "layers": unsupported.UNSUPPORTED_LAYERS}
     for where, tests in seen.items():
         assert {name.replace("`", "") for name, cells in rows.items() if where in cells[0].split(", ")} == set(tests)
 

@@ -19,6 +19,7 @@ import torch
 
 import kara_kernels
 from kara_kernels.integrations import environment as report
+from kara_kernels.integrations.vllm import unsupported
 from kara_kernels.integrations.vllm.windows import configure
 from kara_kernels.ops import _triton
 
@@ -245,7 +246,7 @@ def test_what_vllm_would_do(
     if version == "0.32.1":
         for worker in configure.WORKERS:
             assert worker in found["with kara"]
-        for what in (*configure.UNSUPPORTED, *configure.UNSUPPORTED_LAYERS):
+        for what in (*unsupported.UNSUPPORTED, *unsupported.UNSUPPORTED_LAYERS):
             assert what in found["refused"]
 
 

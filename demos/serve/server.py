@@ -33,7 +33,7 @@ _SAMPLE = re.compile(r"^((?:vllm|kara):\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a server. The two servers of a comparison differ only in `kara`."""
+    """Settings of a server. Servers of a comparison differ only in `kara` and `contexts`."""
 
     model: str
     blocks: int
@@ -45,6 +45,7 @@ class Settings:
     cpu: bool
     threads: int | None = None
     kara: dict[str, Any] | None = None
+    contexts: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,9 @@ def command(settings: Settings, port: int) -> list[str]:
         arguments["enforce-eager"] = None
     if settings.cpu:
         arguments["kv-cache-memory-bytes"] = 1 << 30  # otherwise vLLM measures free memory; blocks are set above
-    if settings.kara is not None:
-        arguments["additional-config"] = json.dumps({"kara": settings.kara})
+    additional = {"kara": settings.kara, "contexts": settings.contexts}
+    if given := {key: value for key, value in additional.items() if value is not None}:
+        arguments["additional-config"] = json.dumps(given)
     flags = [part for key, value in arguments.items() for part in (f"--{key}", value) if part is not None]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, flags)]
 

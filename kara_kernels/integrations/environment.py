@@ -186,6 +186,7 @@ def _paths() -> dict[str, Any]:
 
 def _vllm() -> dict[str, Any]:
     """What the plugin would do in this environment's vLLM."""
+    from .vllm import unsupported
     from .vllm.settings import SUPPORTED, proof_for
     from .vllm.windows import configure
 
@@ -202,7 +203,7 @@ def _vllm() -> dict[str, Any]:
         "left_out": bool(plugins) and allowed is not None and not set(plugins) & set(allowed.split(",")),
         "schedulers": configure.SCHEDULERS,
         "workers": configure.WORKERS,
-        "refused": [*configure.UNSUPPORTED, *configure.UNSUPPORTED_LAYERS],
+        "refused": [*unsupported.UNSUPPORTED, *unsupported.UNSUPPORTED_LAYERS],
     }
 
 

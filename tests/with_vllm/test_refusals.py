@@ -183,6 +183,12 @@ def test_a_misspelt_key_is_warned_about(model, warned, key):
     assert said == [f"Kara stays off: --additional-config has the key {key!r}, expected 'kara'"]
 
 
+@pytest.mark.parametrize("key", ["context", "Contexts"])
+def test_contexts_are_spelt_so(model, warned, key):
+    configure(model, None, additional_config={key: {}})
+    assert f"Kara stays off: --additional-config has the key {key!r}, expected 'contexts'" in warned
+
+
 @pytest.mark.parametrize("given", [{}, {"kda_prefill_backend": "triton"}, {"data": 1}, {7: 1}])
 def test_other_keys_are_others_business(model, warned, given):
     register()

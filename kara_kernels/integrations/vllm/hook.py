@@ -10,6 +10,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+KEYS = ("kara", "contexts")
+"""Of the additional settings: windows of running requests, and reusable contexts."""
+
 
 def install() -> None:
     """Wraps ``VllmConfig.__post_init__``. A second call changes nothing."""
@@ -25,7 +28,7 @@ def install() -> None:
     @functools.wraps(finish)
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = self.additional_config
-        if not isinstance(given, Mapping) or "kara" not in given:
+        if not isinstance(given, Mapping) or not set(KEYS) & set(given):
             if given and isinstance(given, Mapping):
                 warn_of_misspelt_key(given)
             finish(self, *args, **kwargs)
@@ -39,36 +42,49 @@ def install() -> None:
 
 
 def warn_of_misspelt_key(given: Mapping) -> None:
-    """Warns once about a key that was probably meant to be ``kara``. vLLM ignores keys that nobody knows."""
+    """Warns once about a key that was probably meant to be one of ours. vLLM ignores keys that nobody knows."""
     from difflib import get_close_matches
 
     from vllm.logger import init_logger
 
     for key in given:
         name = str(key).casefold()
-        if key != "kara" and (name.startswith("kara") or get_close_matches(name, ["kara"], cutoff=0.75)):
+        meant = ["kara"] if name.startswith("kara") else get_close_matches(name, KEYS, n=1, cutoff=0.75)
+        if key not in KEYS and meant:
             init_logger("vllm.kara").warning_once(
-                f"Kara stays off: --additional-config has the key {key!r}, expected 'kara'"
+                f"Kara stays off: --additional-config has the key {key!r}, expected {meant[0]!r}"
             )
 
 
 def before(config: Any) -> None:
     """Before vLLM resolves anything: checks versions and settings, and sets the class names that vLLM resolves."""
     from .settings import check_version, settings_of
-    from .windows import configure
 
     check_version()
-    settings = settings_of(config)
-    configure.before(config)
-    settings.check_trace()
+    if "kara" in config.additional_config:
+        from .windows import configure
+
+        settings = settings_of(config)
+        configure.before(config)
+        settings.check_trace()
+    if "contexts" in config.additional_config:
+        from .contexts import configure as of_contexts
+
+        of_contexts.before(config)
 
 
 def after(config: Any) -> None:
     """After everything is resolved: sets what depends on it, opens the channel for counters, and checks requests."""
     from .requests import check_requests
-    from .stats import observe_with_vllm
-    from .windows import configure
 
-    configure.after(config)
-    observe_with_vllm(config)
     check_requests()
+    if "kara" in config.additional_config:
+        from .stats import observe_with_vllm
+        from .windows import configure
+
+        configure.after(config)
+        observe_with_vllm(config)
+    if "contexts" in config.additional_config:
+        from .contexts import configure as of_contexts
+
+        of_contexts.after(config)

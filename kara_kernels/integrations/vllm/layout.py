@@ -34,9 +34,8 @@ def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> Paged
     first = caches[0]
     dims = [dim for dim, extent in enumerate(first.shape) if extent == num_blocks]
     alike = all(x.shape == first.shape and x.stride() == first.stride() and x.dtype == first.dtype for x in caches)
-    if len(dims) == 2 and num_blocks == block_size:
-        dims = dims[:1]
-    if len(dims) != 1 or not alike or num_blocks <= _PROBED:
+    dims = dims[:1]  # another extent may happen to be as large; a wrong choice would be found below
+    if not dims or not alike or num_blocks <= _PROBED:
         raise ValueError(
             f"kara: expected caches of one layout with one dimension of {num_blocks} blocks, got shapes "
             f"{sorted({tuple(x.shape) for x in caches})}"

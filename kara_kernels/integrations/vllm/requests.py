@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from .contexts.requests import asked_of
 from .settings import Settings, settings_of
 
 OWN = ("keep", "window")
@@ -88,9 +89,17 @@ def _checked(asked: bool | dict, settings: Settings, block_size: int) -> dict[st
 
 def check(params: Any, config: Any) -> None:
     """Raises a :class:`RequestError` if a request to an engine with Kara asks for what cannot be."""
-    asks = isinstance(params, SamplingParams) and "kara" in (params.extra_args or {})
-    if asks and isinstance(config.additional_config, Mapping) and "kara" in config.additional_config:
+    given = config.additional_config
+    if not isinstance(params, SamplingParams) or not isinstance(given, Mapping):
+        return
+    extra = params.extra_args or {}
+    if "kara" in extra and "kara" in given:
         choose(params, settings_of(config), config.cache_config.block_size)
+    if "contexts" in given:
+        try:
+            asked_of(extra.get("kv_transfer_params"), "on")
+        except ValueError as error:
+            raise RequestError(str(error)) from None
 
 
 def check_requests() -> None:

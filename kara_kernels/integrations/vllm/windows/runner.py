@@ -25,7 +25,8 @@ from kara_kernels.paged import PagedCache
 
 from ..layout import paged_view
 from ..settings import settings_of
-from .configure import UNSUPPORTED_LAYERS, check_sizes, found_in
+from ..unsupported import UNSUPPORTED_LAYERS, found_in
+from .configure import check_sizes
 from .rotary import look_ahead_of
 from .scheduler import KaraSpec, Step
 

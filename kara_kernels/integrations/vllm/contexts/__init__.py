@@ -1,0 +1,11 @@
+"""Reusable contexts in vLLM: stored as packets in tiers, admitted instead of being computed again.
+
+- :mod:`.settings` reads the settings under ``contexts``;
+- :mod:`.configure` rejects unsupported configurations, and sets vLLM's connector and scheduler;
+- :mod:`.jobs` is what the scheduler's half and the workers' half say to each other;
+- :mod:`.grains` divides the shared memory in which packets lie;
+- :mod:`.manager` decides, in the scheduler's process, what is stored, admitted and moved;
+- :mod:`.scheduler` gives vLLM's scheduler the hits, under hashes of their own;
+- :mod:`.worker` encodes and decodes, between the KV cache and the shared memory;
+- :mod:`.connector` is what vLLM calls.
+"""

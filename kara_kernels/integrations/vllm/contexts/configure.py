@@ -1,0 +1,46 @@
+"""Configures vLLM to store and admit contexts, and rejects features that cannot be combined with that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..unsupported import UNSUPPORTED, found_in
+from .settings import context_settings_of
+
+_ROOM = __name__.rpartition(".")[0]
+CONNECTOR = "ContextConnector"
+SCHEDULERS = (f"{_ROOM}.scheduler.ContextScheduler", f"{_ROOM}.scheduler.ContextAsyncScheduler")
+"""Our schedulers, synchronous and asynchronous."""
+
+
+def before(config: Any) -> None:
+    """Before vLLM completes its configuration: rejects unsupported features and names our connector."""
+    from vllm.config import KVTransferConfig
+
+    context_settings_of(config)
+    _refuse(config)
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector=CONNECTOR, kv_connector_module_path=f"{_ROOM}.connector", kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )  # fmt: skip
+
+
+def after(config: Any) -> None:
+    """After vLLM has completed its configuration: sets its scheduler, and logs the settings."""
+    from vllm.logger import init_logger
+
+    _refuse(config)
+    config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
+    settings = context_settings_of(config)
+    said = ", ".join(f"{name}={getattr(settings, name)!r}" for name in settings.__dataclass_fields__)
+    init_logger("vllm.kara").info_once(f"Contexts are stored as packets: {said}")
+
+
+def _refuse(config: Any) -> None:
+    refused = found_in(config, UNSUPPORTED)
+    if "kara" in config.additional_config:
+        refused.append("windows (kara) beside contexts")
+    if not config.cache_config.enable_prefix_caching:
+        refused.append("no prefix cache (--no-enable-prefix-caching)")
+    if refused:
+        raise ValueError(f"contexts: expected only supported features, got {'; '.join(refused)}")

@@ -1,0 +1,53 @@
+"""What the connector's half in the scheduler and its half in the workers say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Store:
+    """Encodes a context from blocks into grains."""
+
+    number: int
+    request_id: str
+    context: str
+    tokens: int
+    blocks: Sequence[int]
+    grains: Sequence[int]
+    form: str
+    scorer: str
+    sections: int
+    """Of the packet, which the scheduler has counted: the grains are for these."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Decodes a packet from grains into blocks."""
+
+    number: int
+    request_id: str
+    context: str
+    tokens: int
+    blocks: Sequence[int]
+    grains: Sequence[int]
+    nbytes: int
+    """Of the packet, in every worker."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended, in all workers that have reported it."""
+
+    workers: int
+    ok: bool
+    seconds: float
+    """Of the slowest."""
+    error: str = ""
+
+    def and_another(self, other: Ended) -> Ended:
+        return Ended(
+            self.workers + other.workers, self.ok and other.ok, max(self.seconds, other.seconds),
+            self.error or other.error,
+        )  # fmt: skip

@@ -1,0 +1,57 @@
+"""The settings under ``--additional-config '{"contexts": ...}'``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kara_kernels.values import check_choice, check_count, check_number
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """What an operator may set.
+
+    Raises:
+        TypeError, ValueError: naming field, expected and got.
+    """
+
+    ram_gib: float = 4.0
+    """Memory of packets, of all workers of an engine together."""
+    alpha: float = 100.0
+    """Seconds of delay that one unit of quality is worth."""
+    floor: float = 0.97
+    """The least quality that a context may be stored with, 0..1."""
+    half_life: float = 3600.0
+    """Seconds after which a use counts half."""
+    min_tokens: int = 256
+    """Shorter contexts are left alone."""
+    default: str = "on"
+    """For requests that say nothing: ``"on"`` or ``"off"``."""
+    grain_kib: int = 256
+    """Packets take whole grains of this size, of each worker."""
+
+    def __post_init__(self) -> None:
+        check_number("ram_gib", self.ram_gib, 1e-6, 2**20)
+        check_number("alpha", self.alpha, 0, 1e9)
+        check_number("floor", self.floor, 0, 1)
+        check_number("half_life", self.half_life, 1e-3, 1e9)
+        check_count("min_tokens", self.min_tokens, 1, 2**31 - 1)
+        check_choice("default", self.default, ("on", "off"))
+        check_count("grain_kib", self.grain_kib, 4, 2**20)
+
+
+def context_settings_of(config: Any) -> ContextSettings:
+    """The settings in a VllmConfig. Raises ValueError in one line."""
+    given = config.additional_config["contexts"]
+    try:
+        if not isinstance(given, dict):
+            raise TypeError(f"expected an object of settings, got {type(given).__name__}")
+        known = ContextSettings.__dataclass_fields__
+        if unknown := ", ".join(sorted(set(given) - set(known))):
+            raise ValueError(f"{unknown}: expected one of {', '.join(known)}, got {unknown}")
+        return ContextSettings(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"contexts: {error}") from None

@@ -1,0 +1,134 @@
+"""The workers' half: one thread that encodes contexts into shared memory and decodes packets out of it.
+
+On a GPU the thread has a stream of its own. A job begins when everything that the engine had launched before it is
+done, and the engine waits for no job, except before a step that overwrites the blocks of a store.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kara_kernels.contexts.codec import decode, encode
+from kara_kernels.contexts.packet import Packet, PacketError, read_packet
+from kara_kernels.paged import PagedCache
+
+from .jobs import Ended, Load, Store
+
+logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply
+
+
+class ContextWorker:
+    """Encodes and decodes for one worker.
+
+    Args:
+        cache: the KV cache's layers, as views of pages.
+        region: uint8 ``[grains, bytes]``, this worker's part of the shared memory.
+        model: names what makes rows differ; see :class:`~kara_kernels.contexts.packet.Header`.
+    """
+
+    def __init__(self, cache: PagedCache, region: Tensor, model: str) -> None:
+        self._cache, self._model = cache, model
+        self._region: np.ndarray = region.numpy()
+        self._device = cache.k[0].device
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kara-contexts")
+        self._running: dict[int, tuple[Store | Load, Future[float]]] = {}
+
+    def warm_up(self, forms: Sequence[str]) -> None:
+        """Encodes and decodes a few blocks that nobody uses yet. So no request waits for kernels to be compiled."""
+        blocks, page, *_ = self._cache.k[0].shape
+        table = self._table(range(1, min(blocks, 5)))
+        for form in forms:
+            packet = encode(
+                self._cache.k, self._cache.v, table, len(table) * page, model=self._model, context="warm", form=form
+            )
+            decode(read_packet(packet.to_bytes()), self._cache.k, self._cache.v, table)
+
+    def submit(self, job: Store | Load) -> None:
+        """Begins a job behind those that were submitted before it."""
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        body = self._store if isinstance(job, Store) else self._load
+        self._running[job.number] = job, self._thread.submit(self._timed, ready, body, job)
+
+    def flush(self, numbers: Sequence[int]) -> None:
+        """Waits until these jobs have ended. Those that were never submitted here are left out."""
+        wait([self._running[number][1] for number in numbers if number in self._running])
+
+    def ended(self) -> list[tuple[Store | Load, Ended]]:
+        """Jobs that ended since the last call."""
+        found = []
+        for number, (job, future) in list(self._running.items()):
+            if future.done():
+                del self._running[number]
+                found.append((job, _how(job, future)))
+        return found
+
+    def shutdown(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._region = np.empty((0, 0), np.uint8)  # the shared memory can be unmapped only when nothing refers to it
+
+    # --------------------------------------------------------------------------------------------- in the thread
+
+    def _timed(self, ready: Any, body: Callable[[Any], None], job: Any) -> float:
+        begun = time.perf_counter()
+        with torch.inference_mode(), torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            if ready is not None:
+                ready.wait(self._stream)
+            body(job)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return time.perf_counter() - begun
+
+    def _table(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int32, device=self._device)
+
+    def _store(self, job: Store) -> None:
+        packet = encode(
+            self._cache.k, self._cache.v, self._table(job.blocks), job.tokens, model=self._model, context=job.context,
+            form=job.form, scorer=job.scorer, sections=job.sections,
+        )  # fmt: skip
+        self._write(packet, job.grains)
+
+    def _load(self, job: Load) -> None:
+        packet = read_packet(self._read(job.grains, job.nbytes))
+        decode(
+            packet, self._cache.k, self._cache.v, self._table(job.blocks), model=self._model, context=job.context
+        )  # fmt: skip
+
+    def _write(self, packet: Packet, grains: Sequence[int]) -> None:
+        size, at = self._region.shape[1], 0
+        if packet.nbytes > size * len(grains):
+            raise ValueError(f"packet: expected at most {size * len(grains)} bytes, got {packet.nbytes}")
+        data = np.concatenate((np.frombuffer(packet.header.to_bytes(), np.uint8), packet.payload.numpy()))
+        for grain in grains:
+            part = data[at : at + size]
+            self._region[grain, : len(part)] = part
+            at += size
+
+    def _read(self, grains: Sequence[int], nbytes: int) -> memoryview:
+        size = self._region.shape[1]
+        data = np.empty(size * len(grains), np.uint8)
+        for i, grain in enumerate(grains):
+            data[i * size : (i + 1) * size] = self._region[grain, :size]
+        return data[:nbytes].data
+
+
+def _how(job: Store | Load, future: Future[float]) -> Ended:
+    error = future.exception()
+    if error is None:
+        return Ended(1, True, future.result())
+    kind = "damaged" if isinstance(error, PacketError) else "failed"
+    logger.error("Kara's %s of a context %s: %s", type(job).__name__.lower(), kind, error)
+    return Ended(1, False, 0.0, kind)

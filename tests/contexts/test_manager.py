@@ -1,0 +1,289 @@
+"""The manager of vLLM's contexts without vLLM: by hand, and in random days whose model carries out the jobs."""
+
+from __future__ import annotations
+
+import hashlib
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kara_kernels import PayloadLayout
+from kara_kernels.contexts.packet import Header
+from kara_kernels.integrations.vllm.contexts.grains import Grains
+from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
+from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
+
+BLOCK = 16
+
+
+def hashes(text: str) -> list[bytes]:
+    """Of a prompt whose letters are blocks: each covers everything before it."""
+    return [hashlib.sha256(text[: i + 1].encode()).digest() for i in range(len(text))]
+
+
+def header(key: str, tokens: int, form: str) -> Header:
+    layout = PayloadLayout(
+        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=form, places=False,
+    )  # fmt: skip
+    return Header("a model", key, layout)
+
+
+def manager(grains: int = 64, workers: int = 1, **options: float) -> ContextManager:
+    given = {"alpha": 100.0, "floor": 0.9, "half_life": 100.0, "min_tokens": 2 * BLOCK} | options
+    some = ContextManager(
+        grains=Grains(grains, 512), block_size=BLOCK, workers=workers, header=header, clock=lambda: 0.0, **given
+    )  # type: ignore[arg-type]
+    some.rates.prefill, some.rates.load = 1e-2, 1e-9
+    return some
+
+
+def stored(some: ContextManager, text: str, name: str = "first") -> Store:
+    """Offers the whole text as a context and stores it."""
+    place = Place(hashes(text)[-1], BLOCK * len(text))
+    some.offer(name, place, range(len(text)))
+    (job,) = some.step(0)
+    some.ended(job.number, Ended(1, True, 0.1))
+    return job
+
+
+def test_a_context_is_what_a_request_asks_for_in_whole_blocks() -> None:
+    some = manager()
+    prompt = hashes("abcdef")
+    assert some.place(prompt, 6 * BLOCK, 3 * BLOCK + 5) == Place(prompt[2], 3 * BLOCK)
+    assert some.place(prompt, 6 * BLOCK, 99 * BLOCK) == Place(prompt[4], 5 * BLOCK)  # the last token is computed
+    assert some.place(prompt, 6 * BLOCK + 1, 99 * BLOCK) == Place(prompt[5], 6 * BLOCK)
+    assert some.place(prompt, 6 * BLOCK, 2 * BLOCK - 1) is None  # too short
+
+
+def test_a_context_is_what_a_second_request_shares() -> None:
+    some = manager()
+    assert some.place(hashes("abcdxx"), 6 * BLOCK, None) is None
+    assert some.place(hashes("abcdyyy"), 7 * BLOCK, None) == Place(hashes("abcd")[-1], 4 * BLOCK)
+    assert some.place(hashes("zbcd"), 4 * BLOCK, None) is None
+
+
+def test_the_longest_stored_context_is_admitted() -> None:
+    some = manager()
+    for text in ("abc", "abcde"):
+        stored(some, text)
+    prompt = hashes("abcdefg")
+    found = some.admit(prompt, 7 * BLOCK, 0)
+    assert found is not None
+    assert found.place == Place(prompt[4], 5 * BLOCK)
+    assert not found.exact
+    shorter = some.admit(hashes("abcxx"), 5 * BLOCK, BLOCK)
+    assert shorter is not None
+    assert shorter.place.tokens == 3 * BLOCK
+    assert some.admit(prompt, 7 * BLOCK, 5 * BLOCK) is None  # the engine's own cache has as much
+    assert some.admit(hashes("abcde"), 5 * BLOCK, 3 * BLOCK) is None  # its last token must be computed
+    assert some.admit(hashes("xyz"), 3 * BLOCK, 0) is None
+
+
+def test_what_loads_longer_than_it_computes_is_computed() -> None:
+    some = manager()
+    stored(some, "abcd")
+    some.rates.load = 1.0
+    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
+    assert some.counts["slower",] == 1
+    for _ in range(2000):  # costs may have changed, and only a load can tell
+        if some.admit(hashes("abcdef"), 6 * BLOCK, 0) is not None:
+            break
+    else:
+        raise AssertionError("it was never tried again")
+
+
+def test_a_load_reads_the_grains_of_its_store() -> None:
+    some = manager()
+    store = stored(some, "abcd")
+    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
+    assert admission is not None
+    load = some.load("second", admission, [7, 8, 9, 4])
+    assert (load.grains, load.context, load.tokens) == (store.grains, store.context, 4 * BLOCK)
+    assert load.nbytes == header(store.context, 4 * BLOCK, "int8").steps[-1].nbytes
+    assert some.is_loading(admission.packet)
+    some.ended(load.number, Ended(1, True, 0.1))
+    assert not some.is_loading(admission.packet)
+    assert not some.busy
+
+
+def test_all_workers_must_succeed() -> None:
+    some = manager(workers=3)
+    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
+    (job,) = some.step(0)
+    assert some.ended(job.number, Ended(2, True, 0.1)) is None
+    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
+    assert some.ended(job.number, Ended(1, False, 0.1, "full")) is job
+    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
+    assert some.counts["jobs", "store", "full"] == 1
+    some.step(0)
+    assert some.grains.free == some.grains.count
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_damaged_packet_is_never_tried_again(ok: bool) -> None:
+    some = manager()
+    stored(some, "abcd")
+    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
+    assert admission is not None
+    load = some.load("second", admission, range(4))
+    some.ended(load.number, Ended(1, ok, 0.1, "" if ok else "damaged"))
+    some.forget_rows("first")
+    some.step(0)
+    assert (some.admit(hashes("abcdef"), 6 * BLOCK, 0) is not None) == ok
+    assert some.counts["jobs", "load", "damaged"] == (not ok)
+    assert (some.grains.free == some.grains.count) == (not ok)
+
+
+def test_nothing_is_stored_from_blocks_that_are_gone() -> None:
+    some = manager()
+    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
+    some.forget_rows("first")
+    assert some.step(0) == []
+    assert not some.busy
+
+
+def test_blocks_are_held_while_a_store_reads_them() -> None:
+    some = manager()
+    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
+    assert some.storing("first") == []
+    (job,) = some.step(0)
+    assert some.storing("first") == [job.number]
+    some.ended(job.number, Ended(1, True, 0.1))
+    assert some.storing("first") == []
+
+
+def test_steps_measure_how_long_a_token_takes() -> None:
+    now = [0.0]
+    some = manager()
+    some._clock, some.rates.prefill = lambda: now[0], 0.0
+    for at, tokens in ((0.0, 100), (1.0, 8), (5.0, 200), (7.0, 0)):
+        now[0] = at
+        some.step(tokens)
+    assert some.rates.prefill == pytest.approx(0.8 * 1 / 100 + 0.2 * 2 / 200)  # 8 tokens say nothing
+
+
+def test_the_placement_hears_what_contexts_cost_now() -> None:
+    """Storing pays only if computing takes long enough, which nobody knows at first."""
+    some = manager(alpha=1e4)  # ten thousandths of quality are worth a second
+    some.rates.prefill = 1e-3
+    place = Place(hashes("abcd")[-1], 4 * BLOCK)
+    some.offer("first", place, range(4))
+    assert some.step(0) == []  # 0.064 seconds
+    some.rates.prefill = 1.0
+    some.offer("second", place, range(4))
+    assert len(some.step(0)) == 1
+
+
+def test_contexts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kara_kernels.integrations.vllm.contexts.manager.SEEN", 2)
+    some = manager()
+    for text in ("aa", "bb", "aa", "cc"):
+        some.offer(text, Place(hashes(text)[-1], 2 * BLOCK), range(2))
+        for job in some.step(0):
+            some.ended(job.number, Ended(1, True, 0.1))
+    stored = [text for text in ("aa", "bb", "cc") if some.admit(hashes(text + "x"), 3 * BLOCK, 0)]
+    assert stored == ["aa", "cc"]
+    assert len(some._known) == 2
+    some.step(0)
+    assert some.grains.count - some.grains.free == sum(len(grains) for grains in some._held.values())
+    assert len(some._held) == 2
+
+
+class Days(RuleBasedStateMachine):
+    """Requests of a few documents come, are admitted, preempted and end; jobs end in any order, and some fail."""
+
+    @initialize(grains=st.integers(0, 40), workers=st.integers(1, 2))
+    def start(self, grains: int, workers: int) -> None:
+        self.manager, self.workers = manager(grains, workers), workers
+        self.requests: dict[str, tuple[str, list[int]]] = {}  # text and blocks
+        self.jobs: dict[int, tuple[Store | Load, int]] = {}  # and workers that have not reported
+        self.failing: set[int] = set()
+        self.region: dict[int, tuple[str, int, int]] = {}  # grain -> (context, store, place in it)
+        self.blocks = self.names = 0
+
+    def text(self, data: st.DataObject) -> str:
+        return data.draw(st.text("ab", min_size=2, max_size=7))
+
+    @rule(data=st.data(), asked=st.booleans(), local=st.integers(0, 3))
+    def request(self, data: st.DataObject, asked: bool, local: int) -> None:
+        text, name = self.text(data), f"r{self.names}"
+        self.names += 1
+        prompt, tokens = hashes(text), BLOCK * len(text)
+        blocks = [self.blocks + i for i in range(len(text))]
+        self.blocks += len(text)
+        self.requests[name] = text, blocks
+        place = self.manager.place(prompt, tokens, BLOCK * (len(text) - 1) if asked else None)
+        admission = self.manager.admit(prompt, tokens, BLOCK * local)
+        if admission is not None:
+            assert BLOCK * local < admission.place.tokens < tokens
+            assert admission.place.block_hash == prompt[admission.place.tokens // BLOCK - 1]
+            if not self.manager.is_loading(admission.packet):
+                job = self.manager.load(name, admission, blocks)
+                self.jobs[job.number] = job, self.workers
+                self.manager.used(admission.place, "ram")
+                held = [self.region[grain] for grain in job.grains]
+                assert {(key, place) for key, _, place in held} == {(job.context, i) for i in range(len(held))}
+                assert len({store for _, store, _ in held}) == 1
+        elif place is not None:
+            self.manager.offer(name, place, blocks[: place.tokens // BLOCK])
+
+    @rule()
+    def step(self) -> None:
+        for job in self.manager.step(5):
+            text, blocks = self.requests[job.request_id]  # it has not ended
+            assert list(job.blocks) == blocks[: job.tokens // BLOCK]
+            assert job.context == hashes(text)[job.tokens // BLOCK - 1].hex()
+            for grain in job.grains:
+                assert not any(grain in other.grains for other, _ in self.jobs.values())  # nobody reads or writes it
+            for place, grain in enumerate(job.grains):
+                self.region[grain] = job.context, job.number, place
+            self.jobs[job.number] = job, self.workers
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
+    def end(self, data: st.DataObject, ok: bool) -> None:
+        number = data.draw(st.sampled_from(sorted(self.jobs)))
+        job, left = self.jobs[number]
+        done = self.manager.ended(number, Ended(1, ok, 0.1, "" if ok else "damaged"))
+        assert (done is not None) == (left == 1)
+        self.jobs[number] = job, left - 1
+        if left == 1:
+            del self.jobs[number]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        """Its blocks are freed when no store reads them."""
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        storing = {n for n, (job, _) in self.jobs.items() if isinstance(job, Store) and job.request_id == name}
+        assert set(self.manager.storing(name)) == storing
+        if not storing:
+            self.manager.forget_rows(name)
+            del self.requests[name]
+
+    @invariant()
+    def judge(self) -> None:
+        if hasattr(self, "manager"):
+            held = [grain for grains in self.manager._held.values() for grain in grains]
+            assert len(held) == len(set(held)) == self.manager.grains.count - self.manager.grains.free
+
+    def teardown(self) -> None:
+        """At the end of the day nothing is lost: what is not stored is free."""
+        if not hasattr(self, "manager"):
+            return
+        for number, (_, left) in self.jobs.items():
+            self.manager.ended(number, Ended(left, True, 0.1))
+        for name in self.requests:
+            self.manager.forget_rows(name)
+        assert self.manager.step(0) == []
+        self.manager.step(0)
+        kept = sum(self.manager.grains.needed(copy.option.nbytes) for copy in self.manager.keeper.directory.copies())
+        assert self.manager.grains.count - self.manager.grains.free == kept
+        assert not self.manager.busy
+
+
+TestDays = Days.TestCase
+TestDays.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

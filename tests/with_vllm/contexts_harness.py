@@ -1,0 +1,132 @@
+"""An engine with contexts to test, and the dense model that judges it."""
+
+import time
+from contextlib import contextmanager
+
+import torch
+from harness import engine, greedy
+from transformers import AutoModelForCausalLM, DynamicCache
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.request import Request
+
+from kara_kernels import PagedCache
+from kara_kernels.contexts.codec import decode
+from kara_kernels.contexts.packet import read_packet
+from kara_kernels.integrations.vllm.contexts.manager import Rates
+
+BLOCK = 32
+ON = {"alpha": 1e-3, "min_tokens": 64, "ram_gib": 0.01, "grain_kib": 16}
+
+
+class SlowModel(Rates):
+    """A tiny model computes faster than anything loads. Here computing takes a second a token, whatever is measured."""
+
+    def __init__(self):
+        super().__init__(prefill=1.0, load=1e-12)
+
+    def see(self, name, value):
+        assert value > 0
+
+
+class Server:
+    """vLLM with contexts in this process, of which there can be one at a time, and the dense model that judges it."""
+
+    def __init__(self, llm, model):
+        self.llm, self.core = llm, llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.connector = self.scheduler.connector
+        self.manager = self.connector.contexts.manager
+        self.manager.rates = SlowModel()
+        self._yield_between_steps()
+        self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.shape = self.dense.config.num_hidden_layers, self.dense.config.num_key_value_heads, 32
+
+    def _yield_between_steps(self):
+        """As vLLM's own loop does, but not LLM.generate, when only transfers run. Else their thread is starved."""
+        step = self.core.step_fn
+
+        def step_fn():
+            outputs, executed = step()
+            if not executed:
+                time.sleep(0.001)
+            return outputs, executed
+
+        self.core.step_fn = step_fn
+
+    def ask(self, *prompts, tokens=12, **params):
+        sampling = greedy(tokens, logprobs=1, extra_args={"kv_transfer_params": params})
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def rest(self):
+        """Steps until no transfer runs."""
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            if not self.scheduler.connector.has_pending_push_work():
+                return
+            self.core.step()
+            time.sleep(0.001)
+        raise AssertionError("a transfer never ended")
+
+    def salts(self):
+        """A list that gets the salt of each request that ends."""
+        half, found = self.connector.contexts, []
+        finished = half.finished
+        half.finished = lambda request: (found.append(request.cache_salt), finished(request))[1]
+        return found
+
+    def forget(self):
+        """Empties the engine's own cache."""
+        self.rest()
+        assert self.llm.reset_prefix_cache()
+
+    @property
+    def worker(self):
+        return get_kv_transfer_group()._worker.worker
+
+    def place_of(self, prompt, count):
+        """The context that is the first ``count`` tokens of a prompt."""
+        request = Request("x", prompt, greedy(1), None, block_hasher=self.core.request_block_hasher)
+        return self.manager.place(request.block_hashes, len(prompt), count)
+
+    def rows_of(self, prompt, count):
+        """Decoded rows of the stored context that is the first ``count`` tokens: ``[L, H, count, D]`` twice."""
+        copy = self.manager.keeper.get(self.place_of(prompt, count).key)
+        step = self.manager._known[bytes.fromhex(copy.key)].step_of(copy.option)[1]
+        packet = read_packet(self.worker._read(self.manager._held[copy.number], step.nbytes))
+        layers, heads, dim = self.shape
+        pools = [[torch.zeros(count // BLOCK, BLOCK, heads, dim) for _ in range(layers)] for _ in range(2)]
+        cache = PagedCache(*pools)
+        decode(packet, cache.k, cache.v, torch.arange(count // BLOCK, dtype=torch.int32))
+        return [torch.stack([x.flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v)]
+
+    def judge(self, prompt, count, tokens=12):
+        """What a dense model says whose first ``count`` rows are those of the packet."""
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(*self.rows_of(prompt, count), strict=True)):
+            cache.update(k[None].clone(), v[None].clone(), layer)
+        said, ids, position = [], torch.tensor(prompt[count:]), count
+        with torch.no_grad():
+            while len(said) < tokens:
+                places = torch.arange(position, position + len(ids))
+                out = self.dense(input_ids=ids[None], position_ids=places[None], past_key_values=cache)
+                position += len(ids)
+                said.append(int(out.logits[0, -1].argmax()))
+                ids = torch.tensor(said[-1:])
+        return said
+
+    def assert_nothing_leaks(self):
+        self.rest()
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.num_gpu_blocks - 1 == pool.get_num_free_blocks()
+        held = sum(len(grains) for grains in self.manager._held.values())
+        assert held == self.manager.grains.count - self.manager.grains.free
+        half = self.connector.contexts
+        assert not any((half._asked, half._places, half._admitted, half._ended, half._silent, self.manager._rows))
+
+
+@contextmanager
+def serving(model, contexts=ON, **options):
+    settings = {"additional_config": {"contexts": contexts}, "num_gpu_blocks_override": 64, **options}
+    with engine(model, None, **settings) as some:
+        yield Server(some.llm, model)

@@ -1,0 +1,213 @@
+"""Contexts in engines of their own: in processes, over HTTP, with little room, and what does not start."""
+
+import random
+import re
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from contexts_harness import ON, serving
+from harness import MODES, ON_GPU, engine, greedy, no_block_once, prompts
+from openai import BadRequestError, OpenAI
+from prometheus_client import REGISTRY
+from vllm.engine.arg_utils import EngineArgs
+
+from demos.serve.server import MODEL, Settings
+from demos.serve.server import serving as serving_http
+from kara_kernels.integrations.vllm.contexts.stats import COUNTERS, GAUGES
+
+
+def test_the_engine_in_a_process_of_its_own_and_its_metrics(model, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    document, question = prompts(960, 9, seed=43)
+    before = shown()
+    settings = {"additional_config": {"contexts": ON}, "disable_log_stats": False}
+    with engine(model, None, **settings) as some:
+        assert some.scheduler is None
+        for _ in range(5):
+            sampling = greedy(12, extra_args={"kv_transfer_params": {"context_tokens": 960}})
+            some.generate([document + question], sampling)
+            time.sleep(1)  # the store goes on after the answer
+            assert some.llm.reset_prefix_cache()
+    found = defaultdict(float, {name: value - before.get(name, 0) for name, value in shown().items()})
+    hits = found["hits_total", "ram"]
+    assert hits >= 1, found
+    assert hits + found["slower_total",] == 4  # costs are measured, and may be anything
+    assert found["hit_tokens_total", "ram"] == 960 * hits
+    assert found["jobs_total", "store", "ok"] == 1
+    assert found["jobs_total", "load", "ok"] == hits
+    assert [n for (name, *_), n in found.items() if name == "stored_total"] == [1]
+    assert found["first_tokens_total", "computed"] == 5 - hits
+    assert found["first_tokens_total", "ram"] == hits
+    assert 0 < found["first_token_seconds_total", "ram", "observed"] < 60
+    assert shown()["stored_now",] == 1
+    assert 0 < shown()["bytes", "ram"] < shown()["capacity_bytes", "ram"]
+
+
+def test_the_metrics_are_documented():
+    page = (Path(__file__).parents[2] / "docs/vllm-contexts.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.partition("## Metrics")[2].splitlines() if line.startswith("| `")]
+    found = dict(re.findall(r"`(\w+)(?:\{([\w,]+)\})?`", " ".join(rows)))
+    counters = {f"{name}_total": ",".join(labels) for name, (labels, _) in COUNTERS.items()}
+    assert found == counters | {name: ",".join(labels) for name, (labels, _) in GAUGES.items()}
+
+
+def shown():
+    """The metrics of contexts by name and labels, in the order of their names."""
+    found = {}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            name = sample.name.removeprefix("kara:context_")
+            if name != sample.name and not name.endswith("_created"):
+                own = [v for k, v in sorted(sample.labels.items()) if k not in ("engine", "model_name")]
+                found[name, *own] = sample.value
+    return found
+
+
+@pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_tensor_parallel_ranks(model):
+    """Every rank stores and loads its own heads."""
+    document, question = prompts(256, 9, seed=41)
+    said = []
+    for ranks in (1, 2):
+        with serving(model, tensor_parallel_size=ranks) as some:
+            exact = some.ask(document + question, context_tokens=256)
+            some.forget()
+            said.append((exact, some.ask(document + question, context_tokens=256)))
+            assert some.manager.counts["hits", "ram"] == 1
+            assert some.ask(document + question, contexts=False) == exact
+            some.assert_nothing_leaks()
+    assert said[0] == said[1]
+
+
+def test_a_server_admits_over_http(model, tmp_path):
+    """Everything as a stranger has it: costs are measured, and a client of OpenAI's asks."""
+    settings = Settings(
+        model=model, blocks=200, block_size=32, max_model_len=2048, max_requests=4, dtype="float32", eager=True,
+        cpu=not ON_GPU, threads=1, contexts={"alpha": 1e-3, "ram_gib": 0.1},
+    )  # fmt: skip
+    document, *questions = prompts(1500, 9, 9, 9, seed=47)
+    with serving_http(settings, tmp_path / "server.log") as running:
+        client = OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=120, max_retries=0)
+
+        def ask(question, **params):
+            options = {"ignore_eos": True, "kv_transfer_params": params}
+            answer = client.completions.create(
+                model=MODEL, prompt=document + question, max_tokens=8, temperature=0, extra_body=options
+            )
+            time.sleep(1)  # stores go on after the answer
+            return answer.choices[0].text
+
+        exact = ask(questions[0], contexts=False)
+        said = [ask(question, context_tokens=1472) for question in questions]
+        again = [ask(question, context_tokens=1472) for question in questions]
+        assert ask(questions[0], contexts=False) == exact == said[0]
+        assert again[1:] == said[1:]
+        with pytest.raises(BadRequestError, match="context_tokens: expected an int, got str"):
+            ask(questions[0], context_tokens="all")
+        metrics = running.metrics()
+    assert metrics["kara:context_jobs_total"] >= 1, metrics
+
+
+def test_a_context_that_is_computed_in_chunks_is_stored_whole(model):
+    prompt = [token for part in prompts(256, 9, seed=53) for token in part]
+    at_once = stored_rows(model, prompt)
+    in_chunks = stored_rows(model, prompt, max_num_batched_tokens=64)
+    for rows, expected in zip(in_chunks, at_once, strict=True):
+        torch.testing.assert_close(rows, expected, rtol=0, atol=0.1)
+
+
+def stored_rows(model, prompt, **options):
+    """Rows of the packet of a prompt's first 256 tokens."""
+    with serving(model, **options) as some:
+        some.ask(prompt, context_tokens=256)
+        some.rest()
+        return some.rows_of(prompt, 256)
+
+
+def test_a_store_reads_its_blocks_before_others_write_them(model):
+    """A request is preempted and aborted while its store has not begun, and another one is given its blocks."""
+    document, other, question = prompts(256, 256, 9, seed=51)
+    undisturbed = stored_rows(model, document + question)
+    with serving(model, num_gpu_blocks_override=12, max_model_len=352) as small:
+        gate, store, core = threading.Event(), small.worker._store, small.llm.llm_engine
+        small.worker._store = lambda job: store(job) if gate.wait(10) else None
+        asking = {"kv_transfer_params": {"context_tokens": 256}}
+        core.add_request("a", {"prompt_token_ids": document + question}, greedy(20, extra_args=asking))
+        while not small.manager.busy:
+            core.step()
+        no_block_once(small)
+        threading.Timer(0.5, gate.set).start()
+        core.step()
+        assert not small.scheduler.running
+        core.abort_request(["a"])
+        small.ask(other + question, contexts=False)
+        small.rest()
+        for rows, expected in zip(small.rows_of(document + question, 256), undisturbed, strict=True):
+            assert torch.equal(rows, expected)
+        small.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_days_in_little_room(model, mode):
+    """Room for two packets of six, and blocks for two requests and a half. Requests come, are preempted and aborted in
+    the middle of loads. Who opted out is answered as by vLLM alone."""
+    little = {**ON, "ram_gib": 2.2 * 110_000 / 2**30, "grain_kib": 4}
+    with serving(model, little, num_gpu_blocks_override=28, max_model_len=512, mode=mode) as small:
+        random_days(small)
+
+
+def random_days(small, most=700):
+    draw, core, scheduler = random.Random(5), small.llm.llm_engine, small.scheduler
+    documents = prompts(*[256] * 6, seed=31)
+    asked = [document + question for document in documents for question in prompts(7, 12, seed=32)]
+    alone = {}
+    for prompt in asked:
+        (alone[tuple(prompt)],) = small.ask(prompt, contexts=False)
+        small.forget()
+    running, said, names, steps = {}, {}, 0, 0
+    while names < most or core.has_unfinished_requests():
+        if names < most and len(running) < 4 and draw.random() < 0.4:
+            name, prompt, out = f"r{names}", draw.choice(asked), draw.random() < 0.4
+            params = {"contexts": False} if out else {"context_tokens": 256}
+            sampling = greedy(12, extra_args={"kv_transfer_params": params})
+            core.add_request(name, {"prompt_token_ids": prompt}, sampling)
+            running[name], names = (prompt, out), names + 1
+        if running and draw.random() < 0.05:
+            name = draw.choice(sorted(running))
+            core.abort_request([name])
+            del running[name]
+        if draw.random() < 0.4:
+            small.llm.reset_prefix_cache()
+        for output in core.step():
+            if output.finished and output.request_id in running:
+                said[output.request_id] = (*running.pop(output.request_id), list(output.outputs[0].token_ids))
+        steps += 1
+        assert steps < 20_000
+    wrong = [name for name, (prompt, out, tokens) in said.items() if out and tokens != alone[tuple(prompt)]]
+    assert not wrong
+    assert len(said) > 200
+    assert small.manager.counts["hits", "ram"] > 5, small.manager.counts
+    assert not scheduler.running
+    assert steps > 2000
+    small.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"contexts": {"floors": 1}}, "contexts: floors: expected one of ram_gib, "),
+        ({"contexts": {"floor": 2}}, "contexts: floor: expected 0..1, got 2"),
+        ({"contexts": 3}, "contexts: expected an object of settings, got int"),
+        ({"contexts": {}, "kara": {}}, "contexts: expected only supported features, got windows"),
+        ({"contexts": {}, "enable_prefix_caching": False}, "got no prefix cache"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_at_start_up(model, options, expected):
+    additional = {name: options[name] for name in ("contexts", "kara") if name in options}
+    rest = {name: value for name, value in options.items() if name not in additional}
+    with pytest.raises(ValueError, match=expected):
+        EngineArgs(model=model, additional_config=additional, max_model_len=512, **rest).create_engine_config()
