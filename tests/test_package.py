@@ -86,7 +86,9 @@ GROUND = {"ahead", "values", "checks", "overlap", "packed", "paged", "arguments"
         ("engine", {"windows"}),
         ("integrations/flashinfer.py", {"values", "checks"}),
         ("integrations/transformers", {*GROUND, "engine", "integrations", ""}),
-        ("integrations/vllm", {*GROUND, "engine", "integrations"}),
+        ("integrations/vllm", {*GROUND, "payload", "engine", "contexts", "integrations"}),
+        ("integrations/vllm/windows", {*GROUND, "engine", "integrations"}),
+        ("integrations/vllm/contexts", {*GROUND, "payload", "contexts", "integrations"}),
     ],
 )
 def test_imports_point_one_way(room: str, may_import: set[str]) -> None:

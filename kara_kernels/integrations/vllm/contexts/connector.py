@@ -22,9 +22,9 @@ from vllm.logger import init_logger
 from vllm.v1.kv_offload.cpu.spec import _all_workers_barrier as all_workers_barrier
 from vllm.v1.request import Request
 
-from kara_kernels import PayloadLayout
 from kara_kernels.contexts.packet import Header
 from kara_kernels.paged import PagedCache
+from kara_kernels.payload import PayloadLayout
 
 from ..layout import paged_view
 from .grains import Grains
