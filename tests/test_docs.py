@@ -301,7 +301,9 @@ def test_the_settings_have_the_defaults_of_the_code() -> None:
 def test_the_settings_of_contexts_have_the_defaults_of_the_code() -> None:
     documented = {name: cells[0].strip("`") for name, cells in table("docs/vllm-contexts.md", "Settings").items()}
     fields = dataclasses.fields(ContextSettings)
-    assert documented == {field.name: repr(field.default).replace("'", '"') for field in fields}
+    assert documented == {
+        field.name: "none" if field.default is None else repr(field.default).replace("'", '"') for field in fields
+    }
 
 
 def test_the_readme_says_what_matters_first() -> None:

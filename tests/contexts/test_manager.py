@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from lower_tier import Disk
 
 from kara_kernels import PayloadLayout
 from kara_kernels.contexts.packet import Header
+from kara_kernels.contexts.utility import Tier
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
@@ -31,7 +34,7 @@ def header(key: str, tokens: int, form: str) -> Header:
     return Header("a model", key, layout)
 
 
-def manager(grains: int = 64, workers: int = 1, **options: float) -> ContextManager:
+def manager(grains: int = 64, workers: int = 1, **options: Any) -> ContextManager:
     given = {"alpha": 100.0, "floor": 0.9, "half_life": 100.0, "min_tokens": 2 * BLOCK} | options
     some = ContextManager(
         grains=Grains(grains, 512), block_size=BLOCK, workers=workers, header=header, clock=lambda: 0.0, **given
@@ -44,7 +47,7 @@ def stored(some: ContextManager, text: str, name: str = "first") -> Store:
     """Offers the whole text as a context and stores it."""
     place = Place(hashes(text)[-1], BLOCK * len(text))
     some.offer(name, place, range(len(text)))
-    (job,) = some.step(0)
+    (job,), _ = some.step(0)
     some.ended(job.number, Ended(1, True, 0.1))
     return job
 
@@ -100,19 +103,20 @@ def test_a_load_reads_the_grains_of_its_store() -> None:
     store = stored(some, "abcd")
     admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
     assert admission is not None
-    load = some.load("second", admission, [7, 8, 9, 4])
+    some.load("second", admission, [7, 8, 9, 4])
+    _, (load,) = some.step(0)
     assert (load.grains, load.context, load.tokens) == (store.grains, store.context, 4 * BLOCK)
     assert load.nbytes == header(store.context, 4 * BLOCK, "int8").steps[-1].nbytes
-    assert some.is_loading(admission.packet)
+    assert some.transfers.is_loading(admission.packet)
     some.ended(load.number, Ended(1, True, 0.1))
-    assert not some.is_loading(admission.packet)
-    assert not some.busy
+    assert not some.transfers.is_loading(admission.packet)
+    assert not some.transfers.busy
 
 
 def test_all_workers_must_succeed() -> None:
     some = manager(workers=3)
     some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
-    (job,) = some.step(0)
+    (job,), _ = some.step(0)
     assert some.ended(job.number, Ended(2, True, 0.1)) is None
     assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
     assert some.ended(job.number, Ended(1, False, 0.1, "full")) is job
@@ -128,7 +132,8 @@ def test_a_damaged_packet_is_never_tried_again(ok: bool) -> None:
     stored(some, "abcd")
     admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
     assert admission is not None
-    load = some.load("second", admission, range(4))
+    some.load("second", admission, range(4))
+    _, (load,) = some.step(0)
     some.ended(load.number, Ended(1, ok, 0.1, "" if ok else "damaged"))
     some.forget_rows("first")
     some.step(0)
@@ -141,18 +146,18 @@ def test_nothing_is_stored_from_blocks_that_are_gone() -> None:
     some = manager()
     some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
     some.forget_rows("first")
-    assert some.step(0) == []
-    assert not some.busy
+    assert some.step(0) == ([], [])
+    assert not some.transfers.busy
 
 
 def test_blocks_are_held_while_a_store_reads_them() -> None:
     some = manager()
     some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
-    assert some.storing("first") == []
-    (job,) = some.step(0)
-    assert some.storing("first") == [job.number]
+    assert some.transfers.storing("first") == []
+    (job,), _ = some.step(0)
+    assert some.transfers.storing("first") == [job.number]
     some.ended(job.number, Ended(1, True, 0.1))
-    assert some.storing("first") == []
+    assert some.transfers.storing("first") == []
 
 
 def test_steps_measure_how_long_a_token_takes() -> None:
@@ -165,16 +170,31 @@ def test_steps_measure_how_long_a_token_takes() -> None:
     assert some.rates.prefill == pytest.approx(0.8 * 1 / 100 + 0.2 * 2 / 200)  # 8 tokens say nothing
 
 
+def test_what_is_read_slowly_is_computed() -> None:
+    region: dict[int, tuple[str, int]] = {}
+    some = manager(16, lower=[(Tier("disk", 10**6, 1e9), Disk(region, 512))])
+    some.transfers.read_costs.append(("disk", 1.0))
+    some.step(0)
+    assert some.seconds(0, 100, "disk") > 100 > some.seconds(0, 100, "ram")
+
+
+def test_contexts_that_could_not_pass_through_are_not_stored() -> None:
+    some = manager(16, lower=[(Tier("disk", 10**6, 1e9), Disk({}, 512))])
+    some.offer("first", Place(hashes("abcdefgh")[-1], 8 * BLOCK), range(8))
+    assert some.step(0) == ([], [])
+    assert some.counts["too_large",] == 1
+
+
 def test_the_placement_hears_what_contexts_cost_now() -> None:
     """Storing pays only if computing takes long enough, which nobody knows at first."""
     some = manager(alpha=1e4)  # ten thousandths of quality are worth a second
     some.rates.prefill = 1e-3
     place = Place(hashes("abcd")[-1], 4 * BLOCK)
     some.offer("first", place, range(4))
-    assert some.step(0) == []  # 0.064 seconds
+    assert some.step(0) == ([], [])  # 0.064 seconds
     some.rates.prefill = 1.0
     some.offer("second", place, range(4))
-    assert len(some.step(0)) == 1
+    assert len(some.step(0)[0]) == 1
 
 
 def test_contexts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,26 +202,27 @@ def test_contexts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch
     some = manager()
     for text in ("aa", "bb", "aa", "cc"):
         some.offer(text, Place(hashes(text)[-1], 2 * BLOCK), range(2))
-        for job in some.step(0):
+        for job in some.step(0)[0]:
             some.ended(job.number, Ended(1, True, 0.1))
     stored = [text for text in ("aa", "bb", "cc") if some.admit(hashes(text + "x"), 3 * BLOCK, 0)]
     assert stored == ["aa", "cc"]
     assert len(some._known) == 2
     some.step(0)
-    assert some.grains.count - some.grains.free == sum(len(grains) for grains in some._held.values())
-    assert len(some._held) == 2
+    assert some.grains.count - some.grains.free == sum(len(grains) for grains in some.transfers._held.values())
+    assert len(some.transfers._held) == 2
 
 
 class Days(RuleBasedStateMachine):
     """Requests of a few documents come, are admitted, preempted and end; jobs end in any order, and some fail."""
 
-    @initialize(grains=st.integers(0, 40), workers=st.integers(1, 2))
-    def start(self, grains: int, workers: int) -> None:
-        self.manager, self.workers = manager(grains, workers), workers
+    @initialize(grains=st.integers(0, 60), workers=st.integers(1, 2), disk=st.sampled_from([0, 20, 1000]))
+    def start(self, grains: int, workers: int, disk: int) -> None:
+        self.region: dict[int, tuple[str, int]] = {}  # grain -> (context, place in its packet)
+        self.disk = Disk(self.region, 512)
+        lower = [(Tier("disk", disk * 512, 1e9), self.disk)] if disk else []
+        self.manager, self.workers = manager(grains, workers, lower=lower), workers
         self.requests: dict[str, tuple[str, list[int]]] = {}  # text and blocks
         self.jobs: dict[int, tuple[Store | Load, int]] = {}  # and workers that have not reported
-        self.failing: set[int] = set()
-        self.region: dict[int, tuple[str, int, int]] = {}  # grain -> (context, store, place in it)
         self.blocks = self.names = 0
 
     def text(self, data: st.DataObject) -> str:
@@ -220,38 +241,44 @@ class Days(RuleBasedStateMachine):
         if admission is not None:
             assert BLOCK * local < admission.place.tokens < tokens
             assert admission.place.block_hash == prompt[admission.place.tokens // BLOCK - 1]
-            if not self.manager.is_loading(admission.packet):
-                job = self.manager.load(name, admission, blocks)
-                self.jobs[job.number] = job, self.workers
-                self.manager.used(admission.place, "ram")
-                held = [self.region[grain] for grain in job.grains]
-                assert {(key, place) for key, _, place in held} == {(job.context, i) for i in range(len(held))}
-                assert len({store for _, store, _ in held}) == 1
+            if not self.manager.transfers.is_loading(admission.packet):
+                self.manager.load(name, admission, blocks)
+                self.manager.used(admission.place, admission.tier)
         elif place is not None:
             self.manager.offer(name, place, blocks[: place.tokens // BLOCK])
 
     @rule()
     def step(self) -> None:
-        for job in self.manager.step(5):
+        touched = {grain for job, _ in self.jobs.values() for grain in job.grains}
+        touched |= {grain for _, _, grains in self.disk.jobs.values() for grain in grains}
+        stores, loads = self.manager.step(5)
+        for job in stores:
             text, blocks = self.requests[job.request_id]  # it has not ended
             assert list(job.blocks) == blocks[: job.tokens // BLOCK]
-            assert job.context == hashes(text)[job.tokens // BLOCK - 1].hex()
-            for grain in job.grains:
-                assert not any(grain in other.grains for other, _ in self.jobs.values())  # nobody reads or writes it
-            for place, grain in enumerate(job.grains):
-                self.region[grain] = job.context, job.number, place
-            self.jobs[job.number] = job, self.workers
+            assert job.context == Place(hashes(text)[job.tokens // BLOCK - 1], job.tokens).key
+            assert not touched & set(job.grains)  # nobody reads or writes them
+            self.region.update({grain: (job.context, i) for i, grain in enumerate(job.grains)})
+        for job in loads:  # a load of nothing fails
+            assert [self.region[grain] for grain in job.grains] == [(job.context, i) for i in range(len(job.grains))]
+            assert not job.grains or len(job.grains) == self.manager.grains.needed(job.nbytes)
+        self.jobs.update({job.number: (job, self.workers) for job in (*stores, *loads)})
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     def end(self, data: st.DataObject, ok: bool) -> None:
         number = data.draw(st.sampled_from(sorted(self.jobs)))
         job, left = self.jobs[number]
+        ok = ok and bool(job.grains)
         done = self.manager.ended(number, Ended(1, ok, 0.1, "" if ok else "damaged"))
         assert (done is not None) == (left == 1)
         self.jobs[number] = job, left - 1
         if left == 1:
             del self.jobs[number]
+
+    @precondition(lambda self: self.disk.jobs)
+    @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
+    def end_of_disk(self, data: st.DataObject, ok: bool) -> None:
+        self.disk.end(data.draw(st.sampled_from(sorted(self.disk.jobs))), ok)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -259,7 +286,7 @@ class Days(RuleBasedStateMachine):
         """Its blocks are freed when no store reads them."""
         name = data.draw(st.sampled_from(sorted(self.requests)))
         storing = {n for n, (job, _) in self.jobs.items() if isinstance(job, Store) and job.request_id == name}
-        assert set(self.manager.storing(name)) == storing
+        assert set(self.manager.transfers.storing(name)) == storing
         if not storing:
             self.manager.forget_rows(name)
             del self.requests[name]
@@ -267,23 +294,43 @@ class Days(RuleBasedStateMachine):
     @invariant()
     def judge(self) -> None:
         if hasattr(self, "manager"):
-            held = [grain for grains in self.manager._held.values() for grain in grains]
-            assert len(held) == len(set(held)) == self.manager.grains.count - self.manager.grains.free
+            assert 0 <= self.manager.transfers._staged <= self.manager.transfers.staging
+            used = self.manager.grains.count - self.manager.grains.free - self.manager.transfers._staged
+            assert used * 512 <= self.manager.keeper.directory._tiers["ram"].capacity
 
     def teardown(self) -> None:
-        """At the end of the day nothing is lost: what is not stored is free."""
+        """At the end of the day nothing is lost: what is not stored is free, and what is stored is whole."""
         if not hasattr(self, "manager"):
             return
-        for number, (_, left) in self.jobs.items():
-            self.manager.ended(number, Ended(left, True, 0.1))
-        for name in self.requests:
-            self.manager.forget_rows(name)
-        assert self.manager.step(0) == []
-        self.manager.step(0)
-        kept = sum(self.manager.grains.needed(copy.option.nbytes) for copy in self.manager.keeper.directory.copies())
-        assert self.manager.grains.count - self.manager.grains.free == kept
-        assert not self.manager.busy
+        quiet = 0
+        for _ in range(200):
+            for name in list(self.requests):
+                if not self.manager.transfers.storing(name):
+                    self.manager.forget_rows(name)
+                    del self.requests[name]
+            self.step()
+            for number, (job, left) in self.jobs.items():
+                ok = bool(job.grains)
+                self.manager.ended(number, Ended(left, ok, 0.1, "" if ok else "damaged"))
+            self.jobs.clear()
+            for number in list(self.disk.jobs):
+                self.disk.end(number, True)
+            quiet = 0 if self.manager.transfers.busy or self.requests else quiet + 1
+            if quiet > 3:
+                break
+        else:
+            raise AssertionError("something never ends")
+        assert self.manager.transfers._staged == 0
+        kept = {"ram": 0, "disk": 0}
+        for copy in self.manager.keeper.directory.copies():
+            count = self.manager.grains.needed(copy.option.nbytes)
+            held = self.manager.transfers._held[copy.number]
+            where = self.region if copy.tier == "ram" else self.disk.copies[copy.number]
+            assert [where[grain] for grain in held] == [(copy.key, i) for i in range(count)]
+            kept[copy.tier] += count
+        assert self.manager.grains.count - self.manager.grains.free == kept["ram"]
+        assert sum(map(len, self.disk.copies.values())) == kept["disk"]
 
 
 TestDays = Days.TestCase
-TestDays.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestDays.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from harness import engine, greedy
@@ -12,7 +13,7 @@ from vllm.v1.request import Request
 from kara_kernels import PagedCache
 from kara_kernels.contexts.codec import decode
 from kara_kernels.contexts.packet import read_packet
-from kara_kernels.integrations.vllm.contexts.manager import Rates
+from kara_kernels.integrations.vllm.contexts.manager import Place, Rates
 
 BLOCK = 32
 ON = {"alpha": 1e-3, "min_tokens": 64, "ram_gib": 0.01, "grain_kib": 16}
@@ -92,8 +93,14 @@ class Server:
     def rows_of(self, prompt, count):
         """Decoded rows of the stored context that is the first ``count`` tokens: ``[L, H, count, D]`` twice."""
         copy = self.manager.keeper.get(self.place_of(prompt, count).key)
-        step = self.manager._known[bytes.fromhex(copy.key)].step_of(copy.option)[1]
-        packet = read_packet(self.worker._read(self.manager._held[copy.number], step.nbytes))
+        step = self.manager._known[Place.of(copy.key).block_hash].step_of(copy.option)[1]
+        held = self.manager.transfers._held[copy.number]
+        if copy.tier == "ram":
+            data = self.worker._read(held, step.nbytes)
+        else:
+            files = [Path(self.connector._store.disk.path(copy.number, i)) for i in held]
+            data = b"".join(file.read_bytes() for file in files)[: step.nbytes]
+        packet = read_packet(data)
         layers, heads, dim = self.shape
         pools = [[torch.zeros(count // BLOCK, BLOCK, heads, dim) for _ in range(layers)] for _ in range(2)]
         cache = PagedCache(*pools)
@@ -119,7 +126,8 @@ class Server:
         self.rest()
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.num_gpu_blocks - 1 == pool.get_num_free_blocks()
-        held = sum(len(grains) for grains in self.manager._held.values())
+        copies = [copy for copy in self.manager.keeper.directory.copies() if copy.tier == "ram"]
+        held = sum(len(self.manager.transfers._held[copy.number]) for copy in copies)
         assert held == self.manager.grains.count - self.manager.grains.free
         half = self.connector.contexts
         assert not any((half._asked, half._places, half._admitted, half._ended, half._silent, self.manager._rows))

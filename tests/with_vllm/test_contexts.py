@@ -79,7 +79,7 @@ def test_a_damaged_packet_is_computed_again(server):
     server.forget()
     place = server.place_of(prompt, 256)
     copy = server.manager.keeper.get(place.key)
-    server.worker._region[server.manager._held[copy.number][-1], 5] ^= 1
+    server.worker._region[server.manager.transfers._held[copy.number][-1], 5] ^= 1
     before = server.manager.counts["jobs", "load", "damaged"]
     salts = server.salts()
     assert server.ask(prompt, context_tokens=256) == exact

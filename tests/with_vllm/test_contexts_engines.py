@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import threading
 import time
 from collections import defaultdict
@@ -137,7 +138,7 @@ def test_a_store_reads_its_blocks_before_others_write_them(model):
         small.worker._store = lambda job: store(job) if gate.wait(10) else None
         asking = {"kv_transfer_params": {"context_tokens": 256}}
         core.add_request("a", {"prompt_token_ids": document + question}, greedy(20, extra_args=asking))
-        while not small.manager.busy:
+        while not small.manager.transfers.busy:
             core.step()
         no_block_once(small)
         threading.Timer(0.5, gate.set).start()
@@ -151,11 +152,143 @@ def test_a_store_reads_its_blocks_before_others_write_them(model):
         small.assert_nothing_leaks()
 
 
+def with_disk(folder, **more):
+    """Room for four packets of 256 tokens and one that passes through; on a disk for all."""
+    return {**ON, "ram_gib": 6 * 110_000 / 2**30, "grain_kib": 4, "disk": {"path": str(folder), "gib": 0.1}, **more}
+
+
+def test_what_finds_no_room_in_memory_lies_on_a_disk(model, tmp_path):
+    documents, (question,) = prompts(*[256] * 7, seed=61), prompts(9, seed=62)
+    with serving(model, with_disk(tmp_path / "store")) as some:
+        for document in documents:
+            some.ask(document + question, context_tokens=256)
+            some.forget()
+        tiers = [some.manager.keeper.get(some.place_of(d + question, 256).key).tier for d in documents]
+        assert tiers.count("ram") == 4
+        assert tiers.count("disk") == 3
+        for document in documents:
+            said = some.ask(document + question, context_tokens=256)
+            some.forget()
+            assert said == [some.judge(document + question, 256)]
+        counts = some.manager.counts
+        assert counts["hits", "disk"] >= 3
+        assert counts["hits", "disk"] + counts["hits", "ram"] == 7
+        assert not any(n for key, n in counts.items() if "failed" in key or "damaged" in key)
+        some.assert_nothing_leaks()
+        stored = {d[0]: some.rows_of(d + question, 256) for d in documents}
+        left = [copy.tier for copy in some.manager.keeper.directory.copies()].count("disk")
+    files = [path for path in (tmp_path / "store").rglob("*") if path.suffix == ".bin"]
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
+    with serving(model, with_disk(tmp_path / "store")) as again:  # a restart
+        assert len(again.manager.keeper.directory) == left
+        for document in documents:
+            prompt = document + question
+            if again.manager.keeper.get(again.place_of(prompt, 256).key) is not None:
+                for rows, expected in zip(again.rows_of(prompt, 256), stored[document[0]], strict=True):
+                    assert torch.equal(rows, expected)
+                assert again.ask(prompt, context_tokens=256) == [again.judge(prompt, 256)]
+                again.forget()
+        assert again.manager.counts["hits", "disk"] == left
+        again.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize("fault", ["deleted", "truncated", "swapped", "flipped", "unreadable"])
+def test_what_is_damaged_on_a_disk_is_computed_again(model, tmp_path, fault):
+    documents, (question,) = prompts(*[256] * 7, seed=61), prompts(9, seed=62)
+    with serving(model, with_disk(tmp_path / "store")) as some:
+        for document in documents:
+            exact = some.ask(document + question, context_tokens=256)
+            some.forget()
+        on_disk = [c for c in some.manager.keeper.directory.copies() if c.tier == "disk"]
+        first, other = (Path(some.connector._store.disk.path(copy.number, 2)) for copy in on_disk[:2])
+        data = bytearray(first.read_bytes())
+        if fault == "deleted":
+            first.unlink()
+        elif fault == "truncated":
+            first.write_bytes(data[:100])
+        elif fault == "swapped":
+            first.write_bytes(other.read_bytes())
+        elif fault == "flipped":
+            data[77] ^= 4
+            first.write_bytes(data)
+        else:
+            first.unlink()
+            first.mkdir()
+        prompt = next(d for d in documents if some.place_of(d + question, 256).key == on_disk[0].key) + question
+        exact = some.ask(prompt, contexts=False)
+        some.forget()
+        assert some.ask(prompt, context_tokens=256) == exact
+        assert some.manager.counts["jobs", "load", "damaged"] == 1
+        some.forget()
+        assert some.ask(prompt, context_tokens=256) == [some.judge(prompt, 256)]
+        some.assert_nothing_leaks()
+
+
+def test_a_disk_that_cannot_be_written_is_left_alone_for_a_while(model, tmp_path):
+    documents, (question,) = prompts(*[256] * 8, seed=63), prompts(9, seed=64)
+    with serving(model, with_disk(tmp_path / "store")) as some:
+        packets = Path(some.connector._store.disk.path(0, 0)).parents[2]
+        packets.write_text("no folder")
+        for document in documents:
+            some.ask(document + question, context_tokens=256)
+            some.forget()
+        assert some.manager.counts["closed", "disk"] == 1
+        assert some.manager.counts["jobs", "write", "failed"] < 5
+        tiers = [copy.tier for copy in some.manager.keeper.directory.copies()]
+        assert set(tiers) == {"ram"}
+        packets.unlink()
+        some.manager._closed["disk"] = 0.0  # the while is over
+        for document in documents:
+            some.ask(document + question, context_tokens=256)
+            some.forget()
+        assert "disk" in [copy.tier for copy in some.manager.keeper.directory.copies()]
+        some.assert_nothing_leaks()
+
+
+def test_a_server_that_was_killed_leaves_nothing_wrong(model, tmp_path):
+    """What a kill at any moment leaves on the disk: the folder is copied while packets are written and deleted."""
+    documents, (question,) = prompts(*[256] * 7, seed=65), prompts(9, seed=66)
+    draw, left = random.Random(7), []
+    with serving(model, with_disk(tmp_path / "store", half_life=1e-3)) as some:
+        saving = some.connector._store
+        for turn in range(40):
+            some.ask(draw.choice(documents) + question, context_tokens=256)
+            some.llm.reset_prefix_cache()
+            if draw.random() < 0.3:
+                saving.save(some.manager, at_once=True)
+            if turn % 10 == 9:
+                left.append(tmp_path / f"left-{turn}")
+                shutil.copytree(tmp_path / "store", left[-1], ignore_dangling_symlinks=True)
+        assert some.manager.counts["jobs", "write", "ok"] > 5
+    found = 0
+    for folder in left:
+        with serving(model, with_disk(folder)) as again:
+            copies = again.manager.keeper.directory.copies()
+            files = [path for path in folder.rglob("*") if path.suffix in (".bin", ".tmp")]
+            assert len(files) == sum(again.manager.grains.needed(copy.option.nbytes) for copy in copies)
+            for document in documents:
+                prompt = document + question
+                (exact,) = again.ask(prompt, contexts=False)
+                again.forget()
+                stored = again.manager.keeper.get(again.place_of(prompt, 256).key) is not None
+                found += stored
+                said = again.ask(prompt, context_tokens=256)
+                assert said == [again.judge(prompt, 256) if stored else exact]
+                again.forget()
+            assert not again.manager.counts["jobs", "load", "damaged"]
+            again.assert_nothing_leaks()
+    assert found > 3
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("mode", MODES)
-def test_random_days_in_little_room(model, mode):
-    """Room for two packets of six, and blocks for two requests and a half. Requests come, are preempted and aborted in
-    the middle of loads. Who opted out is answered as by vLLM alone."""
+def test_random_days_in_little_room(model, mode, below, tmp_path):
+    """Room for two packets of six, or for three and a disk, and blocks for two requests and a half. Requests come, are
+    preempted and aborted in the middle of loads. Who opted out is answered as by vLLM alone."""
     little = {**ON, "ram_gib": 2.2 * 110_000 / 2**30, "grain_kib": 4}
+    if below:
+        little = with_disk(tmp_path / "store", ram_gib=5 * 110_000 / 2**30)  # three packets, and one that passes
     with serving(model, little, num_gpu_blocks_override=28, max_model_len=512, mode=mode) as small:
         random_days(small)
 
@@ -190,7 +323,7 @@ def random_days(small, most=700):
     wrong = [name for name, (prompt, out, tokens) in said.items() if out and tokens != alone[tuple(prompt)]]
     assert not wrong
     assert len(said) > 200
-    assert small.manager.counts["hits", "ram"] > 5, small.manager.counts
+    assert small.manager.counts["hits", "ram"] + small.manager.counts["hits", "disk"] > 5, small.manager.counts
     assert not scheduler.running
     assert steps > 2000
     small.assert_nothing_leaks()

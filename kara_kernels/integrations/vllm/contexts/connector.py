@@ -19,7 +19,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.logger import init_logger
-from vllm.v1.kv_offload.cpu.spec import _all_workers_barrier as all_workers_barrier
 from vllm.v1.request import Request
 
 from kara_kernels.contexts.packet import Header
@@ -27,6 +26,7 @@ from kara_kernels.paged import PagedCache
 from kara_kernels.payload import PayloadLayout
 
 from ..layout import paged_view
+from .disk import DiskStore
 from .grains import Grains
 from .jobs import Ended, Load, Store
 from .manager import FORM, GPU, Admission, ContextManager, Place
@@ -94,7 +94,6 @@ class SchedulerHalf:
         self._ended: set[str] = set()  # requests whose blocks are held by a store
         self._silent: dict[str, Silent] = {}  # requests before their first token
         self._told: dict[tuple[str, ...], float] = {}
-        self._step = Step()
 
     def arrived(self, request: Request) -> None:
         try:
@@ -130,7 +129,7 @@ class SchedulerHalf:
         admission = self._admitted.get(request.request_id)
         if admission is None or local >= admission.place.tokens:
             return 0, False
-        if self.manager.is_loading(admission.packet):  # its rows will be in the engine's cache
+        if self.manager.transfers.is_loading(admission.packet):  # its rows will be in the engine's cache
             return None, False
         return admission.place.tokens, True
 
@@ -142,15 +141,15 @@ class SchedulerHalf:
         admission = self._admitted[request.request_id]
         if source != GPU:
             count = admission.place.tokens // self.manager.block_size
-            self._step.loads.append(self.manager.load(request.request_id, admission, blocks[:count]))
+            self.manager.load(request.request_id, admission, blocks[:count])
         self.manager.used(admission.place, source)
         nbytes = 0 if source == GPU else admission.nbytes
         self._expect(request, source, request.num_tokens - admission.place.tokens, nbytes)
 
     def build(self, output: Any) -> Step:
-        step, self._step = self._step, Step()
+        step = Step()
         for name in output.preempted_req_ids or ():
-            step.flush += self.manager.storing(name)
+            step.flush += self.manager.transfers.storing(name)
             self.manager.forget_rows(name)
         for name, tokens in output.num_scheduled_tokens.items():
             place = self._places.get(name)
@@ -160,7 +159,7 @@ class SchedulerHalf:
             admission = self._admitted.get(name)
             if admission is None or admission.exact:  # rows that lost something are not stored a second time
                 self.manager.offer(name, place, self._blocks(name)[: place.tokens // self.manager.block_size])
-        step.stores += self.manager.step(output.total_num_scheduled_tokens)
+        step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
         return step
 
     def reported(self, output: Any) -> None:
@@ -169,7 +168,7 @@ class SchedulerHalf:
         for number, ended in (reports.ended if reports is not None else {}).items():
             job = self.manager.ended(number, ended)
             name = job.request_id if isinstance(job, Store) else None
-            if name in self._ended and not self.manager.storing(name):
+            if name in self._ended and not self.manager.transfers.storing(name):
                 self._ended.discard(name)
                 self.manager.forget_rows(name)
                 output.finished_sending = {*(output.finished_sending or ()), name}
@@ -181,7 +180,7 @@ class SchedulerHalf:
             self.spoke(name)
         for of_request in (self._asked, self._places, self._admitted, self._entering, self._silent):
             of_request.pop(name, None)
-        if self.manager.storing(name):
+        if self.manager.transfers.storing(name):
             self._ended.add(name)
             return True
         self.manager.forget_rows(name)
@@ -246,6 +245,8 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._config, self._cache_config = vllm_config, kv_cache_config
         self._settings = context_settings_of(vllm_config)
+        self._region: Any = None
+        self._store: Any = None  # of the scheduler's half: what lies on a disk
         self.contexts: Any = None  # the scheduler's half
         self._worker: Any = None  # the workers' half
 
@@ -256,11 +257,17 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         config, settings = self._config, self._settings
         workers = config.parallel_config.world_size
         count, grain, _ = shape(settings, workers)
+        self._region = open_region(config, settings, None)
+        if settings.disk is not None:
+            self._store = DiskStore(settings.disk, model_of(config, 0), self._region.create_kv_memoryview(), grain)
         manager = ContextManager(
             grains=Grains(count, grain), block_size=config.cache_config.block_size, workers=workers,
             header=lambda key, tokens, form: header_of(config, 0, key, tokens, form), alpha=settings.alpha,
             floor=settings.floor, half_life=settings.half_life, min_tokens=settings.min_tokens,
+            lower=[] if self._store is None else [(self._store.tier, self._store.disk)],
         )  # fmt: skip
+        if self._store is not None:
+            self._store.restore(manager)
         self.contexts = SchedulerHalf(
             manager,
             computed=lambda name: scheduler.requests[name].num_computed_tokens,
@@ -278,7 +285,10 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self.contexts.allocated(request, [block.block_id for block in blocks.blocks[0]])
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
-        return self.contexts.build(scheduler_output)
+        step = self.contexts.build(scheduler_output)
+        if self._store is not None:
+            self._store.save(self.contexts.manager)
+        return step
 
     def update_connector_output(self, connector_output: Any) -> None:
         self.contexts.reported(connector_output)
@@ -301,7 +311,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         return ContextMetrics(config, types, labels, engines)
 
     def has_pending_push_work(self) -> bool:
-        return self.contexts.manager.busy
+        return self.contexts.manager.transfers.busy
 
     # --------------------------------------------------------------------------------------------- in a worker
 
@@ -314,7 +324,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
                 "contexts: expected a KV cache with rows at strides, got packed blocks (bfloat16 on a CPU)"
             )
         rank = config.parallel_config.rank
-        self._region = open_region(config, self._settings, rank, all_workers_barrier)
+        self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
         worker.warm_up([FORM])
         self._worker = WorkerHalf(worker)
@@ -341,6 +351,9 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.worker.shutdown()
+        if self._store is not None:
+            self._store.close(self.contexts.manager)
+        if self._region is not None:
             self._region.cleanup()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from typing import Any
 
 import torch
@@ -19,13 +19,18 @@ def shape(settings: ContextSettings, workers: int) -> tuple[int, int, int]:
     return max(1, int(settings.ram_gib * GIB) // row), grain, row
 
 
-def open_region(config: Any, settings: ContextSettings, rank: int, barrier: Callable[[], None]) -> Any:
-    """The region, mapped by one worker. Its name in the file system is gone when all have mapped it."""
+def open_region(config: Any, settings: ContextSettings, rank: int | None) -> Any:
+    """The region, mapped by one worker, or by the scheduler (None), which comes last. Then its name in the file system
+    goes, so that its memory is free when the last process has ended, however that happens."""
     count, grain, row = shape(settings, config.parallel_config.world_size)
-    return SharedOffloadRegion(
+    region = SharedOffloadRegion(
         engine_id=config.kv_transfer_config.engine_id, num_chunks=count, rank=rank, kv_bytes_per_chunk=row,
-        cpu_page_size=grain, barrier=barrier,
+        cpu_page_size=grain,
     )  # fmt: skip
+    region._creator = False  # else its clean-up would complain that the name has gone
+    if rank is None:
+        os.unlink(region.mmap_path)
+    return region
 
 
 def part_of(region: Any, settings: ContextSettings) -> Tensor:

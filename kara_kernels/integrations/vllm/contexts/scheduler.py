@@ -14,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from .manager import GPU, RAM
+from .manager import GPU
 
 _Mixin: Any = Any if TYPE_CHECKING else object  # the class after the mixin is one of several classes of vLLM
 
@@ -52,7 +52,7 @@ class WithContexts(_Mixin):
             if within[1] >= admission.place.tokens:  # another request was admitted from it, and its blocks are here
                 half.admit(request, admission, GPU)
                 return within
-        half.admit(request, admission, RAM)
+        half.admit(request, admission, admission.tier)
         return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
 
     def update_from_output(self, *args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class ContextSettings:
     """For requests that say nothing: ``"on"`` or ``"off"``."""
     grain_kib: int = 256
     """Packets take whole grains of this size, of each worker."""
+    disk: Mapping[str, Any] | None = None
+    """A tier below: ``path`` of a folder, and ``gib``, the most it may hold."""
 
     def __post_init__(self) -> None:
         check_number("ram_gib", self.ram_gib, 1e-6, 2**20)
@@ -41,6 +44,18 @@ class ContextSettings:
         check_count("min_tokens", self.min_tokens, 1, 2**31 - 1)
         check_choice("default", self.default, ("on", "off"))
         check_count("grain_kib", self.grain_kib, 4, 2**20)
+        if self.disk is not None:
+            _check_disk(self.disk)
+
+
+def _check_disk(given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"disk: expected an object of path and gib, got {type(given).__name__}")
+    if set(given) != {"path", "gib"}:
+        raise ValueError(f"disk: expected path and gib, got {', '.join(sorted(map(str, given))) or 'nothing'}")
+    if not isinstance(given["path"], str) or not given["path"]:
+        raise TypeError(f"disk: path: expected a path, got {given['path']!r}")
+    check_number("disk: gib", given["gib"], 1e-6, 2**30)
 
 
 def context_settings_of(config: Any) -> ContextSettings:

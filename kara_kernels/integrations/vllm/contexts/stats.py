@@ -14,6 +14,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 COUNTERS = {
     "hits": (("source",), "Requests admitted with rows of a packet: its tier, or gpu if they were there already."),
     "hit_tokens": (("source",), "Prompt tokens that were not computed for these requests."),
+    "saves_failed": ((), "Times the directory of contexts on disk could not be written."),
+    "closed": (("tier",), "Times a tier could not be written and was given nothing for a while."),
+    "too_large": ((), "Contexts that were not stored because they need more memory than there is for one."),
     "slower": ((), "Times a stored context was computed because that was expected to be faster."),
     "jobs": (("job", "outcome"), "Stores and loads that ended, by outcome: ok, failed, damaged."),
     "job_seconds": (("job",), "Seconds that workers spent on stores and loads."),
