@@ -174,6 +174,8 @@ def test_what_finds_no_room_in_memory_lies_on_a_disk(model, tmp_path):
         assert counts["hits", "disk"] >= 3
         assert counts["hits", "disk"] + counts["hits", "ram"] == 7
         assert not any(n for key, n in counts.items() if "failed" in key or "damaged" in key)
+        # Each computes its question of 9 tokens, at a second each, and reads what the last reads say.
+        assert counts["first_token_seconds", "disk", "predicted"] > 9 * counts["hits", "disk"] + 1e-4
         some.assert_nothing_leaks()
         stored = {d[0]: some.rows_of(d + question, 256) for d in documents}
         left = [copy.tier for copy in some.manager.keeper.directory.copies()].count("disk")

@@ -202,7 +202,7 @@ class SchedulerHalf:
 
     def _expect(self, request: Request, source: str, computed: int, nbytes: int = 0) -> None:
         if not request.num_output_tokens:
-            predicted = self.manager.seconds(computed, nbytes)
+            predicted = self.manager.seconds(computed, nbytes, source)
             self._silent[request.request_id] = Silent(request.arrival_time, source, predicted)
 
 

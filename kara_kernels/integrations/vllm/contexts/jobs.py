@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Store:
-    """Encodes a context from blocks into grains."""
+class Job:
+    """Work between blocks and grains, which every worker does for its own heads."""
 
     number: int
     request_id: str
@@ -16,6 +16,12 @@ class Store:
     tokens: int
     blocks: Sequence[int]
     grains: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Store(Job):
+    """Encodes a context from blocks into grains."""
+
     form: str
     scorer: str
     sections: int
@@ -23,15 +29,9 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(Job):
     """Decodes a packet from grains into blocks."""
 
-    number: int
-    request_id: str
-    context: str
-    tokens: int
-    blocks: Sequence[int]
-    grains: Sequence[int]
     nbytes: int
     """Of the packet, in every worker."""
 

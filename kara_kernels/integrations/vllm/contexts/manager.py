@@ -27,7 +27,7 @@ FADE = 0.98
 PAUSE = 30.0  # seconds without a tier that could not be written
 MOVED = 1.25  # a cost that has changed by this factor is told to the placement
 MOVES = {"cut", "evict", "given_up"}  # of the keeper's counts
-FORM, QUALITY = "int8", 0.9999  # of contexts without a profile: exp of -0.00002 nats, measured (contexts-frontier.md)
+FORM, QUALITY = "int8", 0.9999  # of contexts without a profile. It loses 0.00002 nats (contexts-frontier.md)
 
 
 class Place(NamedTuple):
@@ -206,7 +206,8 @@ class ContextManager:
             self._forget(oldest.place)
 
     def forget_rows(self, request_id: str) -> None:
-        """The request's blocks are about to be freed. Stores that run hold them; see :meth:`storing`."""
+        """The request's blocks are about to be freed. Stores that run hold them; see
+        :meth:`.transfers.Transfers.storing`."""
         for key, (owner, _) in list(self._rows.items()):
             if owner == request_id:
                 del self._rows[key]
@@ -282,16 +283,15 @@ class ContextManager:
         Raises:
             FileNotFoundError, ValueError: there is no such file, or it is damaged.
         """
-        found = {}
+        found, known = {}, {}
         for copy in read_snapshot(path)[1]:
-            known, count = self._describe(Place.of(copy.key)), self.grains.needed(copy.option.nbytes)
-            readable = copy.tier != RAM and any(copy.option.same_bytes(x) for x in known.context.options)
-            if readable and is_whole(copy.number, count):
+            this = known[copy.key] = self._describe(Place.of(copy.key))
+            readable = copy.tier != RAM and any(copy.option.same_bytes(x) for x in this.context.options)
+            if readable and is_whole(copy.number, self.grains.needed(copy.option.nbytes)):
                 found[copy.tier, copy.number] = copy.option.nbytes
-        self.keeper.restore(path, found, lambda copy: self._describe(Place.of(copy.key)).context, self._clock())
+        self.keeper.restore(path, found, lambda copy: known[copy.key].context, self._clock())
         for copy in self.keeper.directory.copies():
-            known = self._describe(Place.of(copy.key))
-            self._known[known.place.block_hash] = known
+            self._known[known[copy.key].place.block_hash] = known[copy.key]
             self.transfers.adopt(copy)
 
     def _start(self, transfer: Transfer) -> None:
