@@ -1,24 +1,13 @@
-"""What vLLM calls: a KV connector whose unit is a whole context.
-
-:class:`SchedulerHalf` answers vLLM's scheduler and books what the workers do. :class:`WorkerHalf` does it.
-"""
+"""What vLLM calls: a KV connector whose unit is a whole context."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorMetadata,
-    KVConnectorTransferResults,
-    KVConnectorWorkerMetadata,
-)
-from vllm.logger import init_logger
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.v1.request import Request
 
 from kara_kernels.contexts.packet import Header
@@ -28,214 +17,12 @@ from kara_kernels.payload import PayloadLayout
 from ..layout import paged_view
 from .disk import DiskStore
 from .grains import Grains
-from .jobs import Ended, Load, Store
-from .manager import FORM, GPU, Admission, ContextManager, Place
+from .halves import Reports, SchedulerHalf, Step, WorkerHalf
+from .manager import FORM, ContextManager
 from .region import open_region, part_of, shape
-from .requests import Asked, asked_of
-from .scheduler import salt
 from .settings import context_settings_of
 from .stats import ContextMetrics, ContextStats
 from .worker import ContextWorker
-
-logger = init_logger("vllm.kara")
-
-
-@dataclass
-class Step(KVConnectorMetadata):
-    """Work that begins with one step of the engine."""
-
-    stores: list[Store] = field(default_factory=list)
-    """After the step's forward pass, which may write their last rows."""
-    loads: list[Load] = field(default_factory=list)
-    flush: list[int] = field(default_factory=list)
-    """Stores that must have ended before the step, because their blocks are overwritten by it."""
-
-
-@dataclass
-class Reports(KVConnectorWorkerMetadata):
-    """Jobs that ended since the last step, by number."""
-
-    ended: dict[int, Ended] = field(default_factory=dict)
-
-    def aggregate(self, other: Any) -> Reports:
-        merged = dict(self.ended)
-        for number, ended in other.ended.items():
-            merged[number] = merged[number].and_another(ended) if number in merged else ended
-        return Reports(merged)
-
-
-class Silent(NamedTuple):
-    """A request before its first token."""
-
-    arrival: float
-    source: str
-    """Of the rows of its context."""
-    predicted: float
-    """Seconds, without those in queues."""
-
-
-class SchedulerHalf:
-    """Requests and their contexts.
-
-    Args:
-        computed: tokens of a request whose rows are written when the step that is being built begins.
-        blocks: ids of a request's blocks.
-    """
-
-    def __init__(
-        self, manager: ContextManager, *, computed: Callable[[str], int], blocks: Callable[[str], list[int]],
-        default: str,
-    ) -> None:  # fmt: skip
-        self.manager, self._computed, self._blocks, self._default = manager, computed, blocks, default
-        self._asked: dict[str, Asked] = {}
-        self._places: dict[str, Place] = {}  # contexts to be stored once they are computed
-        self._admitted: dict[str, Admission] = {}
-        self._entering: dict[str, str] = {}  # where requests find their packet's rows, until they are given blocks
-        self._ended: set[str] = set()  # requests whose blocks are held by a store
-        self._silent: dict[str, Silent] = {}  # requests before their first token
-        self._told: dict[tuple[str, ...], float] = {}
-
-    def arrived(self, request: Request) -> None:
-        try:
-            asked = asked_of(request.kv_transfer_params, self._default)
-        except ValueError as error:  # no front end has checked it, because vLLM's front end in Rust runs no plugins
-            logger.error("Request %s is left alone: %s", request.request_id, error)
-            asked = Asked(False, None)
-        self._asked[request.request_id] = asked
-        if not asked.on or request.resumable:
-            return
-        place = self.manager.place(request.block_hashes, request.num_prompt_tokens, asked.tokens)
-        if place is not None:
-            self._places[request.request_id] = place
-
-    def leave(self, request: Request) -> None:
-        """The request looks for hits again, as if it had never been admitted."""
-        self._entering.pop(request.request_id, None)
-        if (admission := self._admitted.pop(request.request_id, None)) is not None and not admission.exact:
-            salt(request, "")
-
-    def choose(self, request: Request, local: int) -> Admission | None:
-        """What a request with ``local`` tokens in the engine's own cache is admitted from; None: from that."""
-        self._expect(request, "computed", request.num_tokens - local)
-        if not self._asked[request.request_id].on or request.skip_reading_prefix_cache or request.resumable:
-            return None
-        return self.manager.admit(request.block_hashes, request.num_prompt_tokens, local)
-
-    def admit(self, request: Request, admission: Admission, source: str) -> None:
-        """``source``: the tier of the packet, or ``GPU`` if its rows are in the engine's cache already."""
-        self._admitted[request.request_id], self._entering[request.request_id] = admission, source
-
-    def matched(self, request: Request, local: int) -> tuple[int | None, bool]:
-        admission = self._admitted.get(request.request_id)
-        if admission is None or local >= admission.place.tokens:
-            return 0, False
-        if self.manager.transfers.is_loading(admission.packet):  # its rows will be in the engine's cache
-            return None, False
-        return admission.place.tokens, True
-
-    def allocated(self, request: Request, blocks: list[int]) -> None:
-        """The request has blocks. It is called once more when they have been loaded."""
-        source = self._entering.pop(request.request_id, None)
-        if source is None:
-            return
-        admission = self._admitted[request.request_id]
-        if source != GPU:
-            count = admission.place.tokens // self.manager.block_size
-            self.manager.load(request.request_id, admission, blocks[:count])
-        self.manager.used(admission.place, source)
-        nbytes = 0 if source == GPU else admission.nbytes
-        self._expect(request, source, request.num_tokens - admission.place.tokens, nbytes)
-
-    def build(self, output: Any) -> Step:
-        step = Step()
-        for name in output.preempted_req_ids or ():
-            step.flush += self.manager.transfers.storing(name)
-            self.manager.forget_rows(name)
-        for name, tokens in output.num_scheduled_tokens.items():
-            place = self._places.get(name)
-            if place is None or self._computed(name) + tokens < place.tokens:
-                continue
-            del self._places[name]
-            admission = self._admitted.get(name)
-            if admission is None or admission.exact:  # rows that lost something are not stored a second time
-                self.manager.offer(name, place, self._blocks(name)[: place.tokens // self.manager.block_size])
-        step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
-        return step
-
-    def reported(self, output: Any) -> None:
-        """Books what workers have ended, and lets go of blocks that nothing reads any more."""
-        reports = output.kv_connector_worker_meta
-        for number, ended in (reports.ended if reports is not None else {}).items():
-            job = self.manager.ended(number, ended)
-            name = job.request_id if isinstance(job, Store) else None
-            if name in self._ended and not self.manager.transfers.storing(name):
-                self._ended.discard(name)
-                self.manager.forget_rows(name)
-                output.finished_sending = {*(output.finished_sending or ()), name}
-
-    def finished(self, request: Request) -> bool:
-        """Whether the blocks of a request that has ended must be kept until its store has ended."""
-        name = request.request_id
-        if request.num_output_tokens:
-            self.spoke(name)
-        for of_request in (self._asked, self._places, self._admitted, self._entering, self._silent):
-            of_request.pop(name, None)
-        if self.manager.transfers.storing(name):
-            self._ended.add(name)
-            return True
-        self.manager.forget_rows(name)
-        return False
-
-    def spoke(self, name: str) -> None:
-        """A request has received a token."""
-        if (silent := self._silent.pop(name, None)) is not None:
-            self.manager.counts["first_tokens", silent.source] += 1
-            self.manager.counts["first_token_seconds", silent.source, "predicted"] += silent.predicted
-            self.manager.counts["first_token_seconds", silent.source, "observed"] += time.time() - silent.arrival
-
-    def stats(self) -> ContextStats:
-        """What has happened since the last call."""
-        counts = dict(self.manager.counts)
-        news = {key: n - self._told.get(key, 0) for key, n in counts.items() if n != self._told.get(key)}
-        self._told = counts
-        return ContextStats.of(news, self.manager.gauges())
-
-    def _expect(self, request: Request, source: str, computed: int, nbytes: int = 0) -> None:
-        if not request.num_output_tokens:
-            predicted = self.manager.seconds(computed, nbytes, source)
-            self._silent[request.request_id] = Silent(request.arrival_time, source, predicted)
-
-
-class WorkerHalf:
-    """Jobs of one worker."""
-
-    def __init__(self, worker: ContextWorker) -> None:
-        self.worker = worker
-        self._reports = Reports()
-
-    def flush(self, step: Step) -> None:
-        self.worker.flush(step.flush)
-
-    def load(self, step: Step) -> None:
-        for job in step.loads:
-            self.worker.submit(job)
-
-    def store(self, step: Step) -> None:
-        for job in step.stores:
-            self.worker.submit(job)
-
-    def results(self) -> KVConnectorTransferResults:
-        received, failed = set(), set()
-        for job, ended in self.worker.ended():
-            self._reports.ended[job.number] = ended
-            if isinstance(job, Load):
-                received.add(job.request_id)
-                failed |= set() if ended.ok else {job.request_id}
-        return KVConnectorTransferResults(set(), received, failed)
-
-    def report(self) -> Reports | None:
-        reports, self._reports = self._reports, Reports()
-        return reports if reports.ended else None
 
 
 class ContextConnector(KVConnectorBase_V1, SupportsHMA):
