@@ -302,7 +302,7 @@ def test_the_settings_of_contexts_have_the_defaults_of_the_code() -> None:
     documented = {name: cells[0].strip("`") for name, cells in table("docs/vllm-contexts.md", "Settings").items()}
     fields = dataclasses.fields(ContextSettings)
     assert documented == {
-        field.name: "none" if field.default is None else repr(field.default).replace("'", '"') for field in fields
+        field.name: "none" if field.default is None else json.dumps(field.default) for field in fields
     }
 
 

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -135,6 +136,15 @@ def _measured(found: Measured) -> Measured:
         if getattr(found, name) is not None:
             check_number(name, getattr(found, name), 0, 1)
     return found
+
+
+def keys_of(ids: Sequence[int], lengths: Iterable[int]) -> Iterator[str]:
+    """Keys of the contexts that are the first tokens of a text, for ascending ``lengths``."""
+    held, done = hashlib.sha256(), 0
+    for length in lengths:
+        held.update(array("q", ids[done:length]).tobytes())
+        done = length
+        yield held.hexdigest()[:32]
 
 
 def digest_of(model: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 import statistics
@@ -21,11 +20,13 @@ from ..scorers import NAMED
 from ..values import check_choice, check_count
 from .codec import decode, encode
 from .packet import Packet, Step
-from .profile import Measured, ProfiledContext
+from .profile import Measured, ProfiledContext, keys_of
 from .replay import Replay, cache_of
 
 BLOCK = 16
-METHODS = ("kara_mean/int8", "compactor/int8", "snapkv/int8", "keydiff/exact", "knorm/exact", "snapkv/exact")
+METHODS = (
+    "none/int8", "kara_mean/int8", "compactor/int8", "snapkv/int8", "keydiff/exact", "knorm/exact", "snapkv/exact",
+)  # fmt: skip
 ROWS, FINER = (0.25, 0.5, 0.75, 1.0), (0.125, 0.25, 0.5, 1.0)  # shares of a context's rows; with 8 bits
 ASK = "\n\nQuestion: {query}\nAnswer:"
 MAKE = "{passage}\n\nA short question about the text above, ending with a question mark.\nQuestion:"
@@ -120,7 +121,7 @@ class Profiler:
 
     @staticmethod
     def key_of(ids: Tensor) -> str:
-        return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
+        return next(keys_of(ids.tolist(), [len(ids)]))
 
     def profile(self, source: Source) -> ProfiledContext:
         """All methods on one context. Raises ValueError as :meth:`tokens_of` does."""
@@ -192,8 +193,11 @@ class Profiler:
 
     @staticmethod
     def _steps(packet: Packet) -> list[Step]:
-        """Those nearest to the shares of rows and of rows with 8 bits."""
+        """Those nearest to the shares of rows and of rows with 8 bits. Rows in the order of their tokens are never
+        dropped: these would be the newest."""
         steps, tokens = packet.header.steps, packet.header.layout.tokens
+        if not packet.header.layout.places:
+            steps = tuple(step for step in steps if step.rows == tokens)
         coded = packet.header.layout.form == "int8"
         least = min(step.finer for step in steps)
         rows = [step for step in steps if not coded or step.finer == least]

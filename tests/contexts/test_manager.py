@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,6 +16,7 @@ from lower_tier import Disk
 from kara_kernels import PayloadLayout
 from kara_kernels.contexts.packet import Header
 from kara_kernels.contexts.utility import Tier
+from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
@@ -34,19 +36,21 @@ def header(key: str, tokens: int, form: str) -> Header:
     return Header("a model", key, layout)
 
 
-def manager(grains: int = 64, workers: int = 1, **options: Any) -> ContextManager:
+def manager(grains: int = 64, workers: int = 1, profile: str | None = None, **options: Any) -> ContextManager:
     given = {"alpha": 100.0, "floor": 0.9, "half_life": 100.0, "min_tokens": 2 * BLOCK} | options
+    region = Grains(grains, 512)
+    catalogue = Catalogue(header, region, profile=profile)
     some = ContextManager(
-        grains=Grains(grains, 512), block_size=BLOCK, workers=workers, header=header, clock=lambda: 0.0, **given
+        grains=region, block_size=BLOCK, workers=workers, catalogue=catalogue, clock=lambda: 0.0, **given
     )  # type: ignore[arg-type]
     some.rates.prefill, some.rates.load = 1e-2, 1e-9
     return some
 
 
-def stored(some: ContextManager, text: str, name: str = "first") -> Store:
+def stored(some: ContextManager, text: str, name: str = "first", ids: Sequence[int] = ()) -> Store:
     """Offers the whole text as a context and stores it."""
     place = Place(hashes(text)[-1], BLOCK * len(text))
-    some.offer(name, place, range(len(text)))
+    some.offer(name, place, range(len(text)), ids)
     (job,), _ = some.step(0)
     some.ended(job.number, Ended(1, True, 0.1))
     return job
@@ -115,7 +119,7 @@ def test_a_load_reads_the_grains_of_its_store() -> None:
 
 def test_all_workers_must_succeed() -> None:
     some = manager(workers=3)
-    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
+    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4), [])
     (job,), _ = some.step(0)
     assert some.ended(job.number, Ended(2, True, 0.1)) is None
     assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
@@ -144,7 +148,7 @@ def test_a_damaged_packet_is_never_tried_again(ok: bool) -> None:
 
 def test_nothing_is_stored_from_blocks_that_are_gone() -> None:
     some = manager()
-    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
+    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4), [])
     some.forget_rows("first")
     assert some.step(0) == ([], [])
     assert not some.transfers.busy
@@ -152,7 +156,7 @@ def test_nothing_is_stored_from_blocks_that_are_gone() -> None:
 
 def test_blocks_are_held_while_a_store_reads_them() -> None:
     some = manager()
-    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4))
+    some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4), [])
     assert some.transfers.storing("first") == []
     (job,), _ = some.step(0)
     assert some.transfers.storing("first") == [job.number]
@@ -180,9 +184,9 @@ def test_what_is_read_slowly_is_computed() -> None:
 
 def test_contexts_that_could_not_pass_through_are_not_stored() -> None:
     some = manager(16, lower=[(Tier("disk", 10**6, 1e9), Disk({}, 512))])
-    some.offer("first", Place(hashes("abcdefgh")[-1], 8 * BLOCK), range(8))
+    some.offer("first", Place(hashes("abcdefgh")[-1], 8 * BLOCK), range(8), [])
     assert some.step(0) == ([], [])
-    assert some.counts["too_large",] == 1
+    assert some.counts["refused",] == 1
 
 
 def test_the_placement_hears_what_contexts_cost_now() -> None:
@@ -190,10 +194,10 @@ def test_the_placement_hears_what_contexts_cost_now() -> None:
     some = manager(alpha=1e4)  # ten thousandths of quality are worth a second
     some.rates.prefill = 1e-3
     place = Place(hashes("abcd")[-1], 4 * BLOCK)
-    some.offer("first", place, range(4))
+    some.offer("first", place, range(4), [])
     assert some.step(0) == ([], [])  # 0.064 seconds
     some.rates.prefill = 1.0
-    some.offer("second", place, range(4))
+    some.offer("second", place, range(4), [])
     assert len(some.step(0)[0]) == 1
 
 
@@ -201,7 +205,7 @@ def test_contexts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("kara_kernels.integrations.vllm.contexts.manager.SEEN", 2)
     some = manager()
     for text in ("aa", "bb", "aa", "cc"):
-        some.offer(text, Place(hashes(text)[-1], 2 * BLOCK), range(2))
+        some.offer(text, Place(hashes(text)[-1], 2 * BLOCK), range(2), [])
         for job in some.step(0)[0]:
             some.ended(job.number, Ended(1, True, 0.1))
     stored = [text for text in ("aa", "bb", "cc") if some.admit(hashes(text + "x"), 3 * BLOCK, 0)]
@@ -243,9 +247,9 @@ class Days(RuleBasedStateMachine):
             assert admission.place.block_hash == prompt[admission.place.tokens // BLOCK - 1]
             if not self.manager.transfers.is_loading(admission.packet):
                 self.manager.load(name, admission, blocks)
-                self.manager.used(admission.place, admission.tier)
+                self.manager.used(admission.place, admission.tier, [])
         elif place is not None:
-            self.manager.offer(name, place, blocks[: place.tokens // BLOCK])
+            self.manager.offer(name, place, blocks[: place.tokens // BLOCK], [])
 
     @rule()
     def step(self) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 from kara_kernels import PagedCache
 from kara_kernels.contexts.codec import decode
 from kara_kernels.contexts.packet import read_packet
-from kara_kernels.integrations.vllm.contexts.manager import Place, Rates
+from kara_kernels.integrations.vllm.contexts.manager import Rates
 
 BLOCK = 32
 ON = {"alpha": 1e-3, "min_tokens": 64, "ram_gib": 0.01, "grain_kib": 16}
@@ -37,7 +37,7 @@ class Server:
         self.scheduler = self.core.scheduler
         self.connector = self.scheduler.connector
         self.manager = self.connector.contexts.manager
-        self.manager.rates = SlowModel()
+        self.manager.rates = self.manager._known._rates = SlowModel()
         self._yield_between_steps()
         self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.shape = self.dense.config.num_hidden_layers, self.dense.config.num_key_value_heads, 32
@@ -93,7 +93,7 @@ class Server:
     def rows_of(self, prompt, count):
         """Decoded rows of the stored context that is the first ``count`` tokens: ``[L, H, count, D]`` twice."""
         copy = self.manager.keeper.get(self.place_of(prompt, count).key)
-        step = self.manager._known[Place.of(copy.key).block_hash].step_of(copy.option)[1]
+        step = self.manager.catalogue.way(copy.key, count, copy.option).step
         held = self.manager.transfers._held[copy.number]
         if copy.tier == "ram":
             data = self.worker._read(held, step.nbytes)

@@ -9,7 +9,7 @@ import torch
 from harness import KARA, MODES, asking, configure, engine, greedy, prompts
 from prometheus_client import REGISTRY
 
-from kara_kernels.integrations.vllm import live
+from kara_kernels.integrations.vllm import live, watched
 
 # Scores are then the attention that a token receives, which the dense model knows.
 PLAIN = {
@@ -98,7 +98,7 @@ def test_a_request_that_loses_too_much_is_left_whole(model, dense, trace):
 
 
 def test_settings_change_while_requests_run(model, dense, trace, tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "SECONDS", 0.0)
+    monkeypatch.setattr(watched, "SECONDS", 0.0)
     path = tmp_path / "kara.json"
 
     def write(text):

@@ -7,18 +7,15 @@ file reaches the schedulers of all data-parallel engines, and opens nothing to t
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
 
 from .settings import LIVE, Settings, settings_in
+from .watched import WatchedFile
 
 logger = init_logger("vllm.kara")
-
-SECONDS = 1.0  # from one look at the file to the next
 
 
 class LiveFile:
@@ -30,32 +27,21 @@ class LiveFile:
     """
 
     def __init__(self, additional: Mapping[str, Any], path: str) -> None:
-        self._given, self._path = additional["kara"], path
-        self._seen: tuple[int, int] | None = None
-        self._next = 0.0
+        self._given, self._file = additional["kara"], WatchedFile(path)
 
     def changed(self) -> Settings | None:
         """The settings, if the file has changed since the last call. None if not, or if its contents are refused, which
         is logged. It looks at most once a second."""
-        if time.monotonic() < self._next:
+        if not self._file.changed():
             return None
-        self._next = time.monotonic() + SECONDS
         try:
-            stat = os.stat(self._path)
-            seen = (stat.st_mtime_ns, stat.st_size)
-        except OSError:
-            seen = None
-        if seen == self._seen:
-            return None
-        self._seen = seen
-        try:
-            return self._read() if seen else settings_in({"kara": self._given})
+            return self._read() if self._file.exists else settings_in({"kara": self._given})
         except (OSError, ValueError, RecursionError) as error:
-            logger.error("Kara's settings stay as they are: %s: %s", self._path, error)
+            logger.error("Kara's settings stay as they are: %s: %s", self._file.path, error)
             return None
 
     def _read(self) -> Settings:
-        with open(self._path, encoding="utf-8") as file:
+        with open(self._file.path, encoding="utf-8") as file:
             given = json.load(file)
         if not isinstance(given, dict):
             raise ValueError(f"expected an object of settings, got {type(given).__name__}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from kara_kernels.contexts.profile import Profile, ProfileError
+
 from ..unsupported import UNSUPPORTED, found_in
-from .settings import context_settings_of
+from .settings import ContextSettings, context_settings_of
 
 _ROOM = __name__.rpartition(".")[0]
 CONNECTOR = "ContextConnector"
@@ -17,8 +19,9 @@ def before(config: Any) -> None:
     """Before vLLM completes its configuration: rejects unsupported features and names our connector."""
     from vllm.config import KVTransferConfig
 
-    context_settings_of(config)
+    settings = context_settings_of(config)
     _refuse(config)
+    _check_profile(settings)
     config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR, kv_connector_module_path=f"{_ROOM}.connector", kv_role="kv_both",
         kv_load_failure_policy="recompute",
@@ -34,6 +37,17 @@ def after(config: Any) -> None:
     settings = context_settings_of(config)
     said = ", ".join(f"{name}={getattr(settings, name)!r}" for name in settings.__dataclass_fields__)
     init_logger("vllm.kara").info_once(f"Contexts are stored as packets: {said}")
+
+
+def _check_profile(settings: ContextSettings) -> None:
+    """Raises ValueError for a profile that exists and cannot be read, before weights are read."""
+    try:
+        if settings.profile is not None:
+            Profile.load(settings.profile)
+    except FileNotFoundError:  # it may be written later
+        pass
+    except (OSError, ProfileError) as error:
+        raise ValueError(f"contexts: profile: {error}") from None
 
 
 def _refuse(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -15,10 +16,11 @@ from kara_kernels.paged import PagedCache
 from kara_kernels.payload import PayloadLayout
 
 from ..layout import paged_view
+from .catalogue import Catalogue
 from .disk import DiskStore
 from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
-from .manager import FORM, ContextManager
+from .manager import ContextManager
 from .region import open_region, part_of, shape
 from .settings import context_settings_of
 from .stats import ContextMetrics, ContextStats
@@ -47,10 +49,13 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self._region = open_region(config, settings, None)
         if settings.disk is not None:
             self._store = DiskStore(settings.disk, model_of(config, 0), self._region.create_kv_memoryview(), grain)
+        grains = Grains(count, grain)
+        header = functools.partial(header_of, config, 0)
+        catalogue = Catalogue(header, grains, settings.methods, settings.profile)
         manager = ContextManager(
-            grains=Grains(count, grain), block_size=config.cache_config.block_size, workers=workers,
-            header=lambda key, tokens, form: header_of(config, 0, key, tokens, form), alpha=settings.alpha,
-            floor=settings.floor, half_life=settings.half_life, min_tokens=settings.min_tokens,
+            grains=grains, block_size=config.cache_config.block_size, workers=workers,
+            catalogue=catalogue, alpha=settings.alpha, floor=settings.floor, half_life=settings.half_life,
+            min_tokens=settings.min_tokens,
             lower=[] if self._store is None else [(self._store.tier, self._store.disk)],
         )  # fmt: skip
         if self._store is not None:
@@ -113,7 +118,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         rank = config.parallel_config.rank
         self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
-        worker.warm_up([FORM])
+        worker.warm_up([method.partition("/")[2] for method in self._settings.methods])
         self._worker = WorkerHalf(worker)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:

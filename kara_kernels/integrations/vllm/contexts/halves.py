@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,6 +62,11 @@ class Silent(NamedTuple):
     """Seconds, without those in queues."""
 
 
+def ids_of(request: Request) -> Sequence[int]:
+    """Tokens of a prompt, by which profiles know contexts. None of an adapter's: a profile is one of the model."""
+    return () if request.lora_request is not None else request.prompt_token_ids or ()
+
+
 class SchedulerHalf:
     """Requests and their contexts.
 
@@ -76,7 +81,7 @@ class SchedulerHalf:
     ) -> None:  # fmt: skip
         self.manager, self._computed, self._blocks, self._default = manager, computed, blocks, default
         self._asked: dict[str, Asked] = {}
-        self._places: dict[str, Place] = {}  # contexts to be stored once they are computed
+        self._places: dict[str, tuple[Place, Sequence[int]]] = {}  # to be stored once computed, and the prompt's tokens
         self._admitted: dict[str, Admission] = {}
         self._entering: dict[str, str] = {}  # where requests find their packet's rows, until they are given blocks
         self._ended: set[str] = set()  # requests whose blocks are held by a store
@@ -94,7 +99,7 @@ class SchedulerHalf:
             return
         place = self.manager.place(request.block_hashes, request.num_prompt_tokens, asked.tokens)
         if place is not None:
-            self._places[request.request_id] = place
+            self._places[request.request_id] = place, ids_of(request)
 
     def leave(self, request: Request) -> None:
         """The request looks for hits again, as if it had never been admitted."""
@@ -130,7 +135,7 @@ class SchedulerHalf:
         if source != GPU:
             count = admission.place.tokens // self.manager.block_size
             self.manager.load(request.request_id, admission, blocks[:count])
-        self.manager.used(admission.place, source)
+        self.manager.used(admission.place, source, ids_of(request))
         nbytes = 0 if source == GPU else admission.nbytes
         self._expect(request, source, request.num_tokens - admission.place.tokens, nbytes)
 
@@ -140,13 +145,13 @@ class SchedulerHalf:
             step.flush += self.manager.transfers.storing(name)
             self.manager.forget_rows(name)
         for name, tokens in output.num_scheduled_tokens.items():
-            place = self._places.get(name)
+            place, ids = self._places.get(name, (None, ()))
             if place is None or self._computed(name) + tokens < place.tokens:
                 continue
             del self._places[name]
             admission = self._admitted.get(name)
             if admission is None or admission.exact:  # rows that lost something are not stored a second time
-                self.manager.offer(name, place, self._blocks(name)[: place.tokens // self.manager.block_size])
+                self.manager.offer(name, place, self._blocks(name)[: place.tokens // self.manager.block_size], ids)
         step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
         return step
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kara_kernels.values import check_choice, check_count, check_number
 
 GIB = 2**30
+METHODS = ("none/int8", "none/int4", "none/fp8", "none/exact")
+"""What the plugin can store: all rows in their order, in a form."""
+SAFEST = "none/int8"
+SAFE = {SAFEST: 0.9999, "none/exact": 1.0}
+"""Methods that need no profile, and their qualities. Eight bits lose 0.00002 nats (contexts-frontier.md)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,10 @@ class ContextSettings:
     """For requests that say nothing: ``"on"`` or ``"off"``."""
     grain_kib: int = 256
     """Packets take whole grains of this size, of each worker."""
+    methods: Sequence[str] = (SAFEST,)
+    """What contexts may be stored as; see :data:`METHODS`."""
+    profile: str | None = None
+    """A file of ``python -m kara_kernels.contexts profile``, read again when it changes."""
     disk: Mapping[str, Any] | None = None
     """A tier below: ``path`` of a folder, and ``gib``, the most it may hold."""
 
@@ -44,8 +53,20 @@ class ContextSettings:
         check_count("min_tokens", self.min_tokens, 1, 2**31 - 1)
         check_choice("default", self.default, ("on", "off"))
         check_count("grain_kib", self.grain_kib, 4, 2**20)
+        _check_methods(self.methods, self.profile)
         if self.disk is not None:
             _check_disk(self.disk)
+
+
+def _check_methods(given: Any, profile: Any) -> None:
+    if profile is not None and (not isinstance(profile, str) or not profile):
+        raise TypeError(f"profile: expected a path, got {profile!r}")
+    if not isinstance(given, list | tuple) or not given:
+        raise TypeError(f"methods: expected a list of one or more, got {given!r}")
+    for method in given:
+        check_choice("methods", method, METHODS)
+    if profile is None and not set(given) & set(SAFE):
+        raise ValueError(f"methods: expected {' or '.join(SAFE)} among them without a profile, got {', '.join(given)}")
 
 
 def _check_disk(given: Any) -> None:

@@ -16,7 +16,7 @@ COUNTERS = {
     "hit_tokens": (("source",), "Prompt tokens that were not computed for these requests."),
     "saves_failed": ((), "Times the directory of contexts on disk could not be written."),
     "closed": (("tier",), "Times a tier could not be written and was given nothing for a while."),
-    "too_large": ((), "Contexts that were not stored because they need more memory than there is for one."),
+    "refused": ((), "Contexts that were not stored: one may not take so much memory, or nothing may be stored of it."),
     "slower": ((), "Times a stored context was computed because that was expected to be faster."),
     "jobs": (("job", "outcome"), "Stores and loads that ended, by outcome: ok, failed, damaged."),
     "job_seconds": (("job",), "Seconds that workers spent on stores and loads."),
@@ -32,6 +32,9 @@ GAUGES = {
     "stored_now": ((), "Contexts that are stored."),
     "prefill_token_seconds": ((), "Seconds to compute a token, measured."),
     "load_byte_seconds": ((), "Seconds to load a byte of a packet, measured."),
+    "profile_contexts": ((), "Contexts in the profile."),
+    "profile_age_seconds": ((), "Seconds since the profile was written."),
+    "profile_failures": ((), "Times the profile had changed and could not be read."),
 }
 
 

@@ -1,0 +1,169 @@
+"""What contexts may be stored as: what a profile has measured of them, and what is safe without.
+
+Packets of the plugin hold all rows in their order, of a form (``"none/int8"``: no scorer, eight bits), and are cut to
+fewer bits. Packets that take as many grains count as one option: the largest of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from kara_kernels.contexts.packet import Header, Step
+from kara_kernels.contexts.profile import Profile, ProfiledContext, keys_of
+from kara_kernels.contexts.utility import Option
+
+from ..watched import WatchedFile
+from .grains import Grains
+from .settings import METHODS, SAFE, SAFEST
+
+logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply
+
+COVERED = 0.9  # share of a context that its profile was measured with, at least
+JUDGE = "likelihood"
+
+
+class Way(NamedTuple):
+    """How a context is encoded."""
+
+    form: str
+    step: Step
+
+
+class Catalogue:
+    """Options of contexts.
+
+    Args:
+        header: ``header(key, tokens, form)``: what packets of a context say.
+        methods: those that may be used.
+        profile: a file of ``python -m kara_kernels.contexts profile``, which need not exist yet. It is read again when
+            it changes.
+
+    Attributes:
+        version: grows with every profile that is read, from 1.
+        refused: how often the file had changed and could not be read.
+
+    Raises:
+        OSError, ProfileError: the profile exists and cannot be read.
+    """
+
+    def __init__(
+        self, header: Callable[[str, int, str], Header], grains: Grains, methods: Sequence[str] = (SAFEST,),
+        profile: str | None = None,
+    ) -> None:  # fmt: skip
+        self._header, self._grains, self._methods = header, grains, tuple(methods)
+        self._file = None if profile is None else WatchedFile(profile)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="kara-profile")
+        self._reading: Future[Profile] | None = None
+        self._contexts: Mapping[str, ProfiledContext] = {}
+        self._lengths: list[int] = []  # in tokens, of the contexts in the profile
+        self.version, self.refused = 1, 0
+        if self._file is not None and self._file.changed():
+            self._take(Profile.load(self._file.path))
+        elif self._file is not None:
+            logger.warning("Kara's profile %s does not exist yet", self._file.path)
+
+    @property
+    def profiled(self) -> int:
+        """Contexts in the profile."""
+        return len(self._contexts)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the profile was written."""
+        return 0.0 if self._file is None else self._file.age
+
+    def changed(self) -> bool:
+        """Whether another profile holds from now on. It looks at the file at most once a second, and reads it in a
+        thread. A file that cannot be read leaves everything as it is."""
+        if self._reading is not None:
+            return self._reading.done() and self._read()
+        if self._file is not None and self._file.changed():
+            if self._file.exists:
+                self._reading = self._reader.submit(Profile.load, self._file.path)
+            else:
+                self._refuse("it is gone")
+        return False
+
+    def find(self, ids: Sequence[int], tokens: int) -> str:
+        """The key in the profile of a context: the longest one that it begins with and that covers nine tenths of it.
+        Empty: none."""
+        lengths = [n for n in self._lengths if COVERED * tokens <= n <= tokens]
+        found = [key for key in keys_of(ids, lengths) if key in self._contexts]
+        return found[-1] if found else ""
+
+    def options(self, key: str, tokens: int, profiled: str, load: float) -> list[Option]:
+        """What a context may be stored as.
+
+        Args:
+            profiled: its key in the profile, or an empty text.
+            load: seconds to load a byte of a packet.
+        """
+        found: dict[tuple[str, int], Option] = {}
+        for method in self._methods:
+            header = self._header(key, tokens, method.partition("/")[2])
+            measured = self._measured(header, method, profiled)
+            if method in SAFE:
+                measured.setdefault(header.steps[-1].nbytes, SAFE[method])
+            for nbytes, quality in sorted(measured.items()):
+                taken = self._grains.needed(nbytes)
+                step = self._fitting(header, taken)
+                size = taken * self._grains.nbytes
+                found[method, taken] = Option(method, step.ratio, size, quality, step.nbytes * load)
+        return list(found.values())
+
+    def way(self, key: str, tokens: int, option: Option) -> Way | None:
+        """How an option is encoded. None: the plugin has no such packets."""
+        if option.method not in METHODS:
+            return None
+        form, taken = option.method.partition("/")[2], self._grains.needed(option.nbytes)
+        header = self._header(key, tokens, form)
+        if not any(step.rows == tokens and self._grains.needed(step.nbytes) == taken for step in header.steps):
+            return None
+        return Way(form, self._fitting(header, taken))
+
+    def _measured(self, header: Header, method: str, profiled: str) -> dict[int, float]:
+        """Qualities by bytes of packets, as far as all rows are stored."""
+        context, found = self._contexts.get(profiled), dict[int, float]()
+        if context is None:
+            return found
+        as_measured = {step.sections: step for step in self._header("", context.tokens, header.layout.form).steps}
+        for each in context.measured:
+            if each.method == method and each.rows == context.tokens and each.sections in as_measured:
+                share = as_measured[each.sections].finer / context.tokens
+                step = _with_finer(header, share)
+                found[step.nbytes] = max(each.quality(JUDGE), found.get(step.nbytes, 0.0))
+        return found
+
+    def _fitting(self, header: Header, grains: int) -> Step:
+        """The largest packet that takes so many grains at most."""
+        return [step for step in header.steps if self._grains.needed(step.nbytes) <= grains][-1]
+
+    def _read(self) -> bool:
+        assert self._reading is not None
+        reading, self._reading = self._reading, None
+        try:
+            self._take(reading.result())
+        except (OSError, ValueError) as error:
+            self._refuse(str(error))
+            return False
+        return True
+
+    def _take(self, profile: Profile) -> None:
+        self._contexts = profile.contexts
+        self.version += 1
+        self._lengths = sorted({context.tokens for context in self._contexts.values()})
+        logger.info("Kara has a profile of %d contexts", len(self._contexts))
+
+    def _refuse(self, why: str) -> None:
+        self.refused += 1
+        logger.error("Kara's profile stays as it was: %s", why)
+
+
+def _with_finer(header: Header, share: float) -> Step:
+    """The least packet of all rows of which at least a ``share`` is fine."""
+    tokens = header.layout.tokens
+    whole = [step for step in header.steps if step.rows == tokens]
+    return next((step for step in whole if step.finer >= share * tokens), whole[-1])
