@@ -9,7 +9,7 @@ VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm quality codegen traffic contexts profile bench docs test test-vllm lint clean
+.PHONY: help demo demo-vllm demo-contexts quality codegen traffic contexts profile bench docs test test-vllm lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -19,6 +19,9 @@ demo: $(VENV)/.demo ## decode with a small model while its KV cache shrinks (ARG
 
 demo-vllm: $(VLLM_PYTHON) ## serve with vLLM, with and without Kara, and compare (ARGS="--help" lists options)
 	$(VLLM_PYTHON) -m demos.serve $(ARGS)
+
+demo-contexts: $(VLLM_PYTHON) ## serve documents again and again, kept in several ways, and compare (ARGS="--help" lists options)
+	$(VLLM_PYTHON) -m demos.contexts $(ARGS)
 
 quality: $(VENV)/.demo ## compare Kara with other methods, two hours on one core (ARGS="--quick": 5 minutes)
 	$(BIN)/python -m bench.quality $(ARGS)

@@ -83,11 +83,11 @@ def session_seconds(session: int) -> float:
 def samples(text: str) -> dict[str, float]:
     """Samples of a Prometheus page by name, summed over labels.
 
-    Samples with the label `reason` also appear separately as ``name{reason}``.
+    Samples with one of the labels `reason`, `source` and `tier` also appear separately, as ``name{waiting}``.
     """
     found: dict[str, float] = {}
     for name, labels, value in _SAMPLE.findall(text):
-        reason = re.search(r'reason="([^"]*)"', labels)
+        reason = re.search(r'(?:reason|source|tier)="([^"]*)"', labels)
         for key in [name] + ([f"{name}{{{reason[1]}}}"] if reason else []):
             found[key] = found.get(key, 0.0) + float(value)
     return found
