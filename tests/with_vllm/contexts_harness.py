@@ -55,9 +55,13 @@ class Server:
         self.core.step_fn = step_fn
 
     def ask(self, *prompts, tokens=12, **params):
+        return [said for said, _ in self.ask_and_hear(*prompts, tokens=tokens, **params)]
+
+    def ask_and_hear(self, *prompts, tokens=12, **params):
+        """Answers, and what their clients are told about contexts."""
         sampling = greedy(tokens, logprobs=1, extra_args={"kv_transfer_params": params})
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return [(list(output.outputs[0].token_ids), output.kv_transfer_params) for output in outputs]
 
     def rest(self):
         """Steps until no transfer runs."""
@@ -90,8 +94,9 @@ class Server:
         request = Request("x", prompt, greedy(1), None, block_hasher=self.core.request_block_hasher)
         return self.manager.place(request.block_hashes, len(prompt), count)
 
-    def rows_of(self, prompt, count):
-        """Decoded rows of the stored context that is the first ``count`` tokens: ``[L, H, count, D]`` twice."""
+    def rows_of(self, prompt, count, sections=None):
+        """Decoded rows of the stored context that is the first ``count`` tokens, perhaps of its first sections only:
+        ``[L, H, count, D]`` twice."""
         copy = self.manager.keeper.get(self.place_of(prompt, count).key)
         step = self.manager.catalogue.way(copy.key, count, copy.option).step
         held = self.manager.transfers._held[copy.number]
@@ -100,17 +105,17 @@ class Server:
         else:
             files = [Path(self.connector._store.disk.path(copy.number, i)) for i in held]
             data = b"".join(file.read_bytes() for file in files)[: step.nbytes]
-        packet = read_packet(data)
+        packet = read_packet(data, sections=sections)
         layers, heads, dim = self.shape
         pools = [[torch.zeros(count // BLOCK, BLOCK, heads, dim) for _ in range(layers)] for _ in range(2)]
         cache = PagedCache(*pools)
         decode(packet, cache.k, cache.v, torch.arange(count // BLOCK, dtype=torch.int32))
         return [torch.stack([x.flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v)]
 
-    def judge(self, prompt, count, tokens=12):
+    def judge(self, prompt, count, tokens=12, sections=None):
         """What a dense model says whose first ``count`` rows are those of the packet."""
         cache = DynamicCache()
-        for layer, (k, v) in enumerate(zip(*self.rows_of(prompt, count), strict=True)):
+        for layer, (k, v) in enumerate(zip(*self.rows_of(prompt, count, sections), strict=True)):
             cache.update(k[None].clone(), v[None].clone(), layer)
         said, ids, position = [], torch.tensor(prompt[count:]), count
         with torch.no_grad():

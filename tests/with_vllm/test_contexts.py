@@ -101,9 +101,47 @@ def test_a_prefix_that_two_requests_share_becomes_a_context(server):
     server.assert_nothing_leaks()
 
 
+def test_a_request_gets_the_compression_that_it_wants_and_is_told(server):
+    """For measuring profiles. Others get what is stored, whatever was measured meanwhile."""
+    document, question = prompts(256, 9, seed=71)
+    prompt = document + question
+    told = server.ask_and_hear(prompt, context_tokens=256)[0][1]
+    assert told == {"context": {"source": "computed"}}
+    assert server.ask_and_hear(prompt)[0][1] is None  # it has asked for nothing
+    server.forget()
+    hits = dict(server.manager.counts)
+    place = server.place_of(prompt, 256)
+    steps = [step for step in server.manager.catalogue._header(place.key, 256, "int8").steps if step.rows == 256]
+    assert len(steps) == 5
+    for source in ("ram", "gpu"):
+        for step in steps:
+            wanted = {"method": "none/int8", "ratio": step.ratio + 1e-4}
+            ((said, told),) = server.ask_and_hear(prompt, context_tokens=256, context=wanted)
+            assert told["context"] == {
+                "source": source, "tokens": 256, "method": "none/int8", "ratio": step.ratio,
+                "sections": step.sections, "nbytes": step.nbytes,
+            }  # fmt: skip
+            assert said == server.judge(prompt, 256, sections=step.sections)
+    ((said, told),) = server.ask_and_hear(prompt, context={"method": "none/int4", "ratio": 0.3})
+    assert told == {"context": {"source": "computed"}}  # nothing of that kind is stored
+    assert said == server.ask(prompt, contexts=False)[0]
+    assert {key: n for key, n in server.manager.counts.items() if key[0] == "hits"} == {
+        key: n for key, n in hits.items() if key[0] == "hits"
+    }
+    server.forget()
+    ((said, told),) = server.ask_and_hear(prompt, context_tokens=256)
+    assert (told["context"]["source"], told["context"]["ratio"]) == ("ram", steps[-1].ratio)
+    assert said == server.judge(prompt, 256)
+    server.assert_nothing_leaks()
+
+
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
+        ({"context": "none/int8"}, "contexts: context: expected an object of method and ratio, got 'none/int8'"),
+        ({"context": {"method": "none/int8"}}, "contexts: context: expected an object of method and ratio, got "),
+        ({"context": {"method": "zip", "ratio": 1}}, "contexts: context: method: expected one of 'none/int8', "),
+        ({"context": {"method": "none/int8", "ratio": "a"}}, "contexts: context: ratio: expected a number, got str"),
         ({"contexts": 1}, "contexts: expected true or false, got 1"),
         ({"context_tokens": 0}, "contexts: context_tokens: expected 1..2147483647, got 0"),
         ({"context_tokens": "all"}, "contexts: context_tokens: expected an int, got str"),

@@ -124,6 +124,12 @@ class Catalogue:
             return None
         return Way(form, self._fitting(header, taken))
 
+    def cut(self, key: str, tokens: int, way: Way, ratio: float) -> Way:
+        """What a packet can be cut to that is nearest to a ratio."""
+        steps = [step for step in self._header(key, tokens, way.form).steps if step.rows == tokens]
+        held = [step for step in steps if step.nbytes <= way.step.nbytes]
+        return Way(way.form, min(held, key=lambda step: abs(step.ratio - ratio)))
+
     def _measured(self, header: Header, method: str, profiled: str) -> dict[int, float]:
         """Qualities by bytes of packets, as far as all rows are stored."""
         context, found = self._contexts.get(profiled), dict[int, float]()

@@ -85,11 +85,11 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         self.contexts.reported(connector_output)
 
-    def request_finished(self, request: Request, block_ids: Any) -> tuple[bool, None]:
-        return self.contexts.finished(request), None
+    def request_finished(self, request: Request, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        return self.contexts.finished(request)
 
-    def request_finished_all_groups(self, request: Request, block_ids: Any) -> tuple[bool, None]:
-        return self.contexts.finished(request), None
+    def request_finished_all_groups(self, request: Request, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        return self.contexts.finished(request)
 
     def get_kv_connector_stats(self) -> ContextStats | None:
         return self.contexts.stats() if self.contexts is not None else None

@@ -110,13 +110,15 @@ class SchedulerHalf:
     def choose(self, request: Request, local: int) -> Admission | None:
         """What a request with ``local`` tokens in the engine's own cache is admitted from; None: from that."""
         self._expect(request, "computed", request.num_tokens - local)
-        if not self._asked[request.request_id].on or request.skip_reading_prefix_cache or request.resumable:
+        asked = self._asked[request.request_id]
+        if not asked.on or request.skip_reading_prefix_cache or request.resumable:
             return None
-        return self.manager.admit(request.block_hashes, request.num_prompt_tokens, local)
+        return self.manager.admit(request.block_hashes, request.num_prompt_tokens, local, asked.forced)
 
     def admit(self, request: Request, admission: Admission, source: str) -> None:
         """``source``: the tier of the packet, or ``GPU`` if its rows are in the engine's cache already."""
-        self._admitted[request.request_id], self._entering[request.request_id] = admission, source
+        self._admitted[request.request_id] = admission._replace(tier=source)
+        self._entering[request.request_id] = source
 
     def matched(self, request: Request, local: int) -> tuple[int | None, bool]:
         admission = self._admitted.get(request.request_id)
@@ -135,7 +137,8 @@ class SchedulerHalf:
         if source != GPU:
             count = admission.place.tokens // self.manager.block_size
             self.manager.load(request.request_id, admission, blocks[:count])
-        self.manager.used(admission.place, source, ids_of(request))
+        if self._asked[request.request_id].forced is None:  # measuring a context is no use of it
+            self.manager.used(admission.place, source, ids_of(request))
         nbytes = 0 if source == GPU else admission.nbytes
         self._expect(request, source, request.num_tokens - admission.place.tokens, nbytes)
 
@@ -166,18 +169,35 @@ class SchedulerHalf:
                 self.manager.forget_rows(name)
                 output.finished_sending = {*(output.finished_sending or ()), name}
 
-    def finished(self, request: Request) -> bool:
-        """Whether the blocks of a request that has ended must be kept until its store has ended."""
+    def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the blocks of a request that has ended must be kept until its store has ended, and what its client is
+        told about its context, if it has asked for anything."""
         name = request.request_id
+        told = self._used_by(name)
         if request.num_output_tokens:
             self.spoke(name)
         for of_request in (self._asked, self._places, self._admitted, self._entering, self._silent):
             of_request.pop(name, None)
         if self.manager.transfers.storing(name):
             self._ended.add(name)
-            return True
+            return True, told
         self.manager.forget_rows(name)
-        return False
+        return False, told
+
+    def _used_by(self, name: str) -> dict[str, Any] | None:
+        asked = self._asked.get(name)
+        if asked is None or not asked.told:
+            return None
+        admission = self._admitted.get(name)
+        if admission is None:
+            return {"context": {"source": "computed"}}
+        form, step = admission.way
+        return {
+            "context": {
+                "source": admission.tier, "tokens": admission.place.tokens, "method": f"none/{form}",
+                "ratio": step.ratio, "sections": step.sections, "nbytes": step.nbytes,
+            }
+        }  # fmt: skip
 
     def spoke(self, name: str) -> None:
         """A request has received a token."""

@@ -13,11 +13,12 @@ from kara_kernels.contexts.directory import Transfer, read_snapshot
 from kara_kernels.contexts.keeper import Keeper
 from kara_kernels.contexts.utility import Tier
 
-from .catalogue import Catalogue
+from .catalogue import Catalogue, Way
 from .grains import Grains
 from .jobs import Ended, Load, Store
 from .known import KnownContexts, Place
 from .rates import Rates
+from .requests import Forced
 from .transfers import RAM, LowerTier, Transfers
 
 GPU = "gpu"
@@ -30,12 +31,23 @@ class Admission(NamedTuple):
     """A request whose context is stored."""
 
     place: Place
-    packet: str
-    """Requests with the same one are given the same rows."""
-    exact: bool
-    """Whether the packet lost nothing."""
-    nbytes: int
+    way: Way
+    copy: int
     tier: str
+
+    @property
+    def packet(self) -> str:
+        """Requests with the same one are given the same rows."""
+        return f"{self.way.form} {self.way.step.sections} {self.copy}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the packet lost nothing."""
+        return self.way.form == "exact" and self.way.step.rows == self.place.tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.way.step.nbytes
 
 
 class ContextManager:
@@ -92,22 +104,30 @@ class ContextManager:
             return None
         return Place(hashes[blocks - 1], blocks * self.block_size)
 
-    def admit(self, hashes: Sequence[bytes], prompt_tokens: int, local: int) -> Admission | None:
+    def admit(
+        self, hashes: Sequence[bytes], prompt_tokens: int, local: int, forced: Forced | None = None
+    ) -> Admission | None:
         """The longest stored context that a prompt begins with, if it is longer than the ``local`` tokens in the
-        engine's own cache, and loading it takes less time than computing the rest of it."""
+        engine's own cache, and loading it takes less time than computing the rest of it. Or, ``forced``, one that has
+        a certain compression, whatever it takes."""
+        local = 0 if forced is not None else local
         for blocks in range((prompt_tokens - 1) // self.block_size, local // self.block_size, -1):
             place = Place(hashes[blocks - 1], blocks * self.block_size)
             copy = self.keeper.get(place.key) if place.block_hash in self._known else None
             if copy is None:
                 continue
-            form, step = self._known.way(place, copy.option)
-            loading = self.seconds(0, step.nbytes, copy.tier)
+            way = self._known.way(place, copy.option)
+            if forced is not None:
+                if copy.option.method == forced.method:
+                    way = self.catalogue.cut(place.key, place.tokens, way, forced.ratio)
+                    return Admission(place, way, copy.number, copy.tier)
+                continue
+            loading = self.seconds(0, way.step.nbytes, copy.tier)
             if self.rates.prefill and loading >= self.seconds(place.tokens - local):
                 self.counts["slower",] += 1
                 self.rates.fade(copy.tier)
                 continue
-            exact = form == "exact" and step.rows == place.tokens
-            return Admission(place, f"{form} {step.sections} {copy.number}", exact, step.nbytes, copy.tier)
+            return Admission(place, way, copy.number, copy.tier)
         return None
 
     def used(self, place: Place, source: str, ids: Sequence[int]) -> None:
