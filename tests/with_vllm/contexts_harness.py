@@ -69,7 +69,7 @@ class Server:
         while time.monotonic() < until:
             if not self.scheduler.connector.has_pending_push_work():
                 return
-            self.core.step()
+            self.core.step_fn()  # asynchronous steps may lie in a queue
             time.sleep(0.001)
         raise AssertionError("a transfer never ended")
 
@@ -97,7 +97,9 @@ class Server:
     def rows_of(self, prompt, count, sections=None):
         """Decoded rows of the stored context that is the first ``count`` tokens, perhaps of its first sections only:
         ``[L, H, count, D]`` twice."""
-        copy = self.manager.keeper.get(self.place_of(prompt, count).key)
+        return self.rows_of_copy(self.manager.keeper.get(self.place_of(prompt, count).key), count, sections)
+
+    def rows_of_copy(self, copy, count, sections=None):
         step = self.manager.catalogue.way(copy.key, count, copy.option).step
         held = self.manager.transfers._held[copy.number]
         if copy.tier == "ram":

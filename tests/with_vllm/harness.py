@@ -87,6 +87,8 @@ class Served:
     logprobs: list[float] | None = None
     cached: int = 0
     recomputed: list[int] = field(default_factory=list)
+    rows: dict[int, tuple] = field(default_factory=dict)
+    """Keys and values out of a packet that it was admitted with, by the tokens that it had then."""
 
 
 class Engine:
@@ -280,7 +282,7 @@ class Dense:
         parts = []
         for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
             ledger = replay(self.model, real, runs[start])
-            logits = dense_logits(self.model, ids, real, ledger.visible)[0]
+            logits = dense_logits(self.model, ids, real, ledger.visible, served.rows.get(start))[0]
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
 

@@ -50,6 +50,7 @@ def test_what_a_profile_allows_is_stored_harder(model, tmp_path, monkeypatch, be
 
         for document in DOCUMENTS:
             ask(document, QUESTIONS[0])
+        some.rest()
         assert sum(copy is not None and copy.tier == "ram" for copy in held(some)) == 4
         assert len({copy.option.ratio for copy in held(some) if copy is not None}) == 1
         write_profile(tmp_path / "profile", some, kl=0.01)

@@ -10,18 +10,19 @@ from harness import ON_GPU
 
 HERE = Path(__file__).parent
 CASES = [
-    "test_mixed_lengths_and_several_compressions[defaults]",
-    "test_preemption_in_a_tiny_pool[asynchronous-16]",
-    "test_a_request_that_skips_a_step_comes_back_with_its_blocks[synchronous]",
-    "test_blocks_that_another_request_reads_are_not_rewritten[asynchronous]",
-    "test_aborted_requests_leave_nothing[asynchronous]",
+    "test_equal.py::test_mixed_lengths_and_several_compressions[defaults]",
+    "test_equal.py::test_preemption_in_a_tiny_pool[asynchronous-16]",
+    "test_equal.py::test_a_request_that_skips_a_step_comes_back_with_its_blocks[synchronous]",
+    "test_equal.py::test_blocks_that_another_request_reads_are_not_rewritten[asynchronous]",
+    "test_equal.py::test_aborted_requests_leave_nothing[asynchronous]",
+    "test_both.py::test_a_preempted_request_is_admitted_and_compressed_again[asynchronous-computed first]",
 ]
 
 
 @pytest.mark.skipif(ON_GPU, reason="run all tests with VLLM_USE_V2_MODEL_RUNNER=1 instead")
 @pytest.mark.parametrize("case", CASES)
 def test_it_serves_what_the_first_runner_serves(case):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "second_runner", f"{HERE / 'test_equal.py'}::{case}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "second_runner", f"{HERE / case}"]
     path = os.pathsep.join([str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stdout[-3000:]

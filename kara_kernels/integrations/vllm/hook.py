@@ -12,6 +12,10 @@ from typing import Any
 
 KEYS = ("kara", "contexts")
 """Of the additional settings: windows of running requests, and reusable contexts."""
+SCHEDULERS_OF_BOTH = tuple(
+    f"{__name__.rpartition('.')[0]}.both.{name}" for name in ("BothScheduler", "BothAsyncScheduler")
+)
+"""Synchronous and asynchronous."""
 
 
 def install() -> None:
@@ -88,3 +92,5 @@ def after(config: Any) -> None:
         from .contexts import configure as of_contexts
 
         of_contexts.after(config)
+    if set(KEYS) <= set(config.additional_config):
+        config.scheduler_config.scheduler_cls = SCHEDULERS_OF_BOTH[bool(config.scheduler_config.async_scheduling)]

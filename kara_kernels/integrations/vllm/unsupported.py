@@ -16,7 +16,8 @@ def _other_scheduler(config: Any) -> Any:
 
 def _other_connector(config: Any) -> bool:
     given = config.kv_transfer_config
-    return given is not None and not str(given.kv_connector_module_path).startswith("kara_kernels.")
+    offloads = config.cache_config.kv_offloading_size is not None  # vLLM makes it a connector, even out of ours
+    return offloads or (given is not None and not str(given.kv_connector_module_path).startswith("kara_kernels."))
 
 
 def _quantised(cache_dtype: str) -> bool:
@@ -61,7 +62,7 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     ),
     "prefill context parallelism": lambda c: (getattr(c.parallel_config, "prefill_context_parallel_size", 1) or 1) > 1,
     "dual-batch overlap (--enable-dbo)": lambda c: c.parallel_config.enable_dbo,
-    "KV connectors (--kv-transfer-config, --kv-offloading-size)": _other_connector,
+    "other KV connectors (--kv-transfer-config, --kv-offloading-size)": _other_connector,
     "encoder cache connectors (--ec-transfer-config)": lambda c: getattr(c, "ec_transfer_config", None) is not None,
     "another scheduler (--scheduler-cls)": _other_scheduler,
     "a quantised KV cache (of the checkpoint, or --kv-cache-dtype, which overrides it)": _quantised_cache,

@@ -52,8 +52,6 @@ def _check_profile(settings: ContextSettings) -> None:
 
 def _refuse(config: Any) -> None:
     refused = found_in(config, UNSUPPORTED)
-    if "kara" in config.additional_config:
-        refused.append("windows (kara) beside contexts")
     if not config.cache_config.enable_prefix_caching:
         refused.append("no prefix cache (--no-enable-prefix-caching)")
     if refused:

@@ -32,7 +32,7 @@ def after(config: Any) -> None:
     """After vLLM has completed its configuration: sets scheduler and worker, and logs the settings."""
     from vllm.logger import init_logger
 
-    _refuse(config)  # again, because only now --kv-offloading-size is a KV connector and quantisation is known
+    _refuse(config)  # again, because only now quantisation is known
     _fit_queries(config)
     config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
     settings = settings_of(config)

@@ -65,11 +65,10 @@ class KaraManager(FullAttentionManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
     ) -> int:
-        num_tokens -= self.ledger.dropped(request_id)
-        request = self.requests[request_id]
+        request, rows = self.requests[request_id], num_tokens - self.ledger.dropped(request_id)
         if apply_admission_cap and (own := recomputed_as(request)) is not None:  # it asks for the whole text at once
-            num_tokens = self.ledger.peak(request.num_prompt_tokens, num_tokens, **own)
-        return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+            rows = min(rows, self.ledger.peak(request.num_prompt_tokens, num_tokens, **own))
+        return super().get_num_blocks_to_allocate(request_id, rows, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         dropped = self.ledger.dropped(request_id)
@@ -130,7 +129,8 @@ class KaraScheduler(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         logical = request.num_computed_tokens
-        if self.log_stats and logical and request.kara.own is not None:
+        choice = getattr(request, "kara", None)  # none yet, if it waits for rows that a connector loads
+        if self.log_stats and logical and choice is not None and choice.own is not None:
             self._ended.append(1 - self._ledger.dropped(request.request_id) / logical)
             if lost := getattr(request, "kara_lost", None):
                 self._lost.append(sum(lost) / len(lost))

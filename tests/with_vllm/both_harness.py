@@ -1,0 +1,110 @@
+"""An engine with windows and contexts: what its requests were admitted with, and which of its plans met a store."""
+
+from collections import defaultdict
+from contextlib import contextmanager
+
+from contexts_harness import ON, Server
+from harness import KARA, engine, greedy
+
+
+class Both:
+    """vLLM with both in this process. Every request that it starts is judged by the dense model."""
+
+    def __init__(self, some, model):
+        self.engine, self.server = some, Server(some.llm, model)
+        self.scheduler, self.manager = some.scheduler, self.server.manager
+        self.half = self.server.connector.contexts
+        self.met = 0
+        """Plans that were made while a store ran of the same request."""
+        self._packets = {}
+        self._rows = defaultdict(dict)
+        self._watch_loads()
+        self._watch_steps()
+        self._watch_plans()
+
+    def _watch_loads(self):
+        load = self.manager.load
+
+        def loaded(request_id, admission, blocks):
+            copy, place = self.manager.keeper.get(admission.place.key), admission.place
+            rows = self.server.rows_of_copy(copy, place.tokens, admission.way.step.sections)
+            self._packets[admission.packet] = rows
+            load(request_id, admission, blocks)
+
+        self.manager.load = loaded
+
+    def _watch_steps(self):
+        schedule = self.scheduler.schedule
+
+        def scheduled(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            new = [request.req_id for request in output.scheduled_new_reqs]
+            for name in [*new, *output.scheduled_cached_reqs.resumed_req_ids]:
+                admission, client = self.half._admitted.get(name), name.rsplit("-", 1)[0]
+                start = (self.engine.recomputed[client] or [0])[-1]
+                self._rows[client][start] = admission and self._packets[admission.packet]
+            return output
+
+        self.scheduler.schedule = scheduled
+
+    def _watch_plans(self):
+        shrink = self.scheduler._manager.shrink
+
+        def watched(plan):
+            for running in self.manager.transfers._running.values():
+                if running.phases[:1] == ["encode"]:
+                    assert not set(running.job.blocks) & set(plan.touched), plan
+                    self.met += running.job.request_id == plan.request_id
+            shrink(plan)
+
+        self.scheduler._manager.shrink = watched
+
+    def add(self, name, prompt, tokens, own=..., **params):
+        extra = {"kv_transfer_params": params} | ({} if own is ... else {"kara": own})
+        self.engine.prompts[name] = prompt
+        core = self.engine.llm.llm_engine
+        core.add_request(name, {"prompt_token_ids": prompt}, greedy(tokens, extra_args=extra))
+
+    def drive(self, events):
+        """See :meth:`harness.Engine.drive`; events are called with this object."""
+        calls = {step: lambda _, event=event: event(self) for step, event in events.items()}
+        return {name: self._known(served) for name, served in self.engine.drive(calls).items()}
+
+    def ask(self, name, prompt, tokens=12, own=..., **params):
+        return self.drive({0: lambda both: both.add(name, prompt, tokens, own, **params)})[name]
+
+    def _known(self, served):
+        served.rows = self._rows[served.request_id]
+        return served
+
+    def store(self, name, prompt, count):
+        """A context to admit requests with: asks, and forgets the exact rows."""
+        served = self.ask(name, prompt, context_tokens=count)
+        self.server.forget()
+        return served
+
+    def preempt(self):
+        """Nobody gets a block until a request is preempted, which finds none of its rows again."""
+        manager, preempt = self.scheduler.kv_cache_manager, self.scheduler._preempt_request
+        allocate = manager.allocate_slots
+
+        def preempted(*args, **kwargs):
+            manager.allocate_slots, self.scheduler._preempt_request = allocate, preempt
+            preempt(*args, **kwargs)
+            assert manager.reset_prefix_cache()
+
+        manager.allocate_slots = lambda *args, **kwargs: None
+        self.scheduler._preempt_request = preempted
+
+    def assert_nothing_leaks(self):
+        self.server.assert_nothing_leaks()
+        self.engine.assert_nothing_leaks()
+
+
+@contextmanager
+def serving_both(model, trace, kara=KARA, contexts=ON, **options):
+    additional = {"kara": {**kara, "trace": str(trace)}, "contexts": contexts}
+    settings = {"additional_config": additional, "num_gpu_blocks_override": 64, "disable_log_stats": False, **options}
+    with engine(model, None, **settings) as some:
+        some.trace = trace
+        yield Both(some, model)
