@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..values import check_choice, check_count, check_flag
 from .utility import MAX_BYTES, Option, Tier, check_name, check_option, check_tiers
@@ -181,13 +182,12 @@ class Directory:
         """The copies that can be read, in the order in which their contexts first came."""
         return [entry.home for entry in self._entries.values() if entry.home is not None]
 
-    def save(self, path: Path) -> None:
-        """Writes the readable copies to a JSON file, which replaces an older one in one step."""
-        rows = [
-            {"key": copy.key, "tier": copy.tier, "number": copy.number, "option": asdict(copy.option)}
-            for copy in self.copies()
-        ]
-        write_whole(path, json.dumps({"format": FORMAT, "next": self._number, "copies": rows}))
+    def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
+        """Writes the readable copies to a JSON file, which replaces an older one in one step.
+
+        ``about``: what else the file says, for those who read it without the engine.
+        """
+        write_snapshot(path, Snapshot(self._number, self.copies(), about or {}))
 
     def restore(self, path: Path, found: Mapping[tuple[str, int], int]) -> list[tuple[str, int]]:
         """Takes over what :meth:`save` wrote and what is still there, into an empty directory.
@@ -201,7 +201,7 @@ class Directory:
         """
         if self._entries or self._number:
             raise ValueError(f"directory: expected a new one, got one that has counted to {self._number}")
-        number, copies = read_snapshot(path)
+        number, copies, _ = read_snapshot(path)
         self._number = max([number, *(index + 1 for _, index in found)])
         strays = dict(found)
         for copy in copies:
@@ -276,12 +276,34 @@ def check_prefix(copy: Copy, option: Option) -> Option:
     return option
 
 
-def read_snapshot(path: Path) -> tuple[int, list[Copy]]:
-    """The next number and the copies of a file that :meth:`Directory.save` wrote."""
+class Snapshot(NamedTuple):
+    """What :meth:`Directory.save` writes."""
+
+    next: int
+    """Of the numbers of copies, the first that no copy ever had."""
+    copies: list[Copy]
+    about: Mapping[str, Any]
+    """Empty in files of older servers."""
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    rows = [
+        {"key": copy.key, "tier": copy.tier, "number": copy.number, "option": asdict(copy.option)}
+        for copy in snapshot.copies
+    ]
+    about = {"about": dict(snapshot.about)} if snapshot.about else {}
+    write_whole(path, json.dumps({"format": FORMAT, "next": snapshot.next, **about, "copies": rows}))
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """What :meth:`Directory.save` wrote. Raises FileNotFoundError, and ValueError if it is damaged."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         if read["format"] != FORMAT:
             raise ValueError(f"format {read['format']}")
+        about = read.get("about", {})
+        if not isinstance(about, Mapping):
+            raise TypeError(f"about: expected an object, got {type(about).__name__}")
         number = check_count("next", read["next"], 0, MAX_BYTES)
         copies = [
             Copy(
@@ -296,13 +318,15 @@ def read_snapshot(path: Path) -> tuple[int, list[Copy]]:
         raise ValueError(f"path: expected a snapshot of format {FORMAT}, got {str(path)!r} ({error})") from error
     if len({copy.key for copy in copies}) < len(copies) or len({copy.number for copy in copies}) < len(copies):
         raise ValueError(f"path: expected keys and numbers to differ, got {str(path)!r}")
-    return number, copies
+    return Snapshot(number, copies, about)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file so that a crash at any time leaves the old contents or the new ones."""
+    """Replaces a file so that a crash at any time leaves the old contents or the new ones. Only its owner
+    may read it."""
     half = path.with_name(path.name + ".part")
-    with open(half, "w", encoding="utf-8") as file:
+    half.unlink(missing_ok=True)  # of a crash, perhaps with another mode
+    with open(half, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -119,9 +119,9 @@ class Keeper:
         self._running += len(started)
         return started
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
         """See :meth:`Directory.save`."""
-        self.directory.save(path)
+        self.directory.save(path, about)
 
     def restore(
         self, path: Path, found: Mapping[tuple[str, int], int], context_of: Callable[[Copy], Context], now: float = 0.0

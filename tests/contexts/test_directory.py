@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kara_kernels.contexts.directory import Copy, Directory, Transfer
+from kara_kernels.contexts.directory import Copy, Directory, Transfer, read_snapshot, write_snapshot
 from kara_kernels.contexts.utility import Option, Tier
 
 FULL, HALF, OTHER = Option("m", 1.0, 8, 1.0), Option("m", 0.5, 4, 0.9), Option("n", 0.5, 4, 0.9)
@@ -171,6 +172,33 @@ def test_a_restart_takes_over_what_is_still_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["directory.json"]
 
 
+def test_a_snapshot_says_more_to_those_who_read_it_without_the_engine(tmp_path: Path) -> None:
+    directory, path = Directory([DISK]), tmp_path / "d.json"
+    copy = stored(directory, "a", tier="disk")
+    directory.save(path, {"grain": 4096})
+    assert read_snapshot(path).about == {"grain": 4096}
+    write_snapshot(path, read_snapshot(path))
+    assert read_snapshot(path).about == {"grain": 4096}
+    read = json.loads(path.read_text())
+    del read["about"]  # as older servers wrote it
+    path.write_text(json.dumps(read))
+    assert read_snapshot(path).about == {}
+    again = Directory([DISK])
+    assert again.restore(path, {("disk", copy.number): 8}) == []
+    assert again.copies()[0].key == "a"
+
+
+def test_a_snapshot_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.with_name("d.json.part").write_text("what a crash left, readable by others")
+    before = os.umask(0)
+    try:
+        Directory([DISK]).save(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_restart_fills_no_tier_beyond_its_capacity(tmp_path: Path) -> None:
     directory = Directory([DISK])
     copies = [stored(directory, key, tier="disk") for key in "abc"]
@@ -180,7 +208,7 @@ def test_a_restart_fills_no_tier_beyond_its_capacity(tmp_path: Path) -> None:
     assert again.used("disk") == 16
 
 
-@pytest.mark.parametrize("damage", ["cut", "format", "type", "twice", "number"])
+@pytest.mark.parametrize("damage", ["cut", "format", "type", "twice", "number", "about"])
 def test_a_damaged_snapshot_is_refused(tmp_path: Path, damage: str) -> None:
     directory, path = Directory([DISK]), tmp_path / "d.json"
     stored(directory, "a", tier="disk")
@@ -194,6 +222,8 @@ def test_a_damaged_snapshot_is_refused(tmp_path: Path, damage: str) -> None:
         read["copies"] *= 2
     elif damage == "number":
         read["next"] = 0
+    elif damage == "about":
+        read["about"] = "a grain"
     path.write_text(path.read_text()[:-5] if damage == "cut" else json.dumps(read))
     again = Directory([DISK])
     with pytest.raises(ValueError, match="path: expected"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from kara_kernels.integrations.vllm.contexts.folder import Slot, own_folder
+from kara_kernels.contexts.folder import Slot, check_folder, is_locked, own_folder, take_lock
 
 
 def test_a_folder_that_only_its_owner_may_enter(tmp_path: Path) -> None:
@@ -40,6 +42,26 @@ def test_somebody_elses_is_refused(tmp_path: Path) -> None:
         own_folder(tmp_path / "store")
 
 
+def test_looking_at_a_folder_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        check_folder(tmp_path / "none")
+    assert not is_locked(own_folder(tmp_path / "store"))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "store"]
+
+
+def test_who_looks_sees_servers_and_takes_no_slot_from_them(tmp_path: Path) -> None:
+    slot = Slot(tmp_path / "store")
+    assert is_locked(slot.path)
+    assert take_lock(slot.path) is None
+    slot.close()
+    assert not is_locked(slot.path)
+    looking = os.open(slot.path / "lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)  # as is_locked, caught in its instant
+    assert take_lock(slot.path) is None
+    threading.Timer(0.005, os.close, [looking]).start()
+    assert Slot(tmp_path / "store").path == slot.path
+
+
 def test_servers_do_not_share_a_slot(tmp_path: Path) -> None:
     first, second = Slot(tmp_path / "store"), Slot(tmp_path / "store")
     assert [first.path.name, second.path.name] == ["server-0", "server-1"]
@@ -51,7 +73,7 @@ def test_servers_do_not_share_a_slot(tmp_path: Path) -> None:
 def test_a_killed_server_leaves_its_slot(tmp_path: Path) -> None:
     code = f"""if True:
         import os, pathlib
-        from kara_kernels.integrations.vllm.contexts.folder import Slot
+        from kara_kernels.contexts.folder import Slot
         slot = Slot(pathlib.Path({str(tmp_path / "store")!r}))
         print(slot.path.name, flush=True)
         os.kill(os.getpid(), 9)

@@ -5,7 +5,7 @@
 - :mod:`.jobs` is what the scheduler's half and the workers' half say to each other;
 - :mod:`.grains` divides the shared memory in which packets lie;
 - :mod:`.transfers` carries packets through it, between GPU and lower tiers;
-- :mod:`.disk` is such a tier, in a :mod:`.folder` of its own;
+- :mod:`.disk` is such a tier, in a :mod:`folder <kara_kernels.contexts.folder>` of its own;
 - :mod:`.manager` decides, in the scheduler's process, what is stored, admitted and moved;
 - :mod:`.scheduler` gives vLLM's scheduler the hits, under hashes of their own;
 - :mod:`.worker` encodes and decodes, between the KV cache and the shared memory;

@@ -48,7 +48,8 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         count, grain, _ = shape(settings, workers)
         self._region = open_region(config, settings, None)
         if settings.disk is not None:
-            self._store = DiskStore(settings.disk, model_of(config, 0), self._region.create_kv_memoryview(), grain)
+            view, name = self._region.create_kv_memoryview(), config.model_config.model
+            self._store = DiskStore(settings.disk, model_of(config, 0), view, grain, workers, name)
         grains = Grains(count, grain)
         header = functools.partial(header_of, config, 0)
         catalogue = Catalogue(header, grains, settings.methods, settings.profile)

@@ -7,7 +7,6 @@ named by the number of its copy, which no other copy ever has.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,14 +27,13 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
+from kara_kernels.contexts.folder import DIRECTORY, DISK, PACKETS, Slot, grain_name, own_folder, packet_files
 from kara_kernels.contexts.tiers import measure_tier
 from kara_kernels.contexts.utility import Tier
 
-from .folder import Slot, own_folder
 from .manager import ContextManager
 from .settings import GIB
 
-DISK = "disk"
 THREADS = 4  # for reading first, and as many for writing first
 SIZE = 16 << 20  # bytes that are read to measure a disk
 SECONDS = 10.0  # from one saved directory to the next
@@ -70,12 +68,12 @@ class DiskTier:
             parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
         )  # fmt: skip
         options = {
-            "type": "fs", "root_dir": str(folder / "packets"), "n_read_threads": THREADS, "n_write_threads": THREADS,
+            "type": "fs", "root_dir": str(folder / PACKETS), "n_read_threads": THREADS, "n_write_threads": THREADS,
         }  # fmt: skip
         self._tier: Any = SecondaryTierFactory.create_secondary_tier(options, view, _Spec(config))
         assert view.shape is not None
         self._view = view
-        self._packets, self._row = folder / "packets", view.shape[1]
+        self._folder, self._row = folder, view.shape[1]
         self._context = ReqContext(req_id="kara")
         self._writing: dict[int, tuple[int, int]] = {}  # job -> copy and grains
         self._deleting = ThreadPoolExecutor(1, thread_name_prefix="kara-disk")
@@ -105,8 +103,7 @@ class DiskTier:
     def clear(self, kept: Mapping[int, int]) -> int:
         """Deletes all files but those of some copies, of which the grains are given. Returns how many it deleted."""
         expected = {self.path(copy, i) for copy, count in kept.items() for i in range(count)}
-        strays = [str(x) for x in Path(self._packets).rglob("*") if x.is_file() and x.suffix in (".bin", ".tmp")]
-        strays = [path for path in strays if path not in expected]
+        strays = [path for path in map(str, packet_files(self._folder)) if path not in expected]
         _delete(strays)
         return len(strays)
 
@@ -124,10 +121,7 @@ class DiskTier:
         return TransferJob(job, keys, np.array(grains, np.int64), promotion, self._context)
 
     def _key(self, copy: int, grain: int) -> Any:
-        """vLLM makes a folder of the first three digits and one of the next two. Here these are always 0, because
-        folders are never deleted."""
-        digest = hashlib.sha256(f"{copy} {grain}".encode()).digest()
-        return make_offload_key(bytes([digest[0], digest[1] & 0xF0, 0]) + digest, 0)
+        return make_offload_key(grain_name(copy, grain), 0)
 
 
 def _close_to_others(paths: Sequence[str]) -> None:
@@ -161,16 +155,21 @@ class DiskStore:
         model: names what makes rows differ.
         view: the shared memory, a row for each grain.
         grain: bytes of a row that one worker uses, by which packets are counted.
+        workers: that use a part of each row.
+        name: of the model, for people who look at the folder.
     """
 
-    def __init__(self, given: Mapping[str, Any], model: str, view: memoryview, grain: int) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], model: str, view: memoryview, grain: int, workers: int, name: str
+    ) -> None:
         assert view.shape is not None
         self._slot = Slot(own_folder(Path(given["path"])) / model[:16])
         self.disk = DiskTier(self._slot.path, view)
         capacity = int(given["gib"] * GIB) // view.shape[1] * grain
         self.tier = Tier(DISK, capacity, *_speed(self._slot.path, grain / view.shape[1]))
-        self._file = self._slot.path / "directory.json"
-        self._saved = self._next = 0.0
+        self._file = self._slot.path / DIRECTORY
+        self._about = {"model": name, "grain": grain, "row": view.shape[1], "workers": workers}
+        self._saved, self._next = -1, 0.0  # the first is saved at once
 
     def restore(self, manager: ContextManager) -> None:
         """Takes over what an earlier server left here."""
@@ -190,7 +189,7 @@ class DiskStore:
         if changes == self._saved or not (at_once or now >= self._next):
             return
         try:
-            manager.keeper.save(self._file)
+            manager.keeper.save(self._file, self._about)
         except OSError as error:
             manager.counts["saves_failed",] += 1
             logger.error("Kara's directory of contexts is not saved: %s", error)

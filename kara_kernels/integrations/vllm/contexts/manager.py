@@ -255,7 +255,7 @@ class ContextManager:
             FileNotFoundError, ValueError: there is no such file, or it is damaged.
         """
         found, known = {}, {}
-        for copy in read_snapshot(path)[1]:
+        for copy in read_snapshot(path).copies:
             place = Place.of(copy.key)
             left = self._known.left(place, copy.option)
             if left is None or copy.tier == RAM or not is_whole(copy.number, self.grains.needed(copy.option.nbytes)):
