@@ -1,4 +1,4 @@
-"""``python -m kara_kernels.contexts profile MODEL CONTEXTS.jsonl -o profile.json``
+"""``python -m kara_kernels.contexts profile MODEL CONTEXTS.jsonl -o profile.json``; :mod:`.commands` has the others.
 
 Measures how much quality each compression of each context costs, how large it is, and how fast storage tiers are read.
 A line of CONTEXTS.jsonl is an object with ``text``, and perhaps ``name``, ``queries`` (a list of texts) and ``answers``
@@ -15,13 +15,14 @@ import hashlib
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .commands import add_to
 from .profile import Profile, ProfileError, digest_of
+from .progress import Progress
 from .tiers import measure_tier
 
 PACKAGE = Path(__file__).parents[1]
@@ -39,14 +40,14 @@ class CommandError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        _profile(options)
+        return options.run(options)
     except (CommandError, ProfileError, OSError, ValueError) as error:
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)  # a model's errors have several lines
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; run the same command again to go on with {options.out}", file=sys.stderr)
+        again = f"; run the same command again to go on with {options.out}" if "out" in options else ""
+        print(f"\nstopped{again}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _about() -> str:
@@ -55,10 +56,12 @@ def _about() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m kara_kernels.contexts", description=_about(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser("python -m kara_kernels.contexts")
     commands = parser.add_subparsers(required=True)
-    profile = commands.add_parser("profile", help="measure quality, size and tiers")
+    add_to(commands)
+    profile = commands.add_parser("profile", help="measure quality, size and tiers", description=_about(),
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    profile.set_defaults(run=_profile)
     profile.add_argument("model", metavar="MODEL", help="a folder or name that transformers loads")
     profile.add_argument("contexts", metavar="CONTEXTS.jsonl", type=Path)
     profile.add_argument("-o", "--out", type=Path, default=Path("profile.json"), help="the profile (%(default)s)")
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _profile(options: argparse.Namespace) -> None:
+def _profile(options: argparse.Namespace) -> int:
     sources = read_contexts(options.contexts)
     tiers = [_tier(each, options.device) for each in options.tier]
     say = Progress(len(sources))
@@ -110,6 +113,7 @@ def _profile(options: argparse.Namespace) -> None:
         replace(held, contexts=done, tiers=tuple(tiers) or held.tiers).save(options.out)
     replace(held, contexts=done, tiers=tuple(tiers) or held.tiers).save(options.out)
     say.end(f"{len(done)} contexts, {sum(len(c.measured) for c in done.values())} compressions: {options.out}")
+    return 0
 
 
 def read_contexts(path: Path) -> list[Any]:
@@ -223,32 +227,6 @@ def _embedder(folder: str | None) -> Callable[[Sequence[str]], Any] | None:
         return torch.nn.functional.normalize(states.sum(1) / mask.sum(1), dim=-1)
 
     return embed
-
-
-class Progress:
-    """One line: which context, what of it, and an estimate of the time left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.number, self.begun, self.skipped = total, 0, time.monotonic(), 0
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, what: str, done: float) -> None:
-        finished = self.number - self.skipped + done
-        left = ""
-        if finished > 0.1:
-            seconds = (time.monotonic() - self.begun) / finished * (self.total - self.number - done)
-            left = f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
-        text = f"context {self.number + 1} of {self.total}: {what}{left}"
-        if self.live:
-            print(f"\r{text:<100.100}", end="", file=sys.stderr, flush=True)
-        elif what == "prefill":
-            print(text, file=sys.stderr, flush=True)
-
-    def passed(self) -> None:
-        self.skipped += 1
-
-    def end(self, text: str) -> None:
-        print(("\r" + " " * 100 + "\r" if self.live else "") + text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Contexts in engines of their own: in processes, over HTTP, with little room, and what does not start."""
 
+import json
 import random
 import re
 import shutil
@@ -18,6 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from demos.serve.server import MODEL, Settings
 from demos.serve.server import serving as serving_http
+from kara_kernels.contexts.__main__ import main as contexts_command
 from kara_kernels.integrations.vllm.contexts.stats import COUNTERS, GAUGES
 
 
@@ -194,6 +196,52 @@ def test_what_finds_no_room_in_memory_lies_on_a_disk(model, tmp_path):
                 assert again.ask(prompt, context_tokens=256) == [again.judge(prompt, 256)]
                 again.forget()
         assert again.manager.counts["hits", "disk"] == left
+        again.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "grain"), [(1, 4), pytest.param(2, 5, marks=pytest.mark.skipif(ON_GPU, reason="needs two GPUs"))]
+)
+def test_an_operator_reads_and_deletes_what_a_server_left(model, tmp_path, capsys, ranks, grain):
+    """The commands, which never import vLLM, find the files of a real engine's tier, and every worker's packet."""
+    documents, (question,) = prompts(*[256] * 7, seed=61), prompts(9, seed=62)
+    store = str(tmp_path / "store")
+
+    def command(name, *words):
+        capsys.readouterr()  # what vLLM has logged
+        code = contexts_command([name, store, *words])
+        said = capsys.readouterr()
+        return code, said.out
+
+    with serving(model, with_disk(store, grain_kib=grain), tensor_parallel_size=ranks) as some:
+        for document in documents:
+            some.ask(document + question, context_tokens=256)
+            some.forget()
+        some.connector._store.save(some.manager, at_once=True)
+        stored = {copy.key: copy.number for copy in some.manager.keeper.directory.copies() if copy.tier == "disk"}
+        assert len(stored) >= 2
+        assert command("verify") == (0, f"{len(stored)} whole\n")
+        assert command("drop", "--all") == (2, "0 contexts deleted, 0 bytes\n")
+    listed = json.loads(command("ls", "--json")[1])
+    assert listed["servers"][0]["model_name"] == model
+    assert {row["context"]: row["tokens"] for row in listed["contexts"]} == dict.fromkeys(stored, 256)
+    size = sum(path.stat().st_size for path in Path(store).rglob("*.bin"))
+    assert sum(row["bytes"] for row in listed["contexts"]) == size
+    assert command("verify") == (0, f"{len(stored)} whole\n")
+    dropped, *kept = stored
+    assert command("drop", dropped)[0] == 0
+    assert command("verify") == (0, f"{len(kept)} whole\n")
+    with serving(model, with_disk(store, grain_kib=grain), tensor_parallel_size=ranks) as again:
+        assert {copy.key: copy.number for copy in again.manager.keeper.directory.copies()} == {
+            key: stored[key] for key in kept
+        }
+        for document in documents:
+            held = again.manager.keeper.get(again.place_of(document + question, 256).key) is not None
+            said = again.ask(document + question, context_tokens=256)
+            again.forget()
+            if held and ranks == 1:
+                assert said == [again.judge(document + question, 256)]
+        assert again.manager.counts["hits", "disk"] >= len(kept)
         again.assert_nothing_leaks()
 
 
