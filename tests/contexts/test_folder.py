@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kara_kernels.contexts.folder import Slot, check_folder, is_locked, own_folder, take_lock
+from kara_kernels.contexts.folder import Slot, check_folder, grain_file, is_locked, own_folder, take_lock
 
 
 def test_a_folder_that_only_its_owner_may_enter(tmp_path: Path) -> None:
@@ -60,6 +61,15 @@ def test_who_looks_sees_servers_and_takes_no_slot_from_them(tmp_path: Path) -> N
     assert take_lock(slot.path) is None
     threading.Timer(0.005, os.close, [looking]).start()
     assert Slot(tmp_path / "store").path == slot.path
+
+
+def test_files_are_named_by_copy_and_grain() -> None:
+    """At most 4,096 folders, with one folder in each; the rest of the name is a digest."""
+    digest = hashlib.sha256(b"7 12").hexdigest()
+    assert grain_file(7, 12) == f"{digest[:3]}/00_g0/{digest[:3]}000{digest}.bin"
+    names = {grain_file(copy, grain) for copy in range(30) for grain in range(30)}
+    assert len(names) == 900
+    assert {name.split("/")[1] for name in names} == {"00_g0"}
 
 
 def test_servers_do_not_share_a_slot(tmp_path: Path) -> None:

@@ -34,15 +34,17 @@ def packet_of(key: str, worker: int, model: str = MODEL, sections: int | None = 
     return packet if sections is None else packet.cut(sections)
 
 
-def write(path: Path, keys: list[str], workers: int = 1, model: str = MODEL, sections: int | None = None) -> Part:
+def write(
+    path: Path, keys: list[str], workers: int = 1, model: str = MODEL, sections: int | None = None, grain: int = GRAIN
+) -> Part:
     """A part as a server leaves it: a copy in memory, too, and numbers that are not those of places."""
     slot = Slot(own_folder(path) / model[:16])
-    row = -(-GRAIN * workers // 4096) * 4096
+    row = -(-grain * workers // 4096) * 4096
     directory = Directory([Tier("ram", 10**9, 1e10), Tier("disk", 10**9, 1e9)])
     for key in ["c" * 64 + ".512", *keys]:
         parts = [packet_of(key, worker, model, sections).to_bytes() for worker in range(workers)]
-        grains = -(-len(parts[0]) // GRAIN)
-        option = Option("none/int8", packet_of(key, 0, model, sections).step.ratio, grains * GRAIN, 0.9999)
+        grains = -(-len(parts[0]) // grain)
+        option = Option("none/int8", packet_of(key, 0, model, sections).step.ratio, grains * grain, 0.9999)
         transfer = directory.store(key, option, "disk" if key in keys else "ram")
         assert transfer is not None
         assert transfer.target is not None
@@ -50,9 +52,9 @@ def write(path: Path, keys: list[str], workers: int = 1, model: str = MODEL, sec
         for i in range(grains if key in keys else 0):
             file = slot.path / "packets" / "packets_0a1b2c3d4e5f_r0" / grain_file(transfer.target.number, i)
             file.parent.mkdir(parents=True, exist_ok=True)
-            cells = [part[i * GRAIN : (i + 1) * GRAIN].ljust(GRAIN, b"\xee") for part in parts]
+            cells = [part[i * grain : (i + 1) * grain].ljust(grain, b"\xee") for part in parts]
             file.write_bytes(b"".join(cells).ljust(row, b"\xee"))
-    about = {"model": "some/model", "grain": GRAIN, "row": row, "workers": workers}
+    about = {"model": "some/model", "grain": grain, "row": row, "workers": workers}
     directory.save(slot.path / "directory.json", about)
     slot.close()
     return Part(slot.path)
@@ -150,8 +152,10 @@ def test_a_prefix_of_no_context_or_of_several_is_refused(tmp_path: Path, say: Sa
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("sections", [None, 5])
-def test_what_a_server_left_is_whole(tmp_path: Path, say: Said, workers: int, sections: int | None) -> None:
-    part = write(tmp_path / "store", KEYS, workers, sections=sections)
+@pytest.mark.parametrize("grain", [GRAIN, 65536])
+def test_what_a_server_left_is_whole(tmp_path: Path, say: Said, workers: int, sections: int | None, grain: int) -> None:
+    """Also where several of a packet's steps take as many grains: it is not taken for a shorter one."""
+    part = write(tmp_path / "store", KEYS, workers, sections=sections, grain=grain)
     assert say("verify", tmp_path / "store")[:2] == (0, "3 whole\n")
     for each in part.contexts():
         for worker in range(workers):
@@ -219,6 +223,12 @@ def test_what_is_wrong_is_named_and_can_be_deleted(tmp_path: Path, say: Said, fa
     assert say("verify", tmp_path / "store")[:2] == (0, "2 whole\n")
     assert [each.copy.key for each in part.contexts()] == KEYS[1:]
     assert [file.suffix for file in everything(part.path / "packets") if file.suffix != ".moved"] == [".bin"] * 18
+
+
+def test_one_file_less_than_there_should_be_is_missing(tmp_path: Path, say: Said) -> None:
+    part = write(tmp_path / "store", KEYS[:1])
+    files_of(part, KEYS[0])[-1].unlink()
+    assert "missing: grain 8 of 9: no file" in say("verify", tmp_path / "store")[1]
 
 
 def test_a_packet_of_another_model_is_foreign(tmp_path: Path, say: Said) -> None:
