@@ -15,13 +15,13 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .commands import add_to
-from .profile import Profile, ProfileError, digest_of
+from .profile import Profile, ProfiledContext, ProfileError, Source, digest_of
 from .progress import Progress
 from .tiers import measure_tier
 
@@ -31,6 +31,10 @@ SOURCES = (
     "contexts/codec.py", "contexts/packet.py", "contexts/profiler.py", "contexts/replay.py", "payload.py",
     "reference/gather.py", "reference/quantize.py", "reference/rank.py", "reference/score.py", "scorers",
 )  # fmt: skip
+
+
+Known = Callable[[Source, Mapping[str, ProfiledContext]], bool]
+Measure = Callable[[Source], ProfiledContext]
 
 
 class CommandError(Exception):
@@ -62,11 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="measure quality, size and tiers", description=_about(),
                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     profile.set_defaults(run=_profile)
-    profile.add_argument("model", metavar="MODEL", help="a folder or name that transformers loads")
+    profile.add_argument("model", metavar="MODEL", nargs="?",
+                         help="that transformers loads; with --server, as the server names it")  # fmt: skip
     profile.add_argument("contexts", metavar="CONTEXTS.jsonl", type=Path)
     profile.add_argument("-o", "--out", type=Path, default=Path("profile.json"), help="the profile (%(default)s)")
     profile.add_argument("--methods", help="scorer/form, comma-separated, for example compactor/int8,knorm/exact")
     profile.add_argument("--tokens", type=int, default=768, help="of a context at most (%(default)s)")
+    profile.add_argument(
+        "--server", metavar="URL", help="measure through a vLLM server with contexts, while it is idle"
+    )
+    profile.add_argument("--floor", type=float,
+                         help="with --server: measure again what is served with less quality than this")  # fmt: skip
     profile.add_argument("--queries", type=int, default=3, help="made where a context has none (%(default)s)")
     profile.add_argument("--answer-tokens", type=int, default=24, help="judged of each query (%(default)s)")
     profile.add_argument(
@@ -95,7 +105,13 @@ def _profile(options: argparse.Namespace) -> int:
     sources = read_contexts(options.contexts)
     tiers = [_tier(each, options.device) for each in options.tier]
     say = Progress(len(sources))
-    profiler, about = _profiler(options, say)
+    if options.server is not None:
+        known, measure, about = _online(options, sources, say)
+    elif options.model is None:
+        raise CommandError("MODEL: expected a folder or name that transformers loads, or --server URL, got neither")
+    else:
+        profiler, about = _profiler(options, say)
+        known, measure = lambda source, done: profiler.key_of(profiler.tokens_of(source)) in done, profiler.profile
     key = hashlib.sha256(json.dumps(about["key"], sort_keys=True).encode()).hexdigest()
     held = Profile.load(options.out) if options.out.exists() else Profile(key, about)
     if held.key != key:
@@ -105,10 +121,10 @@ def _profile(options: argparse.Namespace) -> int:
     done = dict(held.contexts)
     for number, source in enumerate(sources):
         say.number = number
-        if profiler.key_of(profiler.tokens_of(source)) in done:
+        if known(source, done):
             say.passed()
             continue
-        found = profiler.profile(source)
+        found = measure(source)
         done[found.key] = found
         replace(held, contexts=done, tiers=tuple(tiers) or held.tiers).save(options.out)
     replace(held, contexts=done, tiers=tuple(tiers) or held.tiers).save(options.out)
@@ -116,10 +132,32 @@ def _profile(options: argparse.Namespace) -> int:
     return 0
 
 
+def _online(options: argparse.Namespace, sources: Sequence[Source], say: Progress) -> tuple[Known, Measure, Any]:
+    """How contexts are found and measured through a server, and what the profile depends on."""
+    from .online import METHODS, OnlineProfiler, Server
+
+    if silent := [source.name for source in sources if not source.queries]:
+        raise CommandError(
+            f"{options.contexts}: expected queries of every context with --server, got none of {silent[0]}"
+        )
+    server = Server(options.server, options.model)
+    methods = tuple(options.methods.split(",")) if options.methods else METHODS
+    profiler = OnlineProfiler(server, methods, options.tokens, options.answer_tokens, say)
+    settings = {"methods": methods, "tokens": options.tokens, "answer_tokens": options.answer_tokens}
+
+    def known(source: Source, done: Mapping[str, ProfiledContext]) -> bool:
+        ids = profiler.ids(source.text)
+        found = profiler.find(ids, done)
+        return found is not None and (options.floor is None or profiler.quality(ids, source.queries) >= options.floor)
+
+    def measure(source: Source) -> ProfiledContext:
+        return profiler.profile(source.name, profiler.ids(source.text), source.queries)
+
+    return known, measure, {"key": {"served": server.model, "settings": settings}, "server": options.server}
+
+
 def read_contexts(path: Path) -> list[Any]:
     """The contexts of a file. Raises CommandError that names the line."""
-    from .profiler import Source
-
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():

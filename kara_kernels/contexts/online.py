@@ -20,8 +20,10 @@ from typing import Any
 from .profile import Measured, ProfiledContext, keys_of
 
 ASK = "\n\nQuestion: {query}\nAnswer:"
-RATIOS = (0.25, 0.35, 0.4, 0.45, 1.0)
-"""Wanted. The server takes the nearest that it has."""
+METHODS = ("none/int8",)
+SHARES = (0.125, 0.25, 0.5)
+"""Of the way from the smallest packet that the server can make of a stored one to the stored one itself."""
+BLOCK = 256  # tokens of the largest block
 TOP = 20  # tokens whose probabilities the server tells; vLLM's own limit
 PATIENCE = 600.0  # seconds for an answer
 LEAST = 1e-9  # of probabilities: less is rounding
@@ -140,29 +142,45 @@ class OnlineProfiler:
         """
         first = self._ask(ids, 1, {"context_tokens": len(ids)}, "prefill", 0.0)
         asked = [self._asked(ids, query) for query in queries]
-        found: dict[tuple[str, int], Measured] = {}
-        wanted = [(method, ratio) for method in self.methods for ratio in RATIOS]
-        size = 0
-        for number, (method, ratio) in enumerate(wanted):
-            forced = {"context": {"method": method, "ratio": ratio}, "context_tokens": len(ids)}
-            told = self._ask([*ids, *asked[0][0]], 1, forced, method, number / len(wanted)).context
-            if told.get("source") == "computed" or (method, told["sections"]) in found:
-                continue
-            size = told["tokens"]
-            kl, agreement = self._judge(ids, asked, forced, f"{method} at {told['ratio']:.2f}", number / len(wanted))
-            found[method, told["sections"]] = Measured(
-                method, told["sections"], told["ratio"], told["nbytes"], 0.0, size, kl, agreement
-            )
+        steps = [step for method in self.methods for step in self._steps(ids, asked[0][0], method)]
+        found = []
+        for number, told in enumerate(steps):
+            what, done = f"{told['method']} at {told['ratio']:.2f}", 0.1 + 0.9 * number / len(steps)
+            kl, agreement = self._judge(ids, asked, _forced(ids, told["method"], told["ratio"]), what, done)
+            found.append(Measured(
+                told["method"], told["sections"], told["ratio"], told["nbytes"], 0.0, told["tokens"], kl, agreement
+            ))  # fmt: skip
         if not found:
             raise ServerError(f"context {name!r}: expected the server to store it, got none of its rows back")
         question = statistics.median(answer.seconds for _, answer in asked) / self.answer_tokens
+        size = found[0].rows
         (key,) = keys_of(ids, [size])
-        return ProfiledContext(key, name, size, first.seconds, question, tuple(queries), tuple(found.values()))
+        return ProfiledContext(key, name, size, first.seconds, question, tuple(queries), tuple(found))
+
+    def find(self, ids: Sequence[int], done: Mapping[str, ProfiledContext]) -> ProfiledContext | None:
+        """The context among those that are profiled: the server has left out what fills no block."""
+        lengths = sorted({context.tokens for context in done.values() if 0 <= len(ids) - context.tokens < BLOCK})
+        return next((done[key] for key in keys_of(ids, lengths) if key in done), None)
 
     def quality(self, ids: Sequence[int], queries: Sequence[str]) -> float:
         """What the server achieves now, with the compression that ordinary requests get: ``exp(-divergence)``."""
         asked = [self._asked(ids, query) for query in queries]
         return math.exp(-self._judge(ids, asked, {"context_tokens": len(ids)}, "as served", 0.5)[0])
+
+    def _steps(self, ids: Sequence[int], question: Sequence[int], method: str) -> list[Mapping[str, Any]]:
+        """What the server can give, of what it has stored: the ends, and some between them."""
+        prompt, told = [*ids, *question], dict[int, Mapping[str, Any]]()
+
+        def at(ratio: float) -> float:
+            context = self._ask(prompt, 1, _forced(ids, method, ratio), method, 0.1).context
+            if "sections" in context:
+                told[context["sections"]] = context
+            return context.get("ratio", 0.0)
+
+        least, most = at(1e-9), at(1e9)
+        for share in SHARES:
+            at(least + share * (most - least))
+        return [told[sections] for sections in sorted(told)]
 
     def _asked(self, ids: Sequence[int], query: str) -> tuple[list[int], Answer]:
         """A question's tokens, and its answer from exact rows."""
@@ -197,6 +215,10 @@ def divergence(full: Mapping[int, float], other: Mapping[int, float]) -> float:
     known = math.fsum(math.exp(other[token]) for token in full.keys() & other.keys())
     rest = (1 - math.fsum(p for p, _ in pairs), 1 - known)
     return max(0.0, math.fsum(p * math.log(p / max(q, LEAST)) for p, q in [*pairs, rest] if p > LEAST))
+
+
+def _forced(ids: Sequence[int], method: str, ratio: float) -> Mapping[str, Any]:
+    return {"context": {"method": method, "ratio": max(ratio, 1e-9)}, "context_tokens": len(ids)}
 
 
 def _id(token: str) -> int:

@@ -29,6 +29,17 @@ class ProfileError(ValueError):
 
 
 @dataclass(frozen=True)
+class Source:
+    """A context as the caller gives it."""
+
+    name: str
+    text: str
+    queries: tuple[str, ...] = ()
+    answers: tuple[str | None, ...] = ()
+    """Given answers by query, for exact matches."""
+
+
+@dataclass(frozen=True)
 class Measured:
     """One compression of one context, judged by all its queries."""
 

@@ -20,7 +20,7 @@ from ..scorers import NAMED
 from ..values import check_choice, check_count
 from .codec import decode, encode
 from .packet import Packet, Step
-from .profile import Measured, ProfiledContext, keys_of
+from .profile import Measured, ProfiledContext, Source, keys_of
 from .replay import Replay, cache_of
 
 BLOCK = 16
@@ -32,17 +32,6 @@ ASK = "\n\nQuestion: {query}\nAnswer:"
 MAKE = "{passage}\n\nA short question about the text above, ending with a question mark.\nQuestion:"
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 PASSAGE = 120  # tokens
-
-
-@dataclass(frozen=True)
-class Source:
-    """A context as the caller gives it."""
-
-    name: str
-    text: str
-    queries: tuple[str, ...] = ()
-    answers: tuple[str | None, ...] = ()
-    """Given answers by query, for exact matches."""
 
 
 @dataclass(frozen=True)

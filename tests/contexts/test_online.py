@@ -8,13 +8,15 @@ import random
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kara_kernels.contexts import online
+from kara_kernels.contexts.__main__ import main
 from kara_kernels.contexts.online import OnlineProfiler, Server, ServerError, divergence
-from kara_kernels.contexts.profile import keys_of
+from kara_kernels.contexts.profile import Profile, keys_of
 
 BLOCK, STEPS = 16, {3: 0.3, 5: 0.42, 9: 0.55}  # ratios by sections
 TEXT, QUERIES = " ".join(f"w{i}" for i in range(1, 90)), ("w7 w8", "w9")
@@ -131,6 +133,32 @@ def test_the_quality_that_others_get_is_told(fake: tuple[Fake, str]) -> None:
     ids = profiler.ids(TEXT)
     assert profiler.quality(ids, QUERIES) > 0.99  # the first request is computed, and the others get the whole packet
     assert profiler.quality(ids, QUERIES) == pytest.approx(math.exp(-kl(0.05)))
+
+
+def test_the_command_writes_a_profile_and_measures_again_what_is_served_too_badly(
+    fake: tuple[Fake, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, url = fake
+    lines, out = tmp_path / "contexts.jsonl", tmp_path / "profile.json"
+    lines.write_text(json.dumps({"text": TEXT, "name": "a name", "queries": QUERIES}) + "\n")
+    command = ["profile", "--server", url, str(lines), "-o", str(out), "--tokens", "83", "--answer-tokens", "2"]
+    assert main(command) == 0
+    (context,) = Profile.load(out).contexts.values()
+    assert (context.name, context.tokens, len(context.measured)) == ("a name", 80, len(STEPS))
+    assert "1 contexts, 3 compressions" in capsys.readouterr().err
+    asked = len(state.asked)
+    assert main(command) == 0
+    assert len(state.asked) == asked  # it is known
+    assert main([*command, "--floor", "0.97"]) == 0
+    checked = len(state.asked) - asked
+    assert checked == 2 + 2 * 2  # exact answers, and each of their tokens
+    assert main([*command, "--floor", "1.0"]) == 0
+    assert len(state.asked) > asked + 3 * checked
+    lines.write_text(json.dumps({"text": TEXT}) + "\n")
+    assert main(command) == 2
+    assert "expected queries of every context with --server, got none of line 1" in capsys.readouterr().err
+    assert main(["profile", str(lines)]) == 2
+    assert "MODEL: expected a folder or name" in capsys.readouterr().err
 
 
 def test_it_waits_while_the_server_is_busy(fake: tuple[Fake, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def profiler(model: Any = None, **settings: Any) -> Any:
 
 
 def source(**fields: Any) -> Any:
-    from kara_kernels.contexts.profiler import Source
+    from kara_kernels.contexts.profile import Source
 
     return Source("pharos", TEXT, **fields)
 
@@ -236,7 +236,8 @@ def _replay(ask: Any) -> Any:
 
 
 def test_what_cannot_be_profiled(one_thread: None) -> None:
-    from kara_kernels.contexts.profiler import Settings, Source
+    from kara_kernels.contexts.profile import Source
+    from kara_kernels.contexts.profiler import Settings
 
     with pytest.raises(ValueError, match=r"method 'best/int8': scorer: expected one of"):
         Settings(methods=("best/int8",))

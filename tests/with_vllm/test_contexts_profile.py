@@ -1,11 +1,15 @@
 """Contexts that a profile lets be compressed harder, against a dense model that is fed the rows of their packets."""
 
+import json
 import time
 
 import pytest
-from contexts_harness import ON, serving
-from harness import prompts
+from contexts_harness import BLOCK, ON, serving
+from harness import ON_GPU, prompts
 
+from demos.serve.server import Settings
+from demos.serve.server import serving as serving_http
+from kara_kernels.contexts.__main__ import main
 from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext, keys_of
 from kara_kernels.integrations.vllm import watched
 
@@ -34,6 +38,31 @@ def held(server):
     copies = {copy.key: copy for copy in server.manager.keeper.directory.copies()}
     places = [server.place_of(document + QUESTIONS[0], 256) for document in DOCUMENTS]
     return [copies.get(place.key) for place in places]
+
+
+def test_a_client_measures_the_profile_of_a_server_that_reads_it(model, tmp_path):
+    """Everything as an operator has it: the server waits for a file that the command writes."""
+    path, lines = tmp_path / "profile.json", tmp_path / "contexts.jsonl"
+    settings = Settings(
+        model=model, blocks=100, block_size=BLOCK, max_model_len=1024, max_requests=2, dtype="float32", eager=True,
+        cpu=not ON_GPU, threads=1, contexts={"alpha": 1e-3, "ram_gib": 0.1, "profile": str(path)},
+    )  # fmt: skip
+    document = " ".join(f"w{word}" for word in DOCUMENTS[0] + DOCUMENTS[1])
+    lines.write_text(json.dumps({"text": document, "name": "a text", "queries": ["w1 w2", "w3"]}) + "\n")
+    with serving_http(settings, tmp_path / "server.log") as running:
+        command = ["profile", "--server", running.url, str(lines), "-o", str(path), "--tokens", "500"]
+        assert main([*command, "--answer-tokens", "3"]) == 0
+        time.sleep(1.5)  # it looks once a second
+        assert main([*command, "--answer-tokens", "3", "--floor", "0.0"]) == 0
+        metrics = running.metrics()
+    (context,) = Profile.load(path).contexts.values()
+    assert context.tokens == 480  # whole blocks
+    assert context.key == next(keys_of(DOCUMENTS[0] + DOCUMENTS[1], [480]))
+    finer = sorted(context.measured, key=lambda each: each.nbytes)
+    assert len(finer) > 2
+    assert all(each.rows == 480 for each in finer)
+    assert finer[0].kl > finer[-1].kl >= 0
+    assert metrics["kara:context_profile_contexts"] == 1, metrics
 
 
 @pytest.mark.parametrize("below", ["nothing", "a disk"])
