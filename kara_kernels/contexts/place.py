@@ -184,6 +184,14 @@ class Placement:
         unit = self._weight(now)
         return sum(self._market.value(item, *item.place) for item in self._items.values()) / unit
 
+    def utilities(self, now: float = 0.0) -> dict[str, float]:
+        """The sum of what is planned on each tier. Contexts that are recomputed are left out."""
+        unit, found = self._weight(now), dict.fromkeys(self._tiers, 0.0)
+        for item in self._items.values():
+            if (name := self._name(item.place.tier)) is not None:
+                found[name] += self._market.value(item, *item.place) / unit
+        return found
+
     def settle(self) -> list[Move]:
         """Plans, and returns the moves in an order that frees room before it is needed, where there is one."""
         entering, self._entering = self._entering, {}

@@ -209,6 +209,18 @@ def test_what_a_new_profile_finds_too_bad_leaves(tmp_path: Path) -> None:
         some.step(0)
         assert time.monotonic() < until
     assert some.grains.free == some.grains.count
+    assert some.counts["below_floor",] == 1
+
+
+def test_what_tiers_are_worth_is_told(tmp_path: Path) -> None:
+    some = manager(512, alpha=2.0, lower=[(Tier("disk", 10**6, 1e9), Disk({}, 512))])
+    assert (some.gauges()["utility", "ram"], some.gauges()["utility", "disk"]) == (0, 0)
+    stored(some, ALICE, "alice", IDS)
+    again = some.keeper.placement.utilities(0.0)
+    assert again["ram"] == pytest.approx(some.keeper.placement.utility(0.0), abs=1e-9)
+    assert again["ram"] == pytest.approx(2.0 * 0.9999, abs=1e-3)
+    assert again["disk"] == 0
+    assert some.gauges()["utility", "ram"] == 0  # it is summed now and then
 
 
 def test_what_is_left_by_another_process_stays_until_it_is_used(tmp_path: Path) -> None:

@@ -58,6 +58,20 @@ def test_the_metrics_are_documented():
     assert found == counters | {name: ",".join(labels) for name, (labels, _) in GAUGES.items()}
 
 
+def test_the_dashboard_asks_for_metrics_and_labels_that_exist():
+    dashboard = json.loads((Path(__file__).parents[2] / "docs/grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = [expression for expression in asked if "kara:context_" in expression]
+    assert len(asked) >= 9
+    for expression in asked:
+        by = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([\w, ]+)\)", expression))))
+        for name, chosen in re.findall(r'kara:context_(\w+)\{model_name=~"\$model"([^}]*)\}', expression):
+            counter = name.removesuffix("_total")
+            assert (name != counter) == ("rate(" in expression)
+            labels = set((COUNTERS if name != counter else GAUGES)[counter][0])
+            assert by | set(re.findall(r"(\w+)!?=", chosen)) <= labels, expression
+
+
 def shown():
     """The metrics of contexts by name and labels, in the order of their names."""
     found = {}

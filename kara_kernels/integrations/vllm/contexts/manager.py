@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kara_kernels.contexts.directory import Transfer, read_snapshot
 from kara_kernels.contexts.keeper import Keeper
-from kara_kernels.contexts.utility import Tier
+from kara_kernels.contexts.utility import Context, Tier
 
 from .catalogue import Catalogue, Way
 from .grains import Grains
@@ -23,6 +23,7 @@ from .transfers import RAM, LowerTier, Transfers
 
 GPU = "gpu"
 SEEN = 65_536  # block hashes that are remembered, to find what requests share
+LOOK = 10.0  # seconds from one sum of all utilities to the next
 PAUSE = 30.0  # seconds without a tier that could not be written
 MOVES = {"cut", "evict", "given_up"}  # of the keeper's counts
 
@@ -84,6 +85,7 @@ class ContextManager:
         self._rows: dict[str, tuple[str, Sequence[int]]] = {}  # key: the request and blocks that have its full rows
         self._closed: dict[str, float] = {}  # tiers that get nothing, and until when
         self._stepped: tuple[float, int] = (clock(), 0)
+        self._utilities: tuple[float, dict[str, float]] = (-math.inf, {})
 
     # -------------------------------------------------------------------------------------------------- requests
 
@@ -184,7 +186,7 @@ class ContextManager:
             self.rates.see("prefill", (now - before) / computed)
         self._stepped = now, tokens
         for context in self._known.heard():
-            self.keeper.change(context)
+            self._change(context)
         self.transfers.step()
         for tier, cost in self.transfers.read_costs:
             self.rates.see_read(tier, cost)
@@ -222,9 +224,13 @@ class ContextManager:
 
     def gauges(self) -> dict[tuple[str, ...], float]:
         """Values of now; see :mod:`.stats`."""
+        now = self._clock()
+        if now >= self._utilities[0] + LOOK:
+            self._utilities = now, self.keeper.placement.utilities(now)
         return {
             **{("bytes", tier.name): self.keeper.directory.used(tier.name) for tier in self._tiers},
             **{("capacity_bytes", tier.name): tier.capacity for tier in self._tiers},
+            **{("utility", tier): value for tier, value in self._utilities[1].items()},
             ("stored_now",): len(self.keeper.directory),
             ("prefill_token_seconds",): self.rates.prefill,
             ("load_byte_seconds",): self.rates.load,
@@ -282,7 +288,14 @@ class ContextManager:
 
     def _renew(self, place: Place, ids: Sequence[int]) -> None:
         if (context := self._known.used(place, ids)) is not None:
-            self.keeper.change(context)
+            self._change(context)
+
+    def _change(self, context: Context) -> None:
+        """The placement hears of another profile or other costs."""
+        copy = self.keeper.get(context.key)
+        if copy is not None and any(x.same_bytes(copy.option) and x.quality < context.floor for x in context.options):
+            self.counts["below_floor",] += 1
+        self.keeper.change(context)
 
     def _forget(self, place: Place) -> None:
         self._known.remove(place)

@@ -17,6 +17,7 @@ COUNTERS = {
     "saves_failed": ((), "Times the directory of contexts on disk could not be written."),
     "closed": (("tier",), "Times a tier could not be written and was given nothing for a while."),
     "refused": ((), "Contexts that were not stored: one may not take so much memory, or nothing may be stored of it."),
+    "below_floor": ((), "Times a new profile found a stored context below the floor."),
     "slower": ((), "Times a stored context was computed because that was expected to be faster."),
     "jobs": (("job", "outcome"), "Stores and loads that ended, by outcome: ok, failed, damaged."),
     "job_seconds": (("job",), "Seconds that workers spent on stores and loads."),
@@ -29,6 +30,7 @@ COUNTERS = {
 GAUGES = {
     "bytes": (("tier",), "Bytes of packets, and of those that are being written."),
     "capacity_bytes": (("tier",), "Bytes that packets may take."),
+    "utility": (("tier",), "Of all contexts on a tier: (alpha * quality - seconds to the first token) * uses."),
     "stored_now": ((), "Contexts that are stored."),
     "prefill_token_seconds": ((), "Seconds to compute a token, measured."),
     "load_byte_seconds": ((), "Seconds to load a byte of a packet, measured."),
