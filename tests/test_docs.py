@@ -196,8 +196,8 @@ def check_pip(words: list[str]) -> None:
     extras = re.fullmatch(r"\.(?:\[(.*)\])?", words[0])
     assert extras is not None
     assert not words[1:]
-    if extras[1]:
-        assert f"\n{extras[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in extras[1].split(",") if extras[1] else ():
+        assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- links and figures

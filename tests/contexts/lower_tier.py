@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kara_kernels.contexts.directory import Copy
+
 
 class Disk:
     """What lies in the region and here are (context, place in its packet)."""
 
-    name = "disk"
+    name, resting = "disk", False
 
     def __init__(self, region: dict[int, tuple[str, int]], nbytes: int) -> None:
         self.region, self.nbytes = region, nbytes
@@ -16,11 +18,14 @@ class Disk:
         self.jobs: dict[int, tuple[str, int, list[int]]] = {}
         self.over: list[tuple[int, bool, float]] = []
 
-    def write(self, job: int, copy: int, grains: Sequence[int]) -> None:
-        self.jobs[job] = "write", copy, list(grains)
+    def has(self, copy: Copy) -> bool:
+        return False
 
-    def read(self, job: int, copy: int, grains: Sequence[int]) -> None:
-        self.jobs[job] = "read", copy, list(grains)
+    def write(self, job: int, copy: Copy, grains: Sequence[int]) -> None:
+        self.jobs[job] = "write", copy.number, list(grains)
+
+    def read(self, job: int, copy: Copy, grains: Sequence[int]) -> None:
+        self.jobs[job] = "read", copy.number, list(grains)
 
     def end(self, job: int, ok: bool) -> None:
         kind, copy, grains = self.jobs.pop(job)
@@ -36,7 +41,9 @@ class Disk:
         over, self.over = self.over, []
         return over
 
-    def erase(self, copy: int, grains: Sequence[int]) -> None:
-        assert all(other != copy for _, other, _ in self.jobs.values())
+    def erase(self, copy: Copy, grains: Sequence[int]) -> None:
+        assert all(other != copy.number for _, other, _ in self.jobs.values())
         for grain in grains:
-            self.copies.get(copy, {}).pop(grain, None)
+            self.copies.get(copy.number, {}).pop(grain, None)
+
+    def spoiled(self, copy: Copy) -> None: ...

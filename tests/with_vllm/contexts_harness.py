@@ -104,6 +104,10 @@ class Server:
         held = self.manager.transfers._held[copy.number]
         if copy.tier == "ram":
             data = self.worker._read(held, step.nbytes)
+        elif copy.tier == "remote":
+            remote = self.connector._remote
+            values = remote._store._client.mget(remote._grains(remote._copies[copy.number])[: len(held)])
+            data = b"".join(values)[: step.nbytes]
         else:
             files = [Path(self.connector._store.disk.path(copy.number, i)) for i in held]
             data = b"".join(file.read_bytes() for file in files)[: step.nbytes]

@@ -304,7 +304,7 @@ def test_a_disk_that_cannot_be_written_is_left_alone_for_a_while(model, tmp_path
         tiers = [copy.tier for copy in some.manager.keeper.directory.copies()]
         assert set(tiers) == {"ram"}
         packets.unlink()
-        some.manager._closed["disk"] = 0.0  # the while is over
+        some.manager.closed.until["disk"] = 0.0  # the while is over
         for document in documents:
             some.ask(document + question, context_tokens=256)
             some.forget()

@@ -22,6 +22,7 @@ def before(config: Any) -> None:
     settings = context_settings_of(config)
     _refuse(config)
     _check_profile(settings)
+    _check_remote(settings)
     config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR, kv_connector_module_path=f"{_ROOM}.connector", kv_role="kv_both",
         kv_load_failure_policy="recompute",
@@ -50,9 +51,30 @@ def _check_profile(settings: ContextSettings) -> None:
         raise ValueError(f"contexts: profile: {error}") from None
 
 
+def _check_remote(settings: ContextSettings) -> None:
+    """Raises ValueError for a store that this machine cannot speak to. It may still be down."""
+    try:
+        if settings.remote is not None:
+            settings.remote.address()
+    except ValueError as error:
+        raise ValueError(f"contexts: {error}") from None
+
+
 def _refuse(config: Any) -> None:
     refused = found_in(config, UNSUPPORTED)
+    if context_settings_of(config).remote is not None:
+        refused += [f"{what} beside a remote tier" for what in _found_ambiguous(config)]
     if not config.cache_config.enable_prefix_caching:
         refused.append("no prefix cache (--no-enable-prefix-caching)")
     if refused:
         raise ValueError(f"contexts: expected only supported features, got {'; '.join(refused)}")
+
+
+def _found_ambiguous(config: Any) -> list[str]:
+    """What could give contexts with other rows the same name on another server."""
+    found, algorithm = [], config.cache_config.prefix_caching_hash_algo
+    if not algorithm.startswith("sha256"):
+        found.append(f"hashes that may collide (--prefix-caching-hash-algo {algorithm})")
+    if config.lora_config is not None:
+        found.append("LoRA adapters (--enable-lora), which are known by their paths")
+    return found

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from kara_kernels.contexts.packet import Header
+from kara_kernels.contexts.utility import Tier
 from kara_kernels.paged import PagedCache
 from kara_kernels.payload import PayloadLayout
 
@@ -22,9 +26,15 @@ from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
 from .manager import ContextManager
 from .region import open_region, part_of, shape
-from .settings import context_settings_of
+from .remote import RemoteTier, measured
+from .settings import RemoteSettings, context_settings_of
+from .sharing import Sharing
 from .stats import ContextMetrics, ContextStats
+from .store import RedisStore
+from .weights import shared_name, weights_of
 from .worker import ContextWorker
+
+logger = init_logger("vllm.kara")
 
 
 class ContextConnector(KVConnectorBase_V1, SupportsHMA):
@@ -36,6 +46,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self._settings = context_settings_of(vllm_config)
         self._region: Any = None
         self._store: Any = None  # of the scheduler's half: what lies on a disk
+        self._remote: Any = None  # and what servers share
         self.contexts: Any = None  # the scheduler's half
         self._worker: Any = None  # the workers' half
 
@@ -50,19 +61,23 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         if settings.disk is not None:
             view, name = self._region.create_kv_memoryview(), config.model_config.model
             self._store = DiskStore(settings.disk, model_of(config, 0), view, grain, workers, name)
+        lower = [] if self._store is None else [(self._store.tier, self._store.disk)]
+        if settings.remote is not None:
+            tier, self._remote = open_remote(config, settings.remote, self._region.create_kv_memoryview(), grain)
+            lower.append((tier, self._remote))
         grains = Grains(count, grain)
         header = functools.partial(header_of, config, 0)
         catalogue = Catalogue(header, grains, settings.methods, settings.profile)
         manager = ContextManager(
             grains=grains, block_size=config.cache_config.block_size, workers=workers,
             catalogue=catalogue, alpha=settings.alpha, floor=settings.floor, half_life=settings.half_life,
-            min_tokens=settings.min_tokens,
-            lower=[] if self._store is None else [(self._store.tier, self._store.disk)],
+            min_tokens=settings.min_tokens, lower=lower,
         )  # fmt: skip
         if self._store is not None:
             self._store.restore(manager)
         self.contexts = SchedulerHalf(
             manager,
+            None if settings.remote is None else Sharing(manager, self._remote, wait=settings.remote.wait),
             computed=lambda name: scheduler.requests[name].num_computed_tokens,
             blocks=lambda name: scheduler.kv_cache_manager.get_block_ids(name)[0],
             default=settings.default,
@@ -104,7 +119,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         return ContextMetrics(config, types, labels, engines)
 
     def has_pending_push_work(self) -> bool:
-        return self.contexts.manager.transfers.busy
+        return self.contexts.busy
 
     # --------------------------------------------------------------------------------------------- in a worker
 
@@ -146,6 +161,8 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.worker.shutdown()
         if self._store is not None:
             self._store.close(self.contexts.manager)
+        if self._remote is not None:
+            self._remote.shutdown()
         if self._region is not None:
             self._region.cleanup()
 
@@ -155,6 +172,20 @@ def model_of(config: Any, rank: int) -> str:
     model, size = config.model_config, config.parallel_config.tensor_parallel_size
     what = f"{model.model} {model.revision} {model.dtype} {config.cache_config.cache_dtype} {size}"
     return f"{hashlib.sha256(what.encode()).hexdigest()} {rank:04}"
+
+
+def open_remote(config: Any, given: RemoteSettings, view: memoryview, grain: int) -> tuple[Tier, RemoteTier]:
+    """The tier that this server shares with those that log the same name."""
+    model, rows = config.model_config, np.asarray(view).view(np.uint8)
+    name = shared_name(
+        weights=weights_of(model.model, getattr(model.hf_config, "_commit_hash", None), given.weights),
+        model=model_of(config, 0), text_config=model.hf_text_config.to_dict(), quantization=model.quantization,
+        hashes=[config.cache_config.prefix_caching_hash_algo, os.environ.get("PYTHONHASHSEED")], grain=grain,
+    )  # fmt: skip
+    logger.info("Kara's remote tier is shared by the servers that log this name: %s", name)
+    store = RedisStore(given.address())
+    tier = RemoteTier(store, name, rows, grain=grain, ttl=given.ttl)
+    return measured(store, tier, grain / rows.shape[1]), tier
 
 
 def header_of(config: Any, rank: int, key: str, tokens: int, form: str) -> Header:

@@ -27,6 +27,7 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
+from kara_kernels.contexts.directory import Copy
 from kara_kernels.contexts.folder import DIRECTORY, DISK, PACKETS, Slot, grain_name, own_folder, packet_files
 from kara_kernels.contexts.tiers import measure_tier
 from kara_kernels.contexts.utility import Tier
@@ -59,7 +60,7 @@ class DiskTier:
         view: the shared memory, a row for each grain.
     """
 
-    name = DISK
+    name, resting = DISK, False
 
     def __init__(self, folder: Path, view: memoryview) -> None:
         config = OffloadingConfig(
@@ -78,12 +79,15 @@ class DiskTier:
         self._writing: dict[int, tuple[int, int]] = {}  # job -> copy and grains
         self._deleting = ThreadPoolExecutor(1, thread_name_prefix="kara-disk")
 
-    def write(self, job: int, copy: int, grains: Sequence[int]) -> None:
-        self._writing[job] = copy, len(grains)
-        self._tier.submit_store(self._job(job, copy, grains, False))
+    def has(self, copy: Copy) -> bool:
+        return False
 
-    def read(self, job: int, copy: int, grains: Sequence[int]) -> None:
-        self._tier.submit_load(self._job(job, copy, grains, True))
+    def write(self, job: int, copy: Copy, grains: Sequence[int]) -> None:
+        self._writing[job] = copy.number, len(grains)
+        self._tier.submit_store(self._job(job, copy.number, grains, False))
+
+    def read(self, job: int, copy: Copy, grains: Sequence[int]) -> None:
+        self._tier.submit_load(self._job(job, copy.number, grains, True))
 
     def ended(self) -> Iterable[tuple[int, bool, float]]:
         for result in self._tier.get_finished_jobs():
@@ -91,8 +95,10 @@ class DiskTier:
                 self._deleting.submit(_close_to_others, [self.path(written[0], i) for i in range(written[1])])
             yield result.job_id, result.success, result.transfer_time or 0.0
 
-    def erase(self, copy: int, grains: Sequence[int]) -> None:
-        self._deleting.submit(_delete, [self.path(copy, i) for i in grains])
+    def erase(self, copy: Copy, grains: Sequence[int]) -> None:
+        self._deleting.submit(_delete, [self.path(copy.number, i) for i in grains])
+
+    def spoiled(self, copy: Copy) -> None: ...
 
     def is_whole(self, copy: int, grains: int) -> bool:
         """Whether files of the right size are there. Packets have checksums for the rest."""

@@ -22,6 +22,7 @@ from .jobs import Ended, Load, Store
 from .manager import GPU, Admission, ContextManager, Place
 from .requests import Asked, asked_of
 from .scheduler import salt
+from .sharing import Sharing
 from .stats import ContextStats
 from .worker import ContextWorker
 
@@ -71,15 +72,18 @@ class SchedulerHalf:
     """Requests and their contexts.
 
     Args:
+        sharing: lookups and offers of a remote tier, if there is one.
         computed: tokens of a request whose rows are written when the step that is being built begins.
         blocks: ids of a request's blocks.
     """
 
     def __init__(
-        self, manager: ContextManager, *, computed: Callable[[str], int], blocks: Callable[[str], list[int]],
-        default: str,
+        self, manager: ContextManager, sharing: Sharing | None = None, *, computed: Callable[[str], int],
+        blocks: Callable[[str], list[int]], default: str,
     ) -> None:  # fmt: skip
         self.manager, self._computed, self._blocks, self._default = manager, computed, blocks, default
+        self._sharing = sharing
+        self._undecided: set[str] = set()  # requests that must ask again, because the remote tier has not answered
         self._asked: dict[str, Asked] = {}
         self._places: dict[str, tuple[Place, Sequence[int]]] = {}  # to be stored once computed, and the prompt's tokens
         self._admitted: dict[str, Admission] = {}
@@ -87,6 +91,11 @@ class SchedulerHalf:
         self._ended: set[str] = set()  # requests whose blocks are held by a store
         self._silent: dict[str, Silent] = {}  # requests before their first token
         self._told: dict[tuple[str, ...], float] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do, although no request runs."""
+        return self.manager.transfers.busy or (self._sharing is not None and self._sharing.busy)
 
     def arrived(self, request: Request) -> None:
         try:
@@ -100,6 +109,11 @@ class SchedulerHalf:
         place = self.manager.place(request.block_hashes, request.num_prompt_tokens, asked.tokens)
         if place is not None:
             self._places[request.request_id] = place, ids_of(request)
+        if self._sharing is not None and (place is not None or asked.tokens is None):
+            of_interest = place if asked.tokens is not None else None
+            self._sharing.arrived(
+                request.request_id, request.block_hashes, request.num_prompt_tokens, ids_of(request), of_interest
+            )
 
     def leave(self, request: Request) -> None:
         """The request looks for hits again, as if it had never been admitted."""
@@ -113,6 +127,10 @@ class SchedulerHalf:
         asked = self._asked[request.request_id]
         if not asked.on or request.skip_reading_prefix_cache or request.resumable:
             return None
+        self._undecided.discard(request.request_id)
+        if self._sharing is not None and self._sharing.is_looking(request.request_id, local):
+            self._undecided.add(request.request_id)
+            return None
         return self.manager.admit(request.block_hashes, request.num_prompt_tokens, local, asked.forced)
 
     def admit(self, request: Request, admission: Admission, source: str) -> None:
@@ -121,6 +139,8 @@ class SchedulerHalf:
         self._entering[request.request_id] = source
 
     def matched(self, request: Request, local: int) -> tuple[int | None, bool]:
+        if request.request_id in self._undecided:
+            return None, False
         admission = self._admitted.get(request.request_id)
         if admission is None or local >= admission.place.tokens:
             return 0, False
@@ -139,6 +159,8 @@ class SchedulerHalf:
             self.manager.load(request.request_id, admission, blocks[:count])
         if self._asked[request.request_id].forced is None:  # measuring a context is no use of it
             self.manager.used(admission.place, source, ids_of(request))
+            if self._sharing is not None:
+                self._sharing.used(admission.place.key)
         nbytes = 0 if source == GPU else admission.nbytes
         self._expect(request, source, request.num_tokens - admission.place.tokens, nbytes)
 
@@ -156,6 +178,8 @@ class SchedulerHalf:
             if admission is None or admission.exact:  # rows that lost something are not stored a second time
                 self.manager.offer(name, place, self._blocks(name)[: place.tokens // self.manager.block_size], ids)
         step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
+        if self._sharing is not None:
+            self._sharing.step()
         return step
 
     def reported(self, output: Any) -> None:
@@ -174,6 +198,7 @@ class SchedulerHalf:
         told about its context, if it has asked for anything."""
         name = request.request_id
         told = self._used_by(name)
+        self._undecided.discard(name)
         if request.num_output_tokens:
             self.spoke(name)
         for of_request in (self._asked, self._places, self._admitted, self._entering, self._silent):

@@ -89,6 +89,13 @@ class KnownContexts:
             return None
         return self._describe(place, held=option)
 
+    def fitting(self, place: Place, method: str, nbytes: int, ids: Sequence[int]) -> tuple[Known, Option | None]:
+        """A context of which another server has a packet, and the most of it that would be stored here."""
+        known = self._known.get(place.block_hash) or self.look_up(place, ids)
+        good = [option for option in known.context.options if option.quality >= self._floor]
+        fit = [option for option in good if option.method == method and option.nbytes <= nbytes]
+        return known, max(fit, key=lambda option: option.nbytes, default=None)
+
     def way(self, place: Place, option: Option) -> Way:
         """How an option of a known context is encoded."""
         way = self.catalogue.way(place.key, place.tokens, option)

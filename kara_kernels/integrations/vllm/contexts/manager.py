@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kara_kernels.contexts.directory import Transfer, read_snapshot
+from kara_kernels.contexts.directory import Copy, Transfer, read_snapshot
 from kara_kernels.contexts.keeper import Keeper
 from kara_kernels.contexts.utility import Context, Tier
 
 from .catalogue import Catalogue, Way
+from .closed import ClosedTiers
 from .grains import Grains
 from .jobs import Ended, Load, Store
-from .known import KnownContexts, Place
+from .known import Known, KnownContexts, Place
 from .rates import Rates
 from .requests import Forced
 from .transfers import RAM, LowerTier, Transfers
@@ -24,7 +25,6 @@ from .transfers import RAM, LowerTier, Transfers
 GPU = "gpu"
 SEEN = 65_536  # block hashes that are remembered, to find what requests share
 LOOK = 10.0  # seconds from one sum of all utilities to the next
-PAUSE = 30.0  # seconds without a tier that could not be written
 MOVES = {"cut", "evict", "given_up"}  # of the keeper's counts
 
 
@@ -83,7 +83,7 @@ class ContextManager:
         self._known = KnownContexts(catalogue, grains, most, floor, self.rates)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._rows: dict[str, tuple[str, Sequence[int]]] = {}  # key: the request and blocks that have its full rows
-        self._closed: dict[str, float] = {}  # tiers that get nothing, and until when
+        self.closed = ClosedTiers(self.keeper, self._tiers, self.counts)
         self._stepped: tuple[float, int] = (clock(), 0)
         self._utilities: tuple[float, dict[str, float]] = (-math.inf, {})
 
@@ -116,7 +116,7 @@ class ContextManager:
         for blocks in range((prompt_tokens - 1) // self.block_size, local // self.block_size, -1):
             place = Place(hashes[blocks - 1], blocks * self.block_size)
             copy = self.keeper.get(place.key) if place.block_hash in self._known else None
-            if copy is None:
+            if copy is None or self.transfers.is_resting(copy.tier):
                 continue
             way = self._known.way(place, copy.option)
             if forced is not None:
@@ -131,6 +131,25 @@ class ContextManager:
                 continue
             return Admission(place, way, copy.number, copy.tier)
         return None
+
+    def adopt(self, place: Place, tier: str, method: str, nbytes: int, ids: Sequence[int]) -> Copy | None:
+        """Takes over a packet that another server has written to a tier, or as much of it as would be written here.
+        ``ids``: tokens of a request. None: the context is stored here, or is being stored, or the packet is not good
+        enough."""
+        known, option = self._known.fitting(place, method, nbytes, ids)
+        stored = self.keeper.get(place.key) is not None
+        arriving = None if option is None or stored else self.keeper.directory.store(place.key, option, tier)
+        if arriving is None or (copy := arriving.target) is None:
+            return None
+        self.keeper.directory.finish(arriving)
+        self.transfers.adopt(copy)
+        self.closed.fit(tier)
+        if place.key in self.keeper:
+            self.keeper.placement.correct(place.key, tier, copy.option)
+        else:
+            self.keeper.placement.add(known.context, self._clock(), 0.0, (tier, copy.option))
+            self._remember(known)
+        return copy
 
     def used(self, place: Place, source: str, ids: Sequence[int]) -> None:
         """A request with the tokens ``ids`` was admitted with rows of a packet, out of a tier, or out of the GPU's pool
@@ -163,10 +182,8 @@ class ContextManager:
         if not known.context.options:
             self.counts["refused",] += 1
             return
-        self._known.add(known)
         self.keeper.add(known.context, now)
-        if len(self._known) > SEEN:
-            self._forget(self._known.oldest.place)
+        self._remember(known)
 
     def forget_rows(self, request_id: str) -> None:
         """The request's blocks are about to be freed. Stores that run hold them; see
@@ -191,7 +208,7 @@ class ContextManager:
         for tier, cost in self.transfers.read_costs:
             self.rates.see_read(tier, cost)
         self.transfers.read_costs.clear()
-        self._close_and_open(now)
+        self.closed.settle(self.transfers.unwritable, now)
         begun = self.keeper.work()
         self.transfers.erase(self.keeper.erasable())  # before what has begun, which is given the room
         done = self.keeper.counts - done
@@ -239,18 +256,6 @@ class ContextManager:
             ("profile_failures",): self.catalogue.refused,
         }
 
-    def _close_and_open(self, now: float) -> None:
-        """A tier that could not be written is given nothing for a while: the plan would only try it again at once."""
-        for tier in self._tiers:
-            if tier.name in self.transfers.unwritable:
-                self.keeper.placement.resize(tier.name, self.keeper.directory.used(tier.name))
-                self._closed[tier.name] = now + PAUSE
-                self.counts["closed", tier.name] += 1
-            elif now >= self._closed.get(tier.name, math.inf):
-                self.keeper.placement.resize(tier.name, tier.capacity - tier.reserve)
-                del self._closed[tier.name]
-        self.transfers.unwritable.clear()
-
     def restore(self, path: Path, is_whole: Callable[[int, int], bool]) -> None:
         """Takes over what an earlier process has saved with :meth:`Keeper.save`, and what can still be read.
 
@@ -296,6 +301,12 @@ class ContextManager:
         if copy is not None and any(x.same_bytes(copy.option) and x.quality < context.floor for x in context.options):
             self.counts["below_floor",] += 1
         self.keeper.change(context)
+
+    def _remember(self, known: Known) -> None:
+        """A new context is known. The one that was not used for longest may have to go."""
+        self._known.add(known)
+        if len(self._known) > SEEN:
+            self._forget(self._known.oldest.place)
 
     def _forget(self, place: Place) -> None:
         self._known.remove(place)

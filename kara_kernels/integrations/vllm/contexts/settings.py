@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from kara_kernels.values import check_choice, check_count, check_number
 
@@ -14,6 +18,60 @@ METHODS = ("none/int8", "none/int4", "none/fp8", "none/exact")
 SAFEST = "none/int8"
 SAFE = {SAFEST: 0.9999, "none/exact": 1.0}
 """Methods that need no profile, and their qualities. Eight bits lose 0.00002 nats (contexts-frontier.md)."""
+
+
+@dataclass(frozen=True)
+class RemoteSettings:
+    """A store that servers share. Its URL may hold a password, so no text of this, and no error, has it.
+
+    Raises:
+        TypeError, ValueError: naming field, expected and got.
+    """
+
+    url: str = field(repr=False)
+    """``redis://``, ``rediss://`` or ``unix://``; ``$NAME``: what this environment variable holds."""
+    ttl: float = 86_400.0
+    """Seconds that packets live after their last use."""
+    wait: float = 0.1
+    """Seconds that a request waits at most until it is known what the store has for it."""
+    weights: str | None = None
+    """Names the model's weights, if neither a folder nor a commit says which they are."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.url, str):
+            raise TypeError(f"remote: url: expected a str, got {type(self.url).__name__}")
+        check_number("remote: ttl", self.ttl, 1, 1e9)
+        check_number("remote: wait", self.wait, 0, 60)
+        if self.weights is not None and (not isinstance(self.weights, str) or not self.weights):
+            raise TypeError(f"remote: weights: expected a name, got {self.weights!r}")
+        if not self.url.startswith("$"):
+            _check_address(self.url)
+
+    def address(self) -> str:
+        """The URL, which is checked to be of use on this machine. Raises ValueError."""
+        if importlib.util.find_spec("redis") is None:
+            raise ValueError("remote: expected the package redis (pip install redis), got an installation without it")
+        if not self.url.startswith("$"):
+            return self.url
+        if self.url[1:] not in os.environ:
+            raise ValueError(f"remote: url: expected an environment variable that is set, got {self.url}")
+        return _check_address(os.environ[self.url[1:]])
+
+
+def _check_address(url: str) -> str:
+    """Returns it. Raises ValueError, also for a password that is cut by a "/", "?" or "#" in it."""
+    try:
+        found = urlsplit(url)
+        _ = found.port  # raises ValueError for what is no number
+        as_expected = found.scheme == "unix" and found.path != ""
+        if found.scheme in ("redis", "rediss"):
+            rest_is_one = re.fullmatch(r"/?\d*", found.path) and "@" not in found.query and not found.fragment
+            as_expected = found.hostname is not None and bool(rest_is_one)
+    except ValueError:
+        as_expected = False
+    if not as_expected:
+        raise ValueError("remote: url: expected redis://[[user]:password@]host[:port][/database], got another form")
+    return url
 
 
 @dataclass(frozen=True)
@@ -44,6 +102,8 @@ class ContextSettings:
     """A file of ``python -m kara_kernels.contexts profile``, read again when it changes."""
     disk: Mapping[str, Any] | None = None
     """A tier below: ``path`` of a folder, and ``gib``, the most it may hold."""
+    remote: RemoteSettings | None = None
+    """The lowest tier, a store that servers share. May be given as a mapping."""
 
     def __post_init__(self) -> None:
         check_number("ram_gib", self.ram_gib, 1e-6, 2**20)
@@ -56,6 +116,17 @@ class ContextSettings:
         _check_methods(self.methods, self.profile)
         if self.disk is not None:
             _check_disk(self.disk)
+        if self.remote is not None and not isinstance(self.remote, RemoteSettings):
+            object.__setattr__(self, "remote", _remote(self.remote))
+
+
+def _remote(given: Any) -> RemoteSettings:
+    known = RemoteSettings.__dataclass_fields__
+    if not isinstance(given, Mapping):
+        raise TypeError(f"remote: expected an object of {', '.join(known)}, got {type(given).__name__}")
+    if "url" not in given or set(given) - set(known):
+        raise ValueError(f"remote: expected url and some of {', '.join(known)}, got {', '.join(map(str, given))}")
+    return RemoteSettings(**given)
 
 
 def _check_methods(given: Any, profile: Any) -> None:

@@ -9,7 +9,7 @@ full memory never keeps a packet on a lower tier. Pure Python, in the scheduler'
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -27,17 +27,27 @@ class LowerTier(Protocol):
 
     name: str
 
-    def write(self, job: int, copy: int, grains: Sequence[int]) -> None:
+    @property
+    def resting(self) -> bool:
+        """Whether nothing should be read now, because it would fail."""
+
+    def has(self, copy: Copy) -> bool:
+        """Whether the bytes of a new copy are there already, so that nothing needs to be written."""
+
+    def write(self, job: int, copy: Copy, grains: Sequence[int]) -> None:
         """Begins to write grains, which stay as they are until the job has ended."""
 
-    def read(self, job: int, copy: int, grains: Sequence[int]) -> None:
+    def read(self, job: int, copy: Copy, grains: Sequence[int]) -> None:
         """Begins to read the first grains of a copy."""
 
     def ended(self) -> Iterable[tuple[int, bool, float]]:
         """Jobs that ended since the last call: number, whether they succeeded, seconds."""
 
-    def erase(self, copy: int, grains: Sequence[int]) -> None:
+    def erase(self, copy: Copy, grains: Sequence[int]) -> None:
         """Forgets grains of a copy, by their places in it. Nobody reads or writes them."""
+
+    def spoiled(self, copy: Copy) -> None:
+        """What was read of a context was damaged. Its copy is forgotten next."""
 
 
 @dataclass
@@ -52,6 +62,8 @@ class Running:
     """Those to come. The first one is under way."""
     grains: list[int] = field(default_factory=list)
     staged: bool = False
+    offered: str = ""
+    """The tier that is written, if the packet does not move there."""
     ended: Ended = field(default_factory=lambda: Ended(0, True, 0.0))
 
 
@@ -67,6 +79,8 @@ class Transfers:
         stores, loads: jobs for the workers, until somebody takes them.
         read_costs: seconds per byte of what was read last, by tier, until somebody takes them.
         unwritable: tiers that failed to write, until somebody takes them.
+        arrived: called with each context that has come to lie in memory.
+        offers: writes of :meth:`offer` that are under way.
     """
 
     def __init__(
@@ -78,6 +92,8 @@ class Transfers:
         self.loads: list[Load] = []
         self.read_costs: list[tuple[str, float]] = []
         self.unwritable: set[str] = set()
+        self.arrived: Callable[[str], None] = lambda key: None
+        self.offers = 0
         self._lower = {tier.name: tier for tier in lower}
         self._held: dict[int, list[int]] = {}  # of each copy: its grains, or on a lower tier their places in it
         self._running: dict[int, Running] = {}
@@ -99,6 +115,10 @@ class Transfers:
     def start(self, transfer: Transfer, job: Store | Load | None = None, packet: str = "") -> None:
         """Begins a transfer. A store that finds no staging grains fails, because its rows will be gone; others wait."""
         source, target = transfer.source, transfer.target
+        if target is not None and target.tier != RAM and self._lower[target.tier].has(target):
+            self.adopt(target)
+            self.keeper.finish(transfer)
+            return
         phases = []
         if source is None or source.tier != RAM:
             phases.append("encode" if source is None else "read")
@@ -115,6 +135,20 @@ class Transfers:
             self._fail(number)
         else:
             self._waiting.append(number)
+
+    def offer(self, key: str, tier: str) -> None:
+        """Writes a packet to a lower tier, too, if it lies in memory. Until then it stays there."""
+        copy = self.keeper.get(key)
+        if copy is None or copy.tier != RAM:
+            return
+        self._numbers += 1
+        self.offers += 1
+        grains = self._held[copy.number]
+        self._running[self._numbers] = Running(self.keeper.load(key), None, "", ["write"], grains, offered=tier)
+        self._begin(self._numbers)
+
+    def is_resting(self, tier: str) -> bool:
+        return tier in self._lower and self._lower[tier].resting
 
     def step(self) -> None:
         """Hears of lower tiers, and begins what has waited for staging grains."""
@@ -147,11 +181,13 @@ class Transfers:
         kind = type(job).__name__.lower()
         self.counts["jobs", kind, how.error or "ok"] += 1
         self.counts["job_seconds", kind] += how.seconds
+        if how.error == "damaged" and job.grains:
+            self._spoiled(job.context)
         self._next(number) if how.ok else self._fail(number)
         return job, how
 
     def adopt(self, copy: Copy) -> None:
-        """A copy that an earlier process left on a lower tier."""
+        """A copy that is on a lower tier already."""
         self._held[copy.number] = list(range(self.grains.needed(copy.option.nbytes)))
 
     def erase(self, copies: Iterable[Copy]) -> None:
@@ -171,7 +207,7 @@ class Transfers:
         if copy.tier == RAM:
             self.grains.give_back(held)
         else:
-            self._lower[copy.tier].erase(copy.number, held)
+            self._lower[copy.tier].erase(copy, held)
 
     def _take(self, running: Running) -> bool:
         """Finds the grains that the bytes of a transfer pass through. False: no staging grains are free."""
@@ -201,10 +237,11 @@ class Transfers:
             self._end(number, True)
         elif running.phases[0] == "read":
             assert source is not None
-            self._lower[source.tier].read(number, source.number, running.grains)
+            self._lower[source.tier].read(number, source, running.grains)
         elif running.phases[0] == "write":
-            assert target is not None
-            self._lower[target.tier].write(number, target.number, running.grains)
+            copy = target or source
+            assert copy is not None
+            self._lower[running.offered or copy.tier].write(number, copy, running.grains)
         else:
             assert running.job is not None
             running.job = replace(running.job, grains=tuple(running.grains))
@@ -216,6 +253,12 @@ class Transfers:
     def _next(self, number: int) -> None:
         self._running[number].phases.pop(0)
         self._begin(number)
+
+    def _spoiled(self, key: str) -> None:
+        """A packet was damaged, wherever it came from."""
+        if (copy := self.keeper.get(key)) is not None:
+            for tier in self._lower.values():
+                tier.spoiled(copy)
 
     def _fail(self, number: int) -> None:
         running = self._running[number]
@@ -230,4 +273,7 @@ class Transfers:
         if running.staged:
             self.grains.give_back(running.grains)
             self._staged -= len(running.grains)
-        self.keeper.finish(running.transfer, ok)
+        self.offers -= bool(running.offered)
+        target = running.transfer.target
+        if self.keeper.finish(running.transfer, ok) and target is not None and target.tier == RAM:
+            self.arrived(target.key)
