@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from kara_kernels.contexts.utility import Context, Tier
 
 from .catalogue import Catalogue, Way
 from .closed import ClosedTiers
+from .gauges import Gauges
 from .grains import Grains
 from .jobs import Ended, Load, Store
 from .known import Known, KnownContexts, Place
@@ -24,7 +24,6 @@ from .transfers import RAM, LowerTier, Transfers
 
 GPU = "gpu"
 SEEN = 65_536  # block hashes that are remembered, to find what requests share
-LOOK = 10.0  # seconds from one sum of all utilities to the next
 MOVES = {"cut", "evict", "given_up"}  # of the keeper's counts
 
 
@@ -85,7 +84,7 @@ class ContextManager:
         self._rows: dict[str, tuple[str, Sequence[int]]] = {}  # key: the request and blocks that have its full rows
         self.closed = ClosedTiers(self.keeper, self._tiers, self.counts)
         self._stepped: tuple[float, int] = (clock(), 0)
-        self._utilities: tuple[float, dict[str, float]] = (-math.inf, {})
+        self.gauges = Gauges(self.keeper, self._tiers, self.rates, catalogue, clock)
 
     # -------------------------------------------------------------------------------------------------- requests
 
@@ -238,23 +237,6 @@ class ContextManager:
     def catalogue(self) -> Catalogue:
         """What contexts may be stored as."""
         return self._known.catalogue
-
-    def gauges(self) -> dict[tuple[str, ...], float]:
-        """Values of now; see :mod:`.stats`."""
-        now = self._clock()
-        if now >= self._utilities[0] + LOOK:
-            self._utilities = now, self.keeper.placement.utilities(now)
-        return {
-            **{("bytes", tier.name): self.keeper.directory.used(tier.name) for tier in self._tiers},
-            **{("capacity_bytes", tier.name): tier.capacity for tier in self._tiers},
-            **{("utility", tier): value for tier, value in self._utilities[1].items()},
-            ("stored_now",): len(self.keeper.directory),
-            ("prefill_token_seconds",): self.rates.prefill,
-            ("load_byte_seconds",): self.rates.load,
-            ("profile_contexts",): self.catalogue.profiled,
-            ("profile_age_seconds",): self.catalogue.age,
-            ("profile_failures",): self.catalogue.refused,
-        }
 
     def restore(self, path: Path, is_whole: Callable[[int, int], bool]) -> None:
         """Takes over what an earlier process has saved with :meth:`Keeper.save`, and what can still be read.
