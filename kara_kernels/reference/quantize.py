@@ -10,6 +10,7 @@ from ..payload_arguments import LOSSY, Caches, PayloadArguments, check_gather, c
 from .gather import gather_kind, halves, of_kind, put_rows, rows_of, scatter_kind, write_lists
 
 FP8 = torch.float8_e4m3fn
+SEVERAL = 8  # layers that are decoded together: enough for few calls, and few enough for a CPU's cache
 LEAST = 2.0**-126  # steps below it count as none, because some devices flush such numbers to zero
 
 
@@ -62,31 +63,36 @@ def dequantize(a: PayloadArguments) -> None:
     plan, residuals = a.layout, _residuals(a)
     scatter_kind(a, "exact")
     for section, arrays in of_kind(a, "rows"):
-        for layer, half, pool in halves(a):
-            found = arrays[half][layer]
-            if plan.form == "fp8":
-                found = found.float()
-            else:
-                codes = 16 * _unpack(found)
-                if (half, section.grade) in residuals:
-                    codes += (_unpack(residuals[half, section.grade][layer]) ^ 8) - 8
-                low, high = _of_elements(arrays[f"{half}_bounds"][layer].float(), half, section.rows)
-                found = low + _step(low, high) * codes.float()
-                if half == "k" and plan.rotate:
-                    found = hadamard(found, plan.run) * 2.0 ** -_halvings(plan)[1]
-            put_rows(a, section, layer, half, pool, _rounded(found, pool.dtype))
+        for half, pools in (("k", a.cache.k), ("v", a.cache.v or ())):
+            for first in range(0, len(pools), SEVERAL):
+                some = pools[first : first + SEVERAL]
+                layers = slice(first, first + len(some))
+                found = arrays[half][layers]
+                if plan.form == "fp8":
+                    found = found.float()
+                else:
+                    codes = 16 * _unpack(found)
+                    if (half, section.grade) in residuals:
+                        codes += (_unpack(residuals[half, section.grade][layers]) ^ 8) - 8
+                    low, high = _of_elements(arrays[f"{half}_bounds"][layers].float(), half, section.rows)
+                    found = low + _step(low, high) * codes.float()
+                    if half == "k" and plan.rotate:
+                        found = hadamard(found, plan.run) * 2.0 ** -_halvings(plan)[1]
+                for layer, rows in enumerate(_rounded(found, some[0].dtype), start=first):
+                    put_rows(a, section, layer, half, pools[layer], rows)
 
 
 def hadamard(x: Tensor, run: int) -> Tensor:
     """Every ``run`` elements of ``x [..., D]`` times the Hadamard matrix of +1 and -1 (Sylvester's order), by sums and
     differences of pairs at distances 1, 2, 4, ..."""
+    planes = x.movedim(-1, 0).contiguous()  # sums of whole planes take half the time of sums of neighbours
     distance = 1
     while distance < run:
-        pairs = x.unflatten(-1, (-1, 2, distance))
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        pairs = planes.unflatten(0, (-1, 2, distance))
+        first, second = pairs[:, 0], pairs[:, 1]
+        planes = torch.stack((first + second, first - second), 1).flatten(0, 2)
         distance *= 2
-    return x
+    return planes.movedim(0, -1).contiguous()
 
 
 def _halvings(plan: PayloadLayout) -> tuple[int, int]:
@@ -118,10 +124,10 @@ def _ranges(x: Tensor, half: str) -> Tensor:
 
 
 def _of_elements(bounds: Tensor, half: str, rows: int) -> tuple[Tensor, ...]:
-    """Both bounds as tensors that broadcast with ``[H, r, D]``."""
+    """Both bounds as tensors that broadcast with ``[..., H, r, D]``."""
     if half == "v":
         return bounds[..., :1], bounds[..., 1:]
-    return tuple(bound.repeat_interleave(GROUP, 1)[:, :rows] for bound in bounds.unbind(2))
+    return tuple(bound.repeat_interleave(GROUP, -2)[..., :rows, :] for bound in bounds.unbind(-2))
 
 
 def _step(low: Tensor, high: Tensor) -> Tensor:
