@@ -189,6 +189,12 @@ def imports(prog: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def served(prog: str, parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], object]) -> int:
+    """:func:`concluded` for a demo that starts servers. None of them outlives it: SIGTERM is treated like Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return concluded(prog, lambda: run(parse()))
+
+
 def concluded(prog: str, body: Callable[[], object]) -> int:
     """Run `body` and return the exit code: 0, that of a DemoError (2: bad option, 1: later failure), 130 for Ctrl-C."""
     try:

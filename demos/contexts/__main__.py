@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from .. import DemoError
-from ..command import Parser, add_outputs, check_least, check_model, check_output, check_outputs, concluded, require
+from ..command import Parser, add_outputs, check_least, check_model, check_output, check_outputs, require, served
 
 PROG = "python -m demos.contexts"
 LEAST = 18  # a sixth of fewer would leave too little memory for one of them to pass through
@@ -20,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROG,
         description="Ask questions about the same documents again and again, and compare servers that compute a "
         "document each time, keep it as it is, keep it in one fixed compression, or let Kara choose.",
-        epilog="Without options the demo takes about twelve minutes on two cores. It serves a small packaged model, "
+        epilog="Without options the demo takes a quarter of an hour on two cores. It serves a small packaged model, "
         "which is downloaded once (93 MB). It prints its results and draws a picture; --json writes the figures to a "
         "file.",
     )
@@ -62,17 +61,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # A terminated demo must not leave a server running, so treat SIGTERM like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return served(PROG, lambda: parse(argv), _run)
 
-    def body() -> None:
-        options = parse(argv)
-        require(["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
-        from .run import run
 
-        run(options)
+def _run(options: argparse.Namespace) -> None:
+    require(["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
+    from .run import run
 
-    return concluded(PROG, body)
+    run(options)
 
 
 if __name__ == "__main__":

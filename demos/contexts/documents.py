@@ -10,6 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from kara_kernels.contexts.profile import ASK
+
 from .. import DemoError
 
 MODULES = (
@@ -21,7 +23,6 @@ NAMES = (
     "Tamarisk Viburnum Willow Yew"
 ).split()
 FACTS = 4  # of each document; the profile is judged by the first, requests ask for the others
-ASK = "\n\nQuestion: {query}\nAnswer:"  # as the profiler asks
 LONG = 12  # characters of source or prose per token, more than enough
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -11,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -20,7 +18,6 @@ from rich.text import Text
 from kara_kernels import __version__
 from kara_kernels.contexts.profile import Profile
 
-from .. import DemoError
 from ..machine import doubt
 from ..screen import READABLE, Screen
 from .documents import Asked, Document
@@ -122,13 +119,6 @@ def collect(
         "phases": {name: round(seconds, 3) for name, seconds in phases.items()},
         "picture": None if options.picture is None else str(options.picture),
     }  # fmt: skip
-
-
-def write_json(path: Path, result: Figures) -> None:
-    try:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DemoError(f"--json {path}: {error.strerror or error}") from error
 
 
 def show(screen: Screen, result: Figures) -> None:

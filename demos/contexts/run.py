@@ -11,6 +11,7 @@ from typing import Any
 from ..machine import share_of_others, usable_cores
 from ..model import packaged_model, row_bytes
 from ..screen import Screen
+from ..serve.report import write_json
 from ..serve.server import Settings, serving
 from . import report
 from .chosen import chosen
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             draw(result, options.picture)
     report.show(screen, result)
     if options.json is not None:
-        report.write_json(options.json, result)
+        write_json(options.json, result)
         screen.say(f"figures: {options.json}")
     return result
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from ..command import (
     check_model,
     check_output,
     check_outputs,
-    concluded,
     fill_policy,
     require,
+    served,
     told,
 )
 
@@ -155,17 +154,14 @@ def _policy(options: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    # A terminated demo must not leave a server running, so treat SIGTERM like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return served(PROG, lambda: parse(argv), _run)
 
-    def body() -> None:
-        options = parse(argv)
-        require(["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
-        from .run import run
 
-        run(options)
+def _run(options: argparse.Namespace) -> None:
+    require(["vllm", "openai", "rich"] + ([] if options.picture is None else ["matplotlib"]), ADVICE)
+    from .run import run
 
-    return concluded(PROG, body)
+    run(options)
 
 
 if __name__ == "__main__":

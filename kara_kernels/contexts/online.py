@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .profile import Measured, ProfiledContext, keys_of
+from .profile import ASK, Measured, ProfiledContext, keys_of
 
-ASK = "\n\nQuestion: {query}\nAnswer:"
 METHODS = ("none/int8",)
 SHARES = (0.125, 0.25, 0.5)
 """Of the way from the smallest packet that the server can make of a stored one to the stored one itself."""
@@ -56,7 +55,7 @@ class Server:
 
     def __init__(self, url: str, model: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        served = [each["id"] for each in self._get("/v1/models")["data"]]
+        served = [each["id"] for each in self._json(self._read("/v1/models"))["data"]]
         if model is not None and model not in served:
             raise ServerError(f"model: expected one of {', '.join(served)}, got {model!r}")
         self.model = model or served[0]
@@ -90,9 +89,6 @@ class Server:
         held = self._read("/metrics").decode(errors="replace").splitlines()
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
         return any(float(line.rpartition(" ")[2]) > 0 for line in held if line.startswith(names))
-
-    def _get(self, path: str) -> Any:
-        return self._json(self._read(path))
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._json(self._read(path, json.dumps(body).encode()))

@@ -21,6 +21,8 @@ from ..values import check_choice, check_count, check_number
 from .utility import Context, Option, Tier
 
 FORMAT = 1
+ASK = "\n\nQuestion: {query}\nAnswer:"
+"""How a query follows its context, wherever profiles are measured."""
 QUALITIES = ("agreement", "likelihood", "cosine", "exact")
 
 

@@ -20,7 +20,7 @@ from ..scorers import NAMED
 from ..values import check_choice, check_count
 from .codec import decode, encode
 from .packet import Packet, Step
-from .profile import Measured, ProfiledContext, Source, keys_of
+from .profile import ASK, Measured, ProfiledContext, Source, keys_of
 from .replay import Replay, cache_of
 
 BLOCK = 16
@@ -28,7 +28,6 @@ METHODS = (
     "none/int8", "kara_mean/int8", "compactor/int8", "snapkv/int8", "keydiff/exact", "knorm/exact", "snapkv/exact",
 )  # fmt: skip
 ROWS, FINER = (0.25, 0.5, 0.75, 1.0), (0.125, 0.25, 0.5, 1.0)  # shares of a context's rows; with 8 bits
-ASK = "\n\nQuestion: {query}\nAnswer:"
 MAKE = "{passage}\n\nA short question about the text above, ending with a question mark.\nQuestion:"
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 PASSAGE = 120  # tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 import tempfile
@@ -45,7 +46,8 @@ def measure_tier(name: str, where: str, *, size: int = SIZE, device: str = "cpu"
             raise ValueError("expected 'ram', a directory or redis://, got another kind of address")
         return _directory(name, Path(where), size)
     except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"tier {name!r} at {where}: {error}") from None
+        shown = re.sub(r"(://[^/@]*:).*@", r"\1***@", where)  # without a password
+        raise ValueError(f"tier {name!r} at {shown}: {error}") from None
 
 
 def _seconds(read: Callable[[], object]) -> float:

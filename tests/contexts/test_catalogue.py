@@ -14,6 +14,7 @@ import pytest
 from lower_tier import Disk
 from test_manager import BLOCK, hashes, header, manager, stored
 
+from kara_kernels.contexts.packet import Header
 from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext, ProfileError, keys_of
 from kara_kernels.contexts.utility import Option, Tier
 from kara_kernels.integrations.vllm import watched
@@ -181,6 +182,23 @@ def held(some: ContextManager, text: str) -> Option | None:
     return None if copy is None else copy.option
 
 
+def test_an_admission_builds_no_header_again() -> None:
+    """It takes a quarter of a millisecond, and the scheduler asks in every step while a request waits."""
+    some, built = manager(256), []
+
+    def counting(key: str, tokens: int, form: str) -> Header:
+        built.append(key)
+        return header(key, tokens, form)
+
+    some._known.catalogue = Catalogue(counting, some.grains)
+    stored(some, ALICE)
+    before = len(built)
+    assert before > 0
+    for _ in range(3):
+        assert some.admit(hashes(ALICE + "x"), TOKENS + BLOCK, 0) is not None
+    assert len(built) == before
+
+
 ALICE, BOB = "a" * 64, "b" * 64  # contexts of 1,024 tokens
 
 
@@ -230,7 +248,8 @@ def test_what_is_left_by_another_process_stays_until_it_is_used(tmp_path: Path) 
         some = manager(256, profile=where, lower=[(Tier("disk", 10**6, 1e9), Disk({}, 512))])
         place = Place(hashes(ALICE)[-1], TOKENS)
         some.offer("alice", place, range(64), IDS)
-        smallest = min(some._known[place.block_hash].context.options, key=lambda option: option.nbytes)
+        measured = some.catalogue.options(place.key, TOKENS, some.catalogue.find(IDS, TOKENS), 0.0)
+        smallest = min(measured, key=lambda option: option.nbytes)
         copy = some.keeper.directory.store(place.key, smallest, "disk")
         assert copy is not None
         some.keeper.directory.finish(copy, True)

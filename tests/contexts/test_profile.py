@@ -378,3 +378,9 @@ def test_redis_is_measured(tmp_path: Path) -> None:
         server.wait()
     assert tier.capacity == 100 << 20
     assert tier.bandwidth > 1e6
+
+
+def test_no_error_of_a_tier_names_a_password() -> None:
+    with pytest.raises(ValueError, match=r"tier 'remote' at redis://me:\*\*\*@127\.0\.0\.1:1/0: ") as raised:
+        measure_tier("remote", "redis://me:se/cr@et@127.0.0.1:1/0")
+    assert "cr@et" not in str(raised.value)

@@ -65,9 +65,6 @@ class KnownContexts:
     def __contains__(self, block_hash: object) -> bool:
         return block_hash in self._known
 
-    def __getitem__(self, block_hash: bytes) -> Known:
-        return self._known[block_hash]
-
     @property
     def oldest(self) -> Known:
         return next(iter(self._known.values()))
