@@ -180,7 +180,7 @@ class Server:
             grains=region, block_size=BLOCK, workers=1, catalogue=Catalogue(header, region), clock=clock, alpha=100.0,
             floor=0.9, half_life=100.0, min_tokens=2 * BLOCK, lower=lower,
         )  # fmt: skip
-        self.manager.rates.prefill, self.manager.rates.load = 1e-2, 1e-9
+        self.manager.rates.prefill = 1e-2
         self.sharing = Sharing(self.manager, self.tier, wait=1.0, clock=clock)
 
     def step(self) -> tuple[list[Store], list[Load]]:

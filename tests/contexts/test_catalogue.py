@@ -47,7 +47,7 @@ def profile(path: Path, ids: Sequence[int] = IDS[:TOKENS], losses: Sequence[floa
 
 
 def options(catalogue: Catalogue, ids: Sequence[int], tokens: int) -> list[Option]:
-    return catalogue.options("a key", tokens, catalogue.find(ids, tokens), 0.0)
+    return catalogue.options("a key", tokens, catalogue.find(ids, tokens), lambda form, rows: 0.0)
 
 
 def until_changed(catalogue: Catalogue) -> None:
@@ -248,7 +248,7 @@ def test_what_is_left_by_another_process_stays_until_it_is_used(tmp_path: Path) 
         some = manager(256, profile=where, lower=[(Tier("disk", 10**6, 1e9), Disk({}, 512))])
         place = Place(hashes(ALICE)[-1], TOKENS)
         some.offer("alice", place, range(64), IDS)
-        measured = some.catalogue.options(place.key, TOKENS, some.catalogue.find(IDS, TOKENS), 0.0)
+        measured = some.catalogue.options(place.key, TOKENS, some.catalogue.find(IDS, TOKENS), some.rates.to_load)
         smallest = min(measured, key=lambda option: option.nbytes)
         copy = some.keeper.directory.store(place.key, smallest, "disk")
         assert copy is not None

@@ -16,7 +16,7 @@ from lower_tier import Disk
 from kara_kernels import PayloadLayout
 from kara_kernels.contexts.packet import Header
 from kara_kernels.contexts.utility import Tier
-from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue
+from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
@@ -43,7 +43,7 @@ def manager(grains: int = 64, workers: int = 1, profile: str | None = None, **op
     some = ContextManager(
         grains=region, block_size=BLOCK, workers=workers, catalogue=catalogue, clock=lambda: 0.0, **given
     )  # type: ignore[arg-type]
-    some.rates.prefill, some.rates.load = 1e-2, 1e-9
+    some.rates.prefill = 1e-2
     return some
 
 
@@ -92,7 +92,7 @@ def test_the_longest_stored_context_is_admitted() -> None:
 def test_what_loads_longer_than_it_computes_is_computed() -> None:
     some = manager()
     stored(some, "abcd")
-    some.rates.load = 1.0
+    some.rates.see_load("int8", 1.0)
     assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
     assert some.counts["slower",] == 1
     for _ in range(2000):  # costs may have changed, and only a load can tell
@@ -100,6 +100,30 @@ def test_what_loads_longer_than_it_computes_is_computed() -> None:
             break
     else:
         raise AssertionError("it was never tried again")
+
+
+def test_each_form_takes_its_own_time_to_load() -> None:
+    """Otherwise a form that loads slowly would be taken for one that loads as fast as another."""
+    some = manager()
+    rates = some.rates
+    assert rates.to_load("int8", 100) == 0  # nothing was loaded yet
+    stored(some, "abcd")
+    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
+    assert admission is not None
+    for seconds in (0.1, 0.2):
+        some.load("second", admission, range(4))
+        _, (load,) = some.step(0)
+        some.ended(load.number, Ended(1, True, seconds))
+    mean = (0.8 * 0.1 + 0.2 * 0.2) / (4 * BLOCK)
+    assert rates.to_load("int8", 100) == some.gauges()["load_row_seconds", "int8"] * 100 == pytest.approx(100 * mean)
+    rates.see_load("int4", 9 * mean)
+    assert some.seconds(0, admission.way) == pytest.approx(4 * BLOCK * mean)
+    assert some.seconds(0, admission.way._replace(form="int4")) == pytest.approx(9 * 4 * BLOCK * mean)
+    assert rates.to_load("fp8", 1) == pytest.approx(9 * mean)  # the slowest, until one was loaded
+    rates.fade("fp8", "ram")
+    assert rates.to_load("fp8", 1) < rates.to_load("int4", 1) == pytest.approx(9 * mean)
+    (option,) = some.catalogue.options(admission.place.key, 4 * BLOCK, "", rates.to_load)
+    assert option.decode_seconds == some.seconds(0, admission.way)
 
 
 def test_a_load_reads_the_grains_of_its_store() -> None:
@@ -179,7 +203,9 @@ def test_what_is_read_slowly_is_computed() -> None:
     some = manager(16, lower=[(Tier("disk", 10**6, 1e9), Disk(region, 512))])
     some.transfers.read_costs.append(("disk", 1.0))
     some.step(0)
-    assert some.seconds(0, 100, "disk") > 100 > some.seconds(0, 100, "ram")
+    way = Way("int8", header("", 64, "int8").steps[-1])
+    assert some.seconds(0, way, "disk") == way.step.nbytes
+    assert some.seconds(0, way, "ram") == 0
 
 
 def test_contexts_that_could_not_pass_through_are_not_stored() -> None:

@@ -14,6 +14,7 @@ from kara_kernels import PagedCache
 from kara_kernels.contexts.codec import decode
 from kara_kernels.contexts.packet import read_packet
 from kara_kernels.integrations.vllm.contexts.manager import Rates
+from kara_kernels.payload import FORMS
 
 BLOCK = 32
 ON = {"alpha": 1e-3, "min_tokens": 64, "ram_gib": 0.01, "grain_kib": 16}
@@ -23,9 +24,13 @@ class SlowModel(Rates):
     """A tiny model computes faster than anything loads. Here computing takes a second a token, whatever is measured."""
 
     def __init__(self):
-        super().__init__(prefill=1.0, load=1e-12)
+        super().__init__(prefill=1.0, load={"int8": 1e-12})
 
-    def see(self, name, value):
+    def see_prefill(self, value):
+        assert value > 0
+
+    def see_load(self, form, value):
+        assert form in FORMS
         assert value > 0
 
 

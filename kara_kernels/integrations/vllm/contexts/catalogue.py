@@ -97,16 +97,17 @@ class Catalogue:
         found = [key for key in keys_of(ids, lengths) if key in self._contexts]
         return found[-1] if found else ""
 
-    def options(self, key: str, tokens: int, profiled: str, load: float) -> list[Option]:
+    def options(self, key: str, tokens: int, profiled: str, to_load: Callable[[str, int], float]) -> list[Option]:
         """What a context may be stored as.
 
         Args:
             profiled: its key in the profile, or an empty text.
-            load: seconds to load a byte of a packet.
+            to_load: ``to_load(form, rows)``: seconds to load rows.
         """
         found: dict[tuple[str, int], Option] = {}
         for method in self._methods:
-            header = self._header(key, tokens, method.partition("/")[2])
+            form = method.partition("/")[2]
+            header = self._header(key, tokens, form)
             measured = self._measured(header, method, profiled)
             if method in SAFE:
                 measured.setdefault(header.steps[-1].nbytes, SAFE[method])
@@ -114,7 +115,7 @@ class Catalogue:
                 taken = self._grains.needed(nbytes)
                 step = self._fitting(header, taken)
                 size = taken * self._grains.nbytes
-                found[method, taken] = Option(method, step.ratio, size, quality, step.nbytes * load)
+                found[method, taken] = Option(method, step.ratio, size, quality, to_load(form, step.rows))
         return list(found.values())
 
     def way(self, key: str, tokens: int, option: Option) -> Way | None:

@@ -33,7 +33,7 @@ class Gauges:
             **{("utility", tier): value for tier, value in self._utilities[1].items()},
             ("stored_now",): len(self._keeper.directory),
             ("prefill_token_seconds",): self._rates.prefill,
-            ("load_byte_seconds",): self._rates.load,
+            **{("load_row_seconds", form): value for form, value in self._rates.load.items()},
             ("profile_contexts",): self._catalogue.profiled,
             ("profile_age_seconds",): self._catalogue.age,
             ("profile_failures",): self._catalogue.refused,

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
+from .catalogue import Way
 from .jobs import Ended, Load, Store
 from .manager import GPU, Admission, ContextManager, Place
 from .requests import Asked, asked_of
@@ -161,8 +162,8 @@ class SchedulerHalf:
             self.manager.used(admission.place, source, ids_of(request))
             if self._sharing is not None:
                 self._sharing.used(admission.place.key)
-        nbytes = 0 if source == GPU else admission.nbytes
-        self._expect(request, source, request.num_tokens - admission.place.tokens, nbytes)
+        way = None if source == GPU else admission.way
+        self._expect(request, source, request.num_tokens - admission.place.tokens, way)
 
     def build(self, output: Any) -> Step:
         step = Step()
@@ -238,9 +239,9 @@ class SchedulerHalf:
         self._told = counts
         return ContextStats.of(news, self.manager.gauges())
 
-    def _expect(self, request: Request, source: str, computed: int, nbytes: int = 0) -> None:
+    def _expect(self, request: Request, source: str, computed: int, way: Way | None = None) -> None:
         if not request.num_output_tokens:
-            predicted = self.manager.seconds(computed, nbytes, source)
+            predicted = self.manager.seconds(computed, way, source)
             self._silent[request.request_id] = Silent(request.arrival_time, source, predicted)
 
 

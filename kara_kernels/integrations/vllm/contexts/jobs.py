@@ -34,6 +34,7 @@ class Load(Job):
 
     nbytes: int
     """Of the packet, in every worker."""
+    form: str
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class KnownContexts:
 
     def _describe(self, place: Place, profiled: str = "", version: int = 0, held: Option | None = None) -> Known:
         """What a context may be stored as, also as what an earlier process ``held``. Costs are those of now."""
-        options = self.catalogue.options(place.key, place.tokens, profiled, self._rates.load)
+        options = self.catalogue.options(place.key, place.tokens, profiled, self._rates.to_load)
         options = [option for option in options if self._grains.needed(option.nbytes) <= self._most]
         if held is not None and not any(held.same_bytes(option) for option in options):
             options.append(held)

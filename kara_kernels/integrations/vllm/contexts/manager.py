@@ -123,10 +123,10 @@ class ContextManager:
                     way = self.catalogue.cut(place.key, place.tokens, way, forced.ratio)
                     return Admission(place, way, copy.number, copy.tier)
                 continue
-            loading = self.seconds(0, way.step.nbytes, copy.tier)
+            loading = self.seconds(0, way, copy.tier)
             if self.rates.prefill and loading >= self.seconds(place.tokens - local):
                 self.counts["slower",] += 1
-                self.rates.fade(copy.tier)
+                self.rates.fade(way.form, copy.tier)
                 continue
             return Admission(place, way, copy.number, copy.tier)
         return None
@@ -158,14 +158,18 @@ class ContextManager:
         self.keeper.use(place.key, self._clock())
         self._renew(place, ids)
 
-    def seconds(self, computed: int, nbytes: int = 0, tier: str = RAM) -> float:
-        """What computing tokens and loading bytes from a tier is expected to take."""
-        return computed * self.rates.prefill + nbytes * (self.rates.load + self.rates.read.get(tier, 0.0))
+    def seconds(self, computed: int, way: Way | None = None, tier: str = RAM) -> float:
+        """What computing tokens, and loading a packet from a tier, is expected to take."""
+        computing = computed * self.rates.prefill
+        if way is None:
+            return computing
+        reading = way.step.nbytes * self.rates.read.get(tier, 0.0)
+        return computing + reading + self.rates.to_load(way.form, way.step.rows)
 
     def load(self, request_id: str, admission: Admission, blocks: Sequence[int]) -> None:
         """Begins a load into ``blocks``."""
         place = admission.place
-        job = Load(0, request_id, place.key, place.tokens, tuple(blocks), (), admission.nbytes)
+        job = Load(0, request_id, place.key, place.tokens, tuple(blocks), (), admission.nbytes, admission.way.form)
         self.transfers.start(self.keeper.load(place.key), job, admission.packet)
 
     def offer(self, request_id: str, place: Place, blocks: Sequence[int], ids: Sequence[int]) -> None:
@@ -199,7 +203,7 @@ class ContextManager:
         now, (before, computed) = self._clock(), self._stepped
         done = Counter(self.keeper.counts)
         if computed >= 2 * self.block_size:
-            self.rates.see("prefill", (now - before) / computed)
+            self.rates.see_prefill((now - before) / computed)
         self._stepped = now, tokens
         for context in self._known.heard():
             self._change(context)
@@ -228,7 +232,7 @@ class ContextManager:
             return None
         job, how = reported
         if how.ok and isinstance(job, Load):
-            self.rates.see("load", how.seconds / job.nbytes)
+            self.rates.see_load(job.form, how.seconds / job.tokens)
         elif isinstance(job, Load):
             self.keeper.lost(job.context)
         return job

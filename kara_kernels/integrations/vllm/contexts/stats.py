@@ -35,7 +35,7 @@ GAUGES = {
     "utility": (("tier",), "Of all contexts on a tier: (alpha * quality - seconds to the first token) * uses."),
     "stored_now": ((), "Contexts that are stored."),
     "prefill_token_seconds": ((), "Seconds to compute a token, measured."),
-    "load_byte_seconds": ((), "Seconds to load a byte of a packet, measured."),
+    "load_row_seconds": (("form",), "Seconds to load a row of all layers and heads out of a packet, measured."),
     "profile_contexts": ((), "Contexts in the profile."),
     "profile_age_seconds": ((), "Seconds since the profile was written."),
     "profile_failures": ((), "Times the profile had changed and could not be read."),
