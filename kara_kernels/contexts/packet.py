@@ -259,12 +259,14 @@ def _checksum(header: Header, section: Section, data: memoryview) -> int:
     return zlib.crc32(data[section.offset : section.offset + section.nbytes - TRAILER], header.checksum)
 
 
-def read_packet(data: bytes | memoryview, *, sections: int | None = None) -> Packet:
+def read_packet(data: bytes | memoryview, *, sections: int | None = None, keep: bool = False) -> Packet:
     """A packet from bytes, into memory of its own of at most their length.
 
     Args:
         data: a packet, whole or cut.
         sections: reads only so many, as :meth:`Packet.cut` would leave.
+        keep: the packet keeps ``data`` instead of a copy. It must be writable, at an address that 16 divides, and
+            nobody may change it any more.
 
     Raises:
         PacketError: one of its kinds, saying what is wrong. No row of a packet with an error is returned.
@@ -281,9 +283,8 @@ def read_packet(data: bytes | memoryview, *, sections: int | None = None) -> Pac
         raise TruncatedPacket(f"packet: expected a length among {sorted(steps)}, got {len(data)}")
     for number, section in enumerate(header.layout.sections[: steps[len(data)].sections]):
         _verify(header, number, section, data[header.nbytes :])
-    payload = torch.empty(len(data) - header.nbytes, dtype=torch.uint8)
-    payload.numpy().data[:] = data[header.nbytes :]
-    return Packet(header, payload)
+    data = data[header.nbytes :]
+    return Packet(header, torch.frombuffer(data if keep else bytearray(data), dtype=torch.uint8))
 
 
 def _verify(header: Header, number: int, section: Section, payload: memoryview) -> None:

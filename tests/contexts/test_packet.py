@@ -68,6 +68,18 @@ def test_what_is_read_is_what_was_written(drawn: tuple[Context, Packet]) -> None
         assert read_packet(data[: step.nbytes]).to_bytes() == data[: step.nbytes]
 
 
+def test_a_packet_may_keep_the_memory_that_it_is_read_from() -> None:
+    data = bytearray(DATA)
+    address = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
+    kept, copied = read_packet(memoryview(data), keep=True), read_packet(memoryview(data))
+    assert kept.to_bytes() == copied.to_bytes() == DATA
+    assert kept.payload.data_ptr() == address + kept.header.nbytes
+    data[-20] ^= 1
+    assert kept.to_bytes() != copied.to_bytes() == DATA
+    with pytest.raises(DamagedPacket):
+        read_packet(memoryview(data), keep=True)
+
+
 @settings(max_examples=40)
 @given(packets(), st.data())
 def test_other_lengths_are_truncated_packets(drawn: tuple[Context, Packet], data: st.DataObject) -> None:

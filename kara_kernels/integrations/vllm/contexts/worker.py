@@ -41,6 +41,7 @@ class ContextWorker:
         self._device = cache.k[0].device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kara-contexts")
+        self._compute_on_one_core()
         self._running: dict[int, tuple[Store | Load, Future[float]]] = {}
 
     def warm_up(self, forms: Sequence[str]) -> None:
@@ -79,6 +80,14 @@ class ContextWorker:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._region = np.empty((0, 0), np.uint8)  # the shared memory can be unmapped only when nothing refers to it
 
+    def _compute_on_one_core(self) -> None:
+        """On a CPU, the engine's threads have all cores. A call of this thread that were divided among several would
+        wait until each of them has been given one."""
+        set_threads = torch._C.set_num_threads  # in torch's own name vLLM leaves a function that does nothing
+        self._thread.submit(torch.get_num_threads).result()  # a thread's first such call takes the process's number
+        self._thread.submit(set_threads, 1).result()
+        set_threads(torch.get_num_threads())  # else threads that begin later would have one, too
+
     # --------------------------------------------------------------------------------------------- in the thread
 
     def _timed(self, ready: Any, body: Callable[[Any], None], job: Any) -> float:
@@ -102,7 +111,7 @@ class ContextWorker:
         self._write(packet, job.grains)
 
     def _load(self, job: Load) -> None:
-        packet = read_packet(self._read(job.grains, job.nbytes))
+        packet = read_packet(self._read(job.grains, job.nbytes), keep=True)
         decode(
             packet, self._cache.k, self._cache.v, self._table(job.blocks), model=self._model, context=job.context
         )  # fmt: skip
@@ -118,11 +127,7 @@ class ContextWorker:
             at += size
 
     def _read(self, grains: Sequence[int], nbytes: int) -> memoryview:
-        size = self._region.shape[1]
-        data = np.empty(size * len(grains), np.uint8)
-        for i, grain in enumerate(grains):
-            data[i * size : (i + 1) * size] = self._region[grain, :size]
-        return data[:nbytes].data
+        return self._region[list(grains)].reshape(-1)[:nbytes].data  # one call: each may wait for the engine
 
 
 def _how(job: Store | Load, future: Future[float]) -> Ended:

@@ -1,0 +1,62 @@
+"""The worker's thread without vLLM: from blocks through grains in any order, and back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from packets import Context
+
+from kara_kernels import PagedCache, PayloadLayout
+from kara_kernels.contexts.packet import Header
+from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
+from kara_kernels.integrations.vllm.contexts.worker import ContextWorker
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def until_ended(worker: ContextWorker) -> Ended:
+    until = time.monotonic() + 30
+    while not (ended := worker.ended()):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    return ended[0][1]
+
+
+def test_a_context_comes_back_from_grains() -> None:
+    context = Context.random(200, dim=64, v_dim=64, dtype=torch.float32)
+    cache = PagedCache(context.k, context.v)
+    region = torch.zeros(1600, 3 * 256, dtype=torch.uint8)[:, :256]  # this worker's part of what three share
+    worker = ContextWorker(cache, region, "a model")
+    layout = PayloadLayout(**PayloadLayout.shape_of(cache), tokens=96, rows=96, form="exact", places=False)
+    step = Header("a model", "a context", layout).steps[-1]
+    table, grains = context.table.tolist(), range(1599, 0, -1)
+    blocks, others = table[:6], table[6:12]
+    worker.submit(Store(0, "first", "a context", 96, blocks, grains, "exact", "", step.sections))
+    assert until_ended(worker).ok
+    worker.submit(Load(1, "second", "a context", 96, others, grains, step.nbytes, "exact"))
+    assert until_ended(worker).ok
+    for pool in (*cache.k, *(cache.v or ())):
+        assert torch.equal(pool[blocks], pool[others])
+    worker.shutdown()
+
+
+def test_the_thread_computes_on_one_core_and_the_others_as_before(two_threads: None) -> None:
+    context = Context.random(20)
+    worker = ContextWorker(PagedCache(context.k, context.v), torch.zeros(1, 64, dtype=torch.uint8), "a model")
+    assert worker._thread.submit(torch.get_num_threads).result() == 1
+    found = [torch.get_num_threads()]
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [2, 2]
+    worker.shutdown()
