@@ -53,8 +53,8 @@ def scatter(a: PayloadArguments) -> None:
 def scatter_kind(a: PayloadArguments, kind: str) -> None:
     """Writes the rows of the sections of ``kind`` into the pool."""
     for section, arrays in of_kind(a, kind):
-        for layer, half, pool in halves(a):
-            put_rows(a, section, layer, half, pool, arrays[half][layer])
+        for half, _ in pools_of(a):
+            put_rows(a, section, half, slice(None), arrays[half])
 
 
 def of_kind(a: PayloadArguments, kind: str) -> Iterator[tuple[Section, dict[str, Tensor]]]:
@@ -66,9 +66,15 @@ def of_kind(a: PayloadArguments, kind: str) -> Iterator[tuple[Section, dict[str,
 
 def halves(a: PayloadArguments) -> Iterator[tuple[int, str, Tensor]]:
     """Layer, ``"k"`` or ``"v"``, and pool."""
-    pools: tuple[tuple[str, Layers | None], ...] = (("k", a.cache.k), ("v", a.cache.v))
-    for half, layers in pools:
-        yield from ((layer, half, pool) for layer, pool in enumerate(layers or ()))
+    for half, pools in pools_of(a):
+        yield from ((layer, half, pool) for layer, pool in enumerate(pools))
+
+
+def pools_of(a: PayloadArguments) -> Iterator[tuple[str, Layers]]:
+    """``"k"`` or ``"v"``, and the pools of all layers."""
+    yield "k", a.cache.k
+    if a.cache.v is not None:
+        yield "v", a.cache.v
 
 
 def rows_of(a: PayloadArguments, section: Section, layer: int, half: str, pool: Tensor) -> Tensor:
@@ -80,14 +86,16 @@ def rows_of(a: PayloadArguments, section: Section, layer: int, half: str, pool: 
     return found.view(pool.dtype)
 
 
-def put_rows(a: PayloadArguments, section: Section, layer: int, half: str, pool: Tensor, found: Tensor) -> None:
-    """Writes ``found [H, r, D]`` into ``pool``. Dropped channels of K become zero."""
+def put_rows(a: PayloadArguments, section: Section, half: str, layers: slice, found: Tensor) -> None:
+    """Writes ``found [L, H, r, D]`` into the pools of some layers. Dropped channels of K become zero."""
     words = _words(found)
     if half == "k" and a.layout.channels is not None:
-        kept = stored_channels(a)[layer].long()[:, None].expand(-1, section.rows, -1)
-        words = words.new_zeros(*words.shape[:2], a.layout.dim).scatter_(-1, kept, words)
-    places = None if a.to_front else unsigned(section.of(a.payload)["index"][layer])
-    _words(pool)[_cells(a, section, places)] = words
+        kept = stored_channels(a)[layers].long()[:, :, None].expand(-1, -1, section.rows, -1)
+        words = words.new_zeros(*words.shape[:3], a.layout.dim).scatter_(-1, kept, words)
+    places = None if a.to_front else unsigned(section.of(a.payload)["index"][layers])
+    block, row, head = _cells(a, section, places)
+    for i, pool in enumerate(dict(pools_of(a))[half].tensors[layers]):
+        _words(pool)[(block, row, head) if places is None else (block[i], row[i], head)] = words[i]
 
 
 def _words(x: Tensor) -> Tensor:
@@ -96,8 +104,8 @@ def _words(x: Tensor) -> Tensor:
 
 
 def _cells(a: PayloadArguments, section: Section, places: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Block, row in it and head of each row of a section, to index a pool with; they broadcast to ``[H, r]``.
-    ``places [H, r]``: of the rows in the context; None: in the payload's order from the front."""
+    """Block, row in it and head of each row of a section, to index a pool with; they broadcast to
+    ``[H, r]``, or to ``[L, H, r]`` as ``places`` do: of the rows in the context; None: in the payload's order."""
     if places is None:
         token = torch.arange(section.first, section.first + section.rows, device=a.block_table.device)[None]
     else:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..payload import GROUP, LEVELS, PayloadLayout
 from ..payload_arguments import LOSSY, Caches, PayloadArguments, check_gather, check_scatter
-from .gather import gather_kind, halves, of_kind, put_rows, rows_of, scatter_kind, write_lists
+from .gather import gather_kind, halves, of_kind, pools_of, put_rows, rows_of, scatter_kind, write_lists
 
 FP8 = torch.float8_e4m3fn
-SEVERAL = 8  # layers that are decoded together: enough for few calls, and few enough for a CPU's cache
+TOGETHER = 2**18  # elements that are decoded together: enough for few calls, and few enough for a CPU's cache
 LEAST = 2.0**-126  # steps below it count as none, because some devices flush such numbers to zero
 
 
@@ -63,36 +63,70 @@ def dequantize(a: PayloadArguments) -> None:
     plan, residuals = a.layout, _residuals(a)
     scatter_kind(a, "exact")
     for section, arrays in of_kind(a, "rows"):
-        for half, pools in (("k", a.cache.k), ("v", a.cache.v or ())):
-            for first in range(0, len(pools), SEVERAL):
-                some = pools[first : first + SEVERAL]
-                layers = slice(first, first + len(some))
+        for half, pools in pools_of(a):
+            several = max(1, TOGETHER // (plan.heads * section.rows * pools[0].shape[-1]))
+            for first in range(0, len(pools), several):
+                layers = slice(first, first + several)
                 found = arrays[half][layers]
                 if plan.form == "fp8":
-                    found = found.float()
+                    found = _rounded(found.float(), plan.dtype)
                 else:
-                    codes = 16 * _unpack(found)
-                    if (half, section.grade) in residuals:
-                        codes += (_unpack(residuals[half, section.grade][layers]) ^ 8) - 8
-                    low, high = _of_elements(arrays[f"{half}_bounds"][layers].float(), half, section.rows)
-                    found = low + _step(low, high) * codes.float()
-                    if half == "k" and plan.rotate:
-                        found = hadamard(found, plan.run) * 2.0 ** -_halvings(plan)[1]
-                for layer, rows in enumerate(_rounded(found, some[0].dtype), start=first):
-                    put_rows(a, section, layer, half, pools[layer], rows)
+                    residual = residuals.get((half, section.grade))
+                    codes = _codes(found, None if residual is None else residual[layers])
+                    restored = _restored_keys if half == "k" else _restored_values
+                    found = restored(plan, *codes, arrays[f"{half}_bounds"][layers].float())
+                put_rows(a, section, half, layers, found)
+
+
+def _codes(upper: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes of even and of odd channels, each plus 8, so that a byte holds them."""
+    if residual is None:
+        return (upper << 4) | 8, (upper & 0xF0) | 8
+    return (upper << 4) | ((residual & 15) ^ 8), (upper & 0xF0) | ((residual >> 4) ^ 8)
+
+
+def _restored_values(plan: PayloadLayout, even: Tensor, odd: Tensor, bounds: Tensor) -> Tensor:
+    """Rows of V, ``[L, H, r, D]``, of bounds ``[L, H, r, 2]``."""
+    pairs = (odd.short() << 8).bitwise_or_(even)  # two bytes at a time, in the order of the channels
+    return _rounded(_restored(pairs.view(torch.uint8).float(), bounds[..., :1], bounds[..., 1:]), plan.dtype)
+
+
+def _restored_keys(plan: PayloadLayout, even: Tensor, odd: Tensor, bounds: Tensor) -> Tensor:
+    """Rows of K, ``[L, H, r, D]``, of bounds ``[L, H, groups, 2, D]``. Until the end they lie as planes, one of each
+    channel, with room for whole groups."""
+    layers, heads, groups, _, dim = bounds.shape
+    planes = bounds.new_empty(dim, layers, heads, groups * GROUP)
+    rows = planes[..., : even.shape[-2]]
+    rows[0::2], rows[1::2] = even.permute(3, 0, 1, 2), odd.permute(3, 0, 1, 2)
+    low, high = bounds.permute(3, 4, 0, 1, 2)[..., None]
+    _restored(planes.unflatten(-1, (groups, GROUP)), low, high)
+    if plan.rotate:
+        planes = _rotated(planes, plan.run).mul_(2.0 ** -_halvings(plan)[1])
+    return _rounded(planes, plan.dtype)[..., : even.shape[-2]].permute(1, 2, 3, 0).contiguous()
+
+
+def _restored(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Elements in place of their codes plus 8."""
+    return torch.add(low, x.sub_(8).mul_(_step(low, high)), out=x)
 
 
 def hadamard(x: Tensor, run: int) -> Tensor:
     """Every ``run`` elements of ``x [..., D]`` times the Hadamard matrix of +1 and -1 (Sylvester's order), by sums and
     differences of pairs at distances 1, 2, 4, ..."""
-    planes = x.movedim(-1, 0).contiguous()  # sums of whole planes take half the time of sums of neighbours
-    distance = 1
+    planes = x.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
+    return _rotated(planes, run).movedim(0, -1).contiguous()
+
+
+def _rotated(x: Tensor, run: int) -> Tensor:
+    """The same of planes ``[D, ...]``, which are overwritten. Sums of whole planes take half the time of sums of
+    neighbours."""
+    spare, distance = torch.empty_like(x), 1
     while distance < run:
-        pairs = planes.unflatten(0, (-1, 2, distance))
-        first, second = pairs[:, 0], pairs[:, 1]
-        planes = torch.stack((first + second, first - second), 1).flatten(0, 2)
-        distance *= 2
-    return planes.movedim(0, -1).contiguous()
+        pairs, found = x.unflatten(0, (-1, 2, distance)), spare.unflatten(0, (-1, 2, distance))
+        torch.add(pairs[:, 0], pairs[:, 1], out=found[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=found[:, 1])
+        x, spare, distance = spare, x, 2 * distance
+    return x
 
 
 def _halvings(plan: PayloadLayout) -> tuple[int, int]:
@@ -139,8 +173,3 @@ def _pack(codes: Tensor) -> Tensor:
     """uint8 ``[..., D/2]`` of the lower four bits, the lower dimension in the low half."""
     nibbles = (codes & 15).to(torch.uint8)
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    """int32 ``[..., D]`` in ``0..15``."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()
