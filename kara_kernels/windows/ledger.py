@@ -48,10 +48,22 @@ class Ledger:
         ``gain``: it would free too few blocks yet; ``queries``: too few are recorded; ``cap``: others went first.
         ``loss``: the guard stopped the sequence."""
         self._states: dict[str, Running] = {}
+        self._admitted: dict[str, int] = {}  # tokens without rows of sequences that have not started
         self._planned: dict[str, Plan] = {}  # plans of the latest round, until committed
         self._of_round: set[str] = set()  # sequences with a plan in the latest round, committed or not
         self._started = 0
         self._rounds = 0
+
+    def admit(self, request_id: str, dropped: int) -> None:
+        """Tells that a sequence will start with the compressed rows of a context: ``dropped`` fewer than its tokens.
+
+        :meth:`dropped` counts them from now on, so that the engine allocates blocks for these rows. Call it before
+        ``start``. A later call replaces it. Raises ValueError for a negative number.
+        """
+        if check_count("dropped", dropped, 0, 2**31 - 1):
+            self._admitted[request_id] = dropped
+        else:
+            self._admitted.pop(request_id, None)
 
     def start(
         self, request_id: str, prompt_len: int, computed: int, *, window: int | None = None, keep: int | None = None
@@ -61,7 +73,7 @@ class Ledger:
         Args:
             request_id: its name.
             prompt_len: tokens that are never compressed. If ``policy.protected`` is larger, it counts instead.
-            computed: tokens served by the prefix cache, whose queries were not recorded.
+            computed: tokens served by the prefix cache or out of a context, whose queries were not recorded.
             window, keep: the sequence's own, instead of the policy's.
 
         Raises:
@@ -73,21 +85,23 @@ class Ledger:
             policy.check_page_size(self.page_size)
             check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         self._planned.pop(request_id, None)
-        frontier = max(prompt_len, policy.protected)
+        dropped = self._admitted.pop(request_id, 0)
+        frontier = max(prompt_len, policy.protected) - dropped
         self._states[request_id] = Running(
-            self._started, policy, policy is not self.policy, max(prompt_len, computed), frontier, squeezed=frontier
-        )
+            self._started, policy, policy is not self.policy, max(prompt_len, computed), frontier, squeezed=frontier,
+            dropped=dropped,
+        )  # fmt: skip
         self._started += 1
 
     def forget(self, request_id: str) -> None:
         """Removes a sequence that no longer holds blocks. Unknown names are ignored: it may never have started."""
-        self._states.pop(request_id, None)
-        self._planned.pop(request_id, None)
+        for of_sequence in (self._states, self._admitted, self._planned):
+            of_sequence.pop(request_id, None)
 
     def dropped(self, request_id: str) -> int:
         """Logical minus physical length; 0 for a sequence that was never compressed or is unknown."""
         state = self._states.get(request_id)
-        return 0 if state is None else state.dropped
+        return self._admitted.get(request_id, 0) if state is None else state.dropped
 
     def windows(self, request_id: str) -> int:
         """Compressions since the sequence started or restarted."""

@@ -56,7 +56,7 @@ class World:
         return transfer.target
 
     def load(self, key: str) -> None:
-        self.some.start(self.keeper.load(key), Load(0, "reader", key, 64, (3, 4), (), 350, "int8"), f"packet {key}")
+        self.some.start(self.keeper.load(key), Load(0, "reader", key, 64, (3, 4), (), 350, "int8", 64), f"packet {key}")
 
     def move(self, key: str, tier: str, option: Option) -> Transfer:
         transfer = self.directory.move(key, tier, option)

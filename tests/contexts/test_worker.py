@@ -43,7 +43,7 @@ def test_a_context_comes_back_from_grains() -> None:
     blocks, others = table[:6], table[6:12]
     worker.submit(Store(0, "first", "a context", 96, blocks, grains, "exact", "", step.sections))
     assert until_ended(worker).ok
-    worker.submit(Load(1, "second", "a context", 96, others, grains, step.nbytes, "exact"))
+    worker.submit(Load(1, "second", "a context", 96, others, grains, step.nbytes, "exact", 96))
     assert until_ended(worker).ok
     for pool in (*cache.k, *(cache.v or ())):
         assert torch.equal(pool[blocks], pool[others])

@@ -100,11 +100,16 @@ class Server:
         return self.manager.place(request.block_hashes, len(prompt), count)
 
     def rows_of(self, prompt, count, sections=None):
-        """Decoded rows of the stored context that is the first ``count`` tokens, perhaps of its first sections only:
-        ``[L, H, count, D]`` twice."""
-        return self.rows_of_copy(self.manager.keeper.get(self.place_of(prompt, count).key), count, sections)
+        """Decoded keys and values of the stored context that is the first ``count`` tokens, perhaps of its first
+        sections only: ``[L, H, R, D]`` each, in the order of their tokens."""
+        keys, values, places = self.rows_of_copy(
+            self.manager.keeper.get(self.place_of(prompt, count).key), count, sections
+        )
+        places = places[..., None].expand(*places.shape, keys.shape[-1])
+        return [keys.gather(2, places), values.gather(2, places)]
 
     def rows_of_copy(self, copy, count, sections=None):
+        """Keys and values ``[L, H, count, D]``, zero where there is no row, and the places of rows ``[L, H, R]``."""
         step = self.manager.catalogue.way(copy.key, count, copy.option).step
         held = self.manager.transfers._held[copy.number]
         if copy.tier == "ram":
@@ -118,10 +123,12 @@ class Server:
             data = b"".join(file.read_bytes() for file in files)[: step.nbytes]
         packet = read_packet(data, sections=sections)
         layers, heads, dim = self.shape
-        pools = [[torch.zeros(count // BLOCK, BLOCK, heads, dim) for _ in range(layers)] for _ in range(2)]
+        pools = [[torch.full((count // BLOCK, BLOCK, heads, dim), torch.nan) for _ in range(layers)] for _ in range(2)]
         cache = PagedCache(*pools)
         decode(packet, cache.k, cache.v, torch.arange(count // BLOCK, dtype=torch.int32))
-        return [torch.stack([x.flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v)]
+        keys, values = (torch.stack([x.flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v))
+        places = (~keys[..., 0].isnan()).nonzero()[:, 2].view(layers, heads, packet.step.rows)
+        return keys.nan_to_num(), values.nan_to_num(), places
 
     def judge(self, prompt, count, tokens=12, sections=None):
         """What a dense model says whose first ``count`` rows are those of the packet."""

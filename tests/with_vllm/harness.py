@@ -88,7 +88,7 @@ class Served:
     cached: int = 0
     recomputed: list[int] = field(default_factory=list)
     rows: dict[int, tuple] = field(default_factory=dict)
-    """Keys and values out of a packet that it was admitted with, by the tokens that it had then."""
+    """Keys, values and places of rows out of a packet that it was admitted with, by the tokens that it had then."""
 
 
 class Engine:
@@ -281,8 +281,9 @@ class Dense:
         starts = sorted(runs)
         parts = []
         for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-            ledger = replay(self.model, real, runs[start])
-            logits = dense_logits(self.model, ids, real, ledger.visible, served.rows.get(start))[0]
+            *rows, places = served.rows.get(start) or (None,)
+            ledger = replay(self.model, real, [*self._admission(rows, places), *runs[start]])
+            logits = dense_logits(self.model, ids, real, ledger.visible, rows or None)[0]
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
 
@@ -315,6 +316,13 @@ class Dense:
                 layers.append(logits.softmax(-1).mean((1, 2)))
             found.append(torch.stack(layers))
         return found
+
+    @staticmethod
+    def _admission(rows, places):
+        """A packet without all rows, as if a window had been all of its context."""
+        count = rows[0].shape[2] if rows else 0
+        if places is not None and places.shape[2] < count:
+            yield SimpleNamespace(logical_len=count, window_start=0, window=count, keep_indices=places)
 
     @staticmethod
     def _event(event):

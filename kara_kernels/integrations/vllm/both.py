@@ -2,8 +2,8 @@
 
 Neither room knows the other, because they never meet in a block. A context is whole blocks of a prompt without its last
 token. Windows begin behind the prompt. So no plan rewrites or frees what a store reads, and a context can be stored
-whole from a request that has lost rows. Rows out of a packet are as many as their tokens, so nothing is dropped when a
-request is admitted.
+whole from a request that has lost rows. A packet may have fewer rows than tokens. The ledger of windows then counts the
+others as dropped before the request is given blocks, and everything goes on from there as after a window.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from .contexts.scheduler import WithContexts
 from .windows.scheduler import KaraAsyncScheduler, KaraScheduler
 
 
-class BothScheduler(WithContexts, KaraScheduler):
+class _WithBoth(WithContexts):
+    def begin_without(self, request_id: str, dropped: int) -> None:
+        self._ledger.admit(request_id, dropped)
+
+
+class BothScheduler(_WithBoth, KaraScheduler):
     """Synchronous."""
 
 
-class BothAsyncScheduler(WithContexts, KaraAsyncScheduler):
+class BothAsyncScheduler(_WithBoth, KaraAsyncScheduler):
     """Asynchronous."""

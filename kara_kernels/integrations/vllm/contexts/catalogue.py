@@ -1,7 +1,8 @@
 """What contexts may be stored as: what a profile has measured of them, and what is safe without.
 
 Packets of the plugin hold all rows in their order, of a form (``"none/int8"``: no scorer, eight bits), and are cut to
-fewer bits. Packets that take as many grains count as one option: the largest of them.
+fewer bits. Or they hold them in the order of a scorer (``"keydiff/int4"``), and are cut to fewer rows as well. Packets
+that take as many grains count as one option: the largest of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kara_kernels.contexts.utility import Option
 
 from ..watched import WatchedFile
 from .grains import Grains
-from .settings import METHODS, SAFE, SAFEST
+from .settings import METHODS, SAFE, SAFEST, may_drop
 
 logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply
 
@@ -30,16 +31,26 @@ JUDGE = "likelihood"
 class Way(NamedTuple):
     """How a context is encoded."""
 
-    form: str
+    method: str
     step: Step
+
+    @property
+    def form(self) -> str:
+        return self.method.partition("/")[2]
+
+    @property
+    def scorer(self) -> str:
+        """Empty: rows are in the order of their tokens."""
+        return self.method.partition("/")[0] if may_drop(self.method) else ""
 
 
 class Catalogue:
     """Options of contexts.
 
     Args:
-        header: ``header(key, tokens, form)``: what packets of a context say.
+        header: ``header(key, tokens, method)``: what packets of a context say.
         methods: those that may be used.
+        drops: whether requests may begin with fewer rows than tokens.
         profile: a file of ``python -m kara_kernels.contexts profile``, which need not exist yet. It is read again when
             it changes.
 
@@ -53,10 +64,11 @@ class Catalogue:
 
     def __init__(
         self, header: Callable[[str, int, str], Header], grains: Grains, methods: Sequence[str] = (SAFEST,),
-        profile: str | None = None,
+        profile: str | None = None, drops: bool = False,
     ) -> None:  # fmt: skip
         self._header = functools.lru_cache(HEADERS)(header)  # one takes a quarter of a millisecond, and hits need it
         self._grains, self._methods = grains, tuple(methods)
+        self._known_methods = [method for method in METHODS if drops or not may_drop(method)]
         self._file = None if profile is None else WatchedFile(profile)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kara-profile")
         self._reading: Future[Profile] | None = None
@@ -106,8 +118,7 @@ class Catalogue:
         """
         found: dict[tuple[str, int], Option] = {}
         for method in self._methods:
-            form = method.partition("/")[2]
-            header = self._header(key, tokens, form)
+            header, form = self._header(key, tokens, method), method.partition("/")[2]
             measured = self._measured(header, method, profiled)
             if method in SAFE:
                 measured.setdefault(header.steps[-1].nbytes, SAFE[method])
@@ -120,30 +131,27 @@ class Catalogue:
 
     def way(self, key: str, tokens: int, option: Option) -> Way | None:
         """How an option is encoded. None: the plugin has no such packets."""
-        if option.method not in METHODS:
+        if option.method not in self._known_methods:
             return None
-        form, taken = option.method.partition("/")[2], self._grains.needed(option.nbytes)
-        header = self._header(key, tokens, form)
-        if not any(step.rows == tokens and self._grains.needed(step.nbytes) == taken for step in header.steps):
+        header, taken = self._header(key, tokens, option.method), self._grains.needed(option.nbytes)
+        if not any(self._grains.needed(step.nbytes) == taken for step in _steps(header)):
             return None
-        return Way(form, self._fitting(header, taken))
+        return Way(option.method, self._fitting(header, taken))
 
     def cut(self, key: str, tokens: int, way: Way, ratio: float) -> Way:
         """What a packet can be cut to that is nearest to a ratio."""
-        steps = [step for step in self._header(key, tokens, way.form).steps if step.rows == tokens]
-        held = [step for step in steps if step.nbytes <= way.step.nbytes]
-        return Way(way.form, min(held, key=lambda step: abs(step.ratio - ratio)))
+        held = [step for step in _steps(self._header(key, tokens, way.method)) if step.nbytes <= way.step.nbytes]
+        return Way(way.method, min(held, key=lambda step: abs(step.ratio - ratio)))
 
     def _measured(self, header: Header, method: str, profiled: str) -> dict[int, float]:
-        """Qualities by bytes of packets, as far as all rows are stored."""
+        """Qualities by bytes of packets."""
         context, found = self._contexts.get(profiled), dict[int, float]()
         if context is None:
             return found
-        as_measured = {step.sections: step for step in self._header("", context.tokens, header.layout.form).steps}
+        as_measured = {step.sections: step for step in _steps(self._header("", context.tokens, method))}
         for each in context.measured:
-            if each.method == method and each.rows == context.tokens and each.sections in as_measured:
-                share = as_measured[each.sections].finer / context.tokens
-                step = _with_finer(header, share)
+            if each.method == method and each.sections in as_measured:
+                step = _least(header, as_measured[each.sections], context.tokens)
                 found[step.nbytes] = max(each.quality(JUDGE), found.get(step.nbytes, 0.0))
         return found
 
@@ -172,8 +180,17 @@ class Catalogue:
         logger.error("Kara's profile stays as it was: %s", why)
 
 
-def _with_finer(header: Header, share: float) -> Step:
-    """The least packet of all rows of which at least a ``share`` is fine."""
+def _steps(header: Header) -> list[Step]:
+    """Compressions of a packet. Rows in the order of their tokens are never dropped: these would be the newest."""
     tokens = header.layout.tokens
-    whole = [step for step in header.steps if step.rows == tokens]
-    return next((step for step in whole if step.finer >= share * tokens), whole[-1])
+    return [step for step in header.steps if header.layout.places or step.rows == tokens]
+
+
+def _least(header: Header, measured: Step, tokens: int) -> Step:
+    """The least packet with at least the shares of rows, and of fine rows, that another one of ``tokens`` had."""
+    steps, own = _steps(header), header.layout.tokens
+
+    def as_good(step: Step) -> bool:
+        return step.rows * tokens >= measured.rows * own and step.finer * tokens >= measured.finer * own
+
+    return next((step for step in steps if as_good(step)), steps[-1])

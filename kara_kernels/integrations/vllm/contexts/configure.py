@@ -6,8 +6,9 @@ from typing import Any
 
 from kara_kernels.contexts.profile import Profile, ProfileError
 
+from ..settings import settings_of
 from ..unsupported import UNSUPPORTED, found_in
-from .settings import ContextSettings, context_settings_of
+from .settings import ContextSettings, context_settings_of, may_drop
 
 _ROOM = __name__.rpartition(".")[0]
 CONNECTOR = "ContextConnector"
@@ -60,9 +61,16 @@ def _check_remote(settings: ContextSettings) -> None:
         raise ValueError(f"contexts: {error}") from None
 
 
+def can_begin_without(config: Any) -> bool:
+    """Whether requests may begin with fewer rows than tokens: windows keep the two lengths."""
+    return "kara" in config.additional_config and not settings_of(config).shadow
+
+
 def _refuse(config: Any) -> None:
-    refused = found_in(config, UNSUPPORTED)
-    if context_settings_of(config).remote is not None:
+    refused, settings = found_in(config, UNSUPPORTED), context_settings_of(config)
+    if (dropping := [method for method in settings.methods if may_drop(method)]) and not can_begin_without(config):
+        refused.append(f"{', '.join(dropping)} without windows that move rows (\"kara\": {{\"default\": \"off\"}})")
+    if settings.remote is not None:
         refused += [f"{what} beside a remote tier" for what in _found_ambiguous(config)]
     if not config.cache_config.enable_prefix_caching:
         refused.append("no prefix cache (--no-enable-prefix-caching)")

@@ -21,13 +21,14 @@ from kara_kernels.payload import PayloadLayout
 
 from ..layout import paged_view
 from .catalogue import Catalogue
+from .configure import can_begin_without
 from .disk import DiskStore
 from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
 from .manager import ContextManager
 from .region import open_region, part_of, shape
 from .remote import RemoteTier, measured
-from .settings import RemoteSettings, context_settings_of
+from .settings import RemoteSettings, context_settings_of, may_drop
 from .sharing import Sharing
 from .stats import ContextMetrics, ContextStats
 from .store import RedisStore
@@ -67,7 +68,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             lower.append((tier, self._remote))
         grains = Grains(count, grain)
         header = functools.partial(header_of, config, 0)
-        catalogue = Catalogue(header, grains, settings.methods, settings.profile)
+        catalogue = Catalogue(header, grains, settings.methods, settings.profile, drops=can_begin_without(config))
         manager = ContextManager(
             grains=grains, block_size=config.cache_config.block_size, workers=workers,
             catalogue=catalogue, alpha=settings.alpha, floor=settings.floor, half_life=settings.half_life,
@@ -134,7 +135,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         rank = config.parallel_config.rank
         self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
-        worker.warm_up([method.partition("/")[2] for method in self._settings.methods])
+        worker.warm_up(self._settings.methods)
         self._worker = WorkerHalf(worker)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
@@ -188,10 +189,12 @@ def open_remote(config: Any, given: RemoteSettings, view: memoryview, grain: int
     return measured(store, tier, grain / rows.shape[1]), tier
 
 
-def header_of(config: Any, rank: int, key: str, tokens: int, form: str) -> Header:
+def header_of(config: Any, rank: int, key: str, tokens: int, method: str) -> Header:
+    (scorer, _, form), places = method.partition("/"), may_drop(method)
     model, parallel = config.model_config, config.parallel_config
     layout = PayloadLayout(
         layers=model.get_num_layers(parallel), heads=model.get_num_kv_heads(parallel), dim=model.get_head_size(),
-        v_dim=model.get_head_size(), dtype=model.dtype, tokens=tokens, rows=tokens, form=form, places=False,
+        v_dim=model.get_head_size(), dtype=model.dtype, tokens=tokens, rows=tokens, form=form,
+        places=places,
     )  # fmt: skip
-    return Header(model_of(config, rank), key, layout)
+    return Header(model_of(config, rank), key, layout, scorer if places else "")

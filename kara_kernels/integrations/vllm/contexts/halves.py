@@ -145,7 +145,7 @@ class SchedulerHalf:
         admission = self._admitted.get(request.request_id)
         if admission is None or local >= admission.place.tokens:
             return 0, False
-        if self.manager.transfers.is_loading(admission.packet):  # its rows will be in the engine's cache
+        if not admission.dropped and self.manager.transfers.is_loading(admission.packet):  # they will be in the pool
             return None, False
         return admission.place.tokens, True
 
@@ -156,7 +156,7 @@ class SchedulerHalf:
             return
         admission = self._admitted[request.request_id]
         if source != GPU:
-            count = admission.place.tokens // self.manager.block_size
+            count = -(-admission.way.step.rows // self.manager.block_size)
             self.manager.load(request.request_id, admission, blocks[:count])
         if self._asked[request.request_id].forced is None:  # measuring a context is no use of it
             self.manager.used(admission.place, source, ids_of(request))
@@ -217,10 +217,10 @@ class SchedulerHalf:
         admission = self._admitted.get(name)
         if admission is None:
             return {"context": {"source": "computed"}}
-        form, step = admission.way
+        method, step = admission.way
         return {
             "context": {
-                "source": admission.tier, "tokens": admission.place.tokens, "method": f"none/{form}",
+                "source": admission.tier, "tokens": admission.place.tokens, "method": method,
                 "ratio": step.ratio, "sections": step.sections, "nbytes": step.nbytes,
             }
         }  # fmt: skip

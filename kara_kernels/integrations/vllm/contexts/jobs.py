@@ -24,6 +24,7 @@ class Store(Job):
 
     form: str
     scorer: str
+    """What orders the rows; empty: they stay in the order of their tokens."""
     sections: int
     """Of the packet, which the scheduler has counted: the grains are for these."""
 
@@ -35,6 +36,7 @@ class Load(Job):
     nbytes: int
     """Of the packet, in every worker."""
     form: str
+    rows: int
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,17 @@ class Admission(NamedTuple):
     @property
     def packet(self) -> str:
         """Requests with the same one are given the same rows."""
-        return f"{self.way.form} {self.way.step.sections} {self.copy}"
+        return f"{self.way.method} {self.way.step.sections} {self.copy}"
 
     @property
     def exact(self) -> bool:
         """Whether the packet lost nothing."""
-        return self.way.form == "exact" and self.way.step.rows == self.place.tokens
+        return self.way.form == "exact" and not self.dropped
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of the context that have no rows."""
+        return self.place.tokens - self.way.step.rows
 
     @property
     def nbytes(self) -> int:
@@ -168,8 +173,10 @@ class ContextManager:
 
     def load(self, request_id: str, admission: Admission, blocks: Sequence[int]) -> None:
         """Begins a load into ``blocks``."""
-        place = admission.place
-        job = Load(0, request_id, place.key, place.tokens, tuple(blocks), (), admission.nbytes, admission.way.form)
+        place, (_, step) = admission.place, admission.way
+        job = Load(
+            0, request_id, place.key, place.tokens, tuple(blocks), (), step.nbytes, admission.way.form, step.rows
+        )  # fmt: skip
         self.transfers.start(self.keeper.load(place.key), job, admission.packet)
 
     def offer(self, request_id: str, place: Place, blocks: Sequence[int], ids: Sequence[int]) -> None:
@@ -232,7 +239,7 @@ class ContextManager:
             return None
         job, how = reported
         if how.ok and isinstance(job, Load):
-            self.rates.see_load(job.form, how.seconds / job.tokens)
+            self.rates.see_load(job.form, how.seconds / job.rows)
         elif isinstance(job, Load):
             self.keeper.lost(job.context)
         return job
@@ -272,9 +279,10 @@ class ContextManager:
             return
         request_id, blocks = self._rows[target.key]
         place = Place.of(target.key)
-        form, step = self._known.way(place, target.option)
+        way = self._known.way(place, target.option)
         self.counts["stored", target.option.method, f"{target.option.ratio:.2f}"] += 1
-        job = Store(0, request_id, target.key, place.tokens, blocks, (), form, "", step.sections)
+        scorer, sections = way.scorer, way.step.sections
+        job = Store(0, request_id, target.key, place.tokens, blocks, (), way.form, scorer, sections)
         self.transfers.start(transfer, job)
 
     def _renew(self, place: Place, ids: Sequence[int]) -> None:

@@ -42,6 +42,7 @@ class WithContexts(_Mixin):
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
         half = self.connector.contexts
         half.leave(request)
+        self.begin_without(request.request_id, 0)
         found = super()._get_local_prefix_cache_hit(request)
         admission = half.choose(request, found[1])
         if admission is None:
@@ -53,7 +54,13 @@ class WithContexts(_Mixin):
                 half.admit(request, admission, GPU)
                 return within
         half.admit(request, admission, admission.tier)
+        self.begin_without(request.request_id, admission.dropped)
         return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+
+    def begin_without(self, request_id: str, dropped: int) -> None:
+        """A request begins with the rows of a packet, which are ``dropped`` fewer than its tokens. Only a scheduler
+        that knows two lengths can do that, and others have no such packets."""
+        assert not dropped
 
     def update_from_output(self, *args: Any) -> Any:
         outputs = super().update_from_output(*args)

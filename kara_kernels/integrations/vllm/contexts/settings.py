@@ -13,8 +13,17 @@ from urllib.parse import urlsplit
 from kara_kernels.values import check_choice, check_count, check_number
 
 GIB = 2**30
-METHODS = ("none/int8", "none/int4", "none/fp8", "none/exact")
-"""What the plugin can store: all rows in their order, in a form."""
+SCORERS = ("keydiff", "knorm")
+"""Those that need no queries, by which rows are dropped."""
+METHODS = tuple(f"{scorer}/{form}" for scorer in ("none", *SCORERS) for form in ("int8", "int4", "fp8", "exact"))
+"""What the plugin can store: all rows in their order (``"none"``) or the best of them, in a form."""
+
+
+def may_drop(method: str) -> bool:
+    """Whether packets of a method hold the best rows first, so that they may be cut to fewer rows than tokens."""
+    return not method.startswith("none/")
+
+
 SAFEST = "none/int8"
 SAFE = {SAFEST: 0.9999, "none/exact": 1.0}
 """Methods that need no profile, and their qualities. Eight bits lose 0.00002 nats (contexts-frontier.md)."""
@@ -136,6 +145,8 @@ def _check_methods(given: Any, profile: Any) -> None:
         raise TypeError(f"methods: expected a list of one or more, got {given!r}")
     for method in given:
         check_choice("methods", method, METHODS)
+    if profile is None and (dropping := [method for method in given if may_drop(method)]):
+        raise ValueError(f"methods: expected a profile beside methods that drop rows, got {', '.join(dropping)}")
     if profile is None and not set(given) & set(SAFE):
         raise ValueError(f"methods: expected {' or '.join(SAFE)} among them without a profile, got {', '.join(given)}")
 

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from kara_kernels.contexts.codec import decode, encode
 from kara_kernels.contexts.packet import Packet, PacketError, read_packet
+from kara_kernels.ops import rank_rows
 from kara_kernels.paged import PagedCache
+from kara_kernels.scorers import Rows, named
 
 from .jobs import Ended, Load, Store
+from .settings import may_drop
 
 logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply
 
@@ -44,15 +47,14 @@ class ContextWorker:
         self._compute_on_one_core()
         self._running: dict[int, tuple[Store | Load, Future[float]]] = {}
 
-    def warm_up(self, forms: Sequence[str]) -> None:
+    def warm_up(self, methods: Sequence[str]) -> None:
         """Encodes and decodes a few blocks that nobody uses yet. So no request waits for kernels to be compiled."""
         blocks, page, *_ = self._cache.k[0].shape
         table = self._table(range(1, min(blocks, 5)))
-        for form in forms:
-            packet = encode(
-                self._cache.k, self._cache.v, table, len(table) * page, model=self._model, context="warm", form=form
-            )
-            decode(read_packet(packet.to_bytes()), self._cache.k, self._cache.v, table)
+        for method in methods:
+            scorer, _, form = method.partition("/")
+            packet = self._encode(table, len(table) * page, "warm", form, scorer if may_drop(method) else "", None)
+            self._decode(read_packet(packet.to_bytes()), table)
 
     def submit(self, job: Store | Load) -> None:
         """Begins a job behind those that were submitted before it."""
@@ -104,17 +106,36 @@ class ContextWorker:
         return torch.tensor(blocks, dtype=torch.int32, device=self._device)
 
     def _store(self, job: Store) -> None:
-        packet = encode(
-            self._cache.k, self._cache.v, self._table(job.blocks), job.tokens, model=self._model, context=job.context,
-            form=job.form, scorer=job.scorer, sections=job.sections,
-        )  # fmt: skip
+        table = self._table(job.blocks)
+        packet = self._encode(table, job.tokens, job.context, job.form, job.scorer, job.sections)
         self._write(packet, job.grains)
 
     def _load(self, job: Load) -> None:
         packet = read_packet(self._read(job.grains, job.nbytes), keep=True)
-        decode(
-            packet, self._cache.k, self._cache.v, self._table(job.blocks), model=self._model, context=job.context
+        packet.require(model=self._model, context=job.context)
+        self._decode(packet, self._table(job.blocks))
+
+    def _encode(self, table: Tensor, tokens: int, context: str, form: str, scorer: str, sections: int | None) -> Packet:
+        rows = self._ranked(table, scorer) if scorer else None
+        return encode(
+            self._cache.k, self._cache.v, table, tokens, model=self._model, context=context, rows=rows, form=form,
+            scorer=scorer, sections=sections,
         )  # fmt: skip
+
+    def _decode(self, packet: Packet, table: Tensor) -> None:
+        """Where they stood, if there are all of them, because requests may share the first blocks of a context."""
+        to = "front" if packet.step.rows < packet.header.layout.tokens else "places"
+        decode(packet, self._cache.k, self._cache.v, table, to=to)
+
+    def _ranked(self, table: Tensor, scorer: str) -> Tensor:
+        """int32 ``[L, H, tokens]``: the rows of whole blocks, best first. One layer of them is copied at a time."""
+        order = []
+        for k, v in zip(self._cache.k, self._cache.v or self._cache.k, strict=True):
+            keys, values = (pool[table].flatten(0, 1).transpose(0, 1)[None] for pool in (k, v))
+            no_queries = keys.new_empty(1, 0, keys.shape[1], 1, keys.shape[3])
+            rows = Rows(no_queries, keys, values, 0, keys.shape[2], keys.shape[3] ** -0.5)
+            order.append(rank_rows(named(scorer)(rows)))
+        return torch.cat(order)
 
     def _write(self, packet: Packet, grains: Sequence[int]) -> None:
         size, at = self._region.shape[1], 0

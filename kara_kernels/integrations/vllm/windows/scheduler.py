@@ -74,6 +74,13 @@ class KaraManager(FullAttentionManager):
         dropped = self.ledger.dropped(request_id)
         return super().allocate_new_blocks(request_id, num_tokens - dropped, num_tokens_main_model - dropped)
 
+    def allocate_external_computed_blocks(
+        self, request_id: str, num_local_computed_tokens: int, num_external_computed_tokens: int, *args: Any,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        rows = num_external_computed_tokens - self.ledger.dropped(request_id)
+        super().allocate_external_computed_blocks(request_id, num_local_computed_tokens, rows, *args, **kwargs)
+
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # A compressed block no longer holds the tokens of its place in the text, so its hash would be wrong.
         if not self.ledger.dropped(request.request_id):
