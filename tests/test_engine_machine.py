@@ -70,13 +70,15 @@ class Request:
     keep: int = 0
     guarded: int | None = None  # keep of the next window, from the guard
     stopped: bool = False  # by the guard
+    away: int = 0  # tokens of its context without rows, when it was admitted
+    loads: bool = False  # in this step
     recorded: list[int] = field(default_factory=list)  # positions whose queries the ring has seen
 
     def restart(self, lists: int) -> None:
         self.computed, self.blocks, self.frontier, self.windows, self.dropped = 0, [], self.prompt_len, 0, 0
         self.rows, self.looked_at, self.recorded = [[] for _ in range(lists)], set(), []
         self.looked_at_twice, self.squeezed = [set() for _ in range(lists)], 0
-        self.guarded, self.stopped = None, False
+        self.guarded, self.stopped, self.away, self.loads = None, False, 0, False
 
     @property
     def decodes(self) -> bool:
@@ -246,6 +248,7 @@ class Engine:
         self._guard(executed, rng)
         for name in lost:
             self.ring.release(name)
+        self._load(scheduled)
         rng.shuffle(scheduled)
         self._forward(scheduled)
         for request, _ in scheduled:
@@ -373,6 +376,7 @@ class Engine:
         self.ledger.commit(plan)
         self.events["compression"] += 1
         self.events["blocks freed"] += len(plan.freed)
+        self.events["compression behind fewer rows than tokens"] += request.away > 0
         self.events["window behind shared blocks"] += plan.window_start > request.frontier
         # The second ledger drops positions in _execute, once the keep lists are known.
         window = request.rows[0][plan.window_start : plan.window_start + plan.window]
@@ -407,18 +411,24 @@ class Engine:
         while self.waiting and not preempted and budget and len(self.running) < self.setup.max_running:
             request = self.waiting[0]
             hits = self._hits(request)
-            count = min(len(request.text) - len(hits) * self.page, budget)
+            tokens, rows = self._context(request, len(hits) * self.page)
+            if tokens:
+                hits = []
+            self.ledger.admit(request.name, tokens - rows)
+            computed = tokens or len(hits) * self.page
+            count = min(len(request.text) - computed, budget)
             idle = sum(not self.pool.refs[block] for block in hits)
-            missing = -(-(len(hits) * self.page + count) // self.page) - len(hits)
+            missing = -(-(computed - (tokens - rows) + count) // self.page) - len(hits)
             if missing > len(self.pool.free) - idle:
+                self.ledger.admit(request.name, 0)
                 break
             self.waiting.remove(request)
             self.running.append(request)
             for block in hits:
                 self.pool.share(block)
             request.blocks = hits
-            request.computed = len(hits) * self.page
-            request.rows = [list(range(request.computed)) for _ in range(self.lists)]
+            request.computed = computed
+            request.rows = [list(range(computed)) for _ in range(self.lists)]
             self.events["prefix hit"] += bool(hits)
             self.events["decoded text from the prefix cache"] += request.computed > request.prompt_len
             if request.compress:
@@ -426,10 +436,30 @@ class Engine:
                 own = {x: value for x, value in own.items() if value != getattr(self.policy, x)}
                 self.ledger.start(request.name, request.prompt_len, request.computed, **own)
             assert self._allocate(request, count)
+            if tokens:
+                self._admit(request, rows)
             scheduled.append((request, count))
             budget -= count
         self.events["chunk"] += sum(request.computed + count < len(request.text) for request, count in scheduled)
         return scheduled, preempted
+
+    def _context(self, request: Request, hit: int) -> tuple[int, int]:
+        """Tokens and rows of the stored context that a request begins with. Every fourth has one, some only of a part
+        that the prefix cache has, too, and does not need."""
+        rng = random.Random(f"{request.name} {self.steps}")
+        if int(request.name) % 4 or request.prompt_len < 3:
+            return 0, 0
+        tokens = rng.randint(2, request.prompt_len - 1)
+        return (tokens, rng.randint(1, tokens - 1)) if tokens > hit else (0, 0)
+
+    def _admit(self, request: Request, count: int) -> None:
+        """With other rows in each list, in any order."""
+        rng = random.Random(f"{request.name} {count}")
+        request.rows = [rng.sample(range(request.computed), count) for _ in range(self.lists)]
+        request.away = request.dropped = request.computed - count
+        request.frontier, request.loads = request.frontier - request.away, True
+        self.events["fewer rows than tokens"] += 1
+        self.events["fewer rows than tokens, never compressed"] += not request.compress
 
     def _hits(self, request: Request) -> list[int]:
         """Blocks that already hold the first tokens. At least one token is left to compute."""
@@ -448,7 +478,7 @@ class Engine:
         request.blocks += [self.pool.take() for _ in range(missing)]
         for block in request.blocks[(rows - count) // self.page :]:
             assert self.pool.refs[block] == 1, f"block {block} is shared and about to be written"
-        if not self.ledger.windows(request.name):  # compressed content is never hashed again
+        if not self.ledger.dropped(request.name):  # compressed content is never hashed again
             for i in range((request.computed + count) // self.page):
                 self.pool.hash(request.blocks[i], tuple(request.text[: (i + 1) * self.page]))
         return True
@@ -472,6 +502,18 @@ class Engine:
         self.ledger.forget(request.name)
 
     # ---- the worker ---------------------------------------------------------------------------------------
+
+    def _load(self, scheduled: list[tuple[Request, int]]) -> None:
+        """Rows of requests that are admitted with fewer than tokens. Their blocks may be those of a plan."""
+        for request, _ in scheduled:
+            if not request.loads:
+                continue
+            request.loads = False
+            for row, cell in enumerate(self._cells(request.blocks, request.length)):
+                self.cells[cell] = tuple(self._id(request.text[: rows[row] + 1]) for rows in request.rows)
+                if self.pools is not None:
+                    for layer, contents in enumerate(torch.tensor(self.cells[cell]).view(LAYERS, HEADS)):
+                        self.pools.write(layer, *cell, contents)
 
     def _execute(self, plans: list[Plan], rng: random.Random) -> None:
         """Moves rows in the model and in the pools, and updates the second ledger."""
@@ -582,7 +624,7 @@ class Engine:
     def _uncompressed(self, name: str) -> int:
         """Rows that may be compressed: after the prompt, protected and already scored rows, in blocks of its own."""
         request = self._named(name)
-        below = max(request.frontier, self.policy.protected, self._first_owned(request) * self.page)
+        below = max(request.frontier, self.policy.protected - request.away, self._first_owned(request) * self.page)
         return max(0, request.length - below)
 
     def _check_plan(self, plan: Plan, request: Request, tail: int, urgent: bool) -> None:
@@ -613,7 +655,7 @@ class Engine:
             # The oldest possible window: the row before it is not available, or its query is not in the ring.
             before = start - 1
             assert (
-                before < max(request.prompt_len, policy.protected)
+                before < max(request.prompt_len, policy.protected) - request.away
                 or rows[before] in request.looked_at
                 or before < self._first_owned(request) * page
                 or (policy.attention == "causal" and rows[before] not in request.recorded[-self.ring.rows :])
@@ -629,7 +671,7 @@ class Engine:
             assert all(list(range(first, plan.last_query + 1)) == rows[start:end] for rows in request.rows)
             self.events["causal"] += 1
             self.events["causal behind tokens without queries"] += start > max(
-                request.frontier, self._first_owned(request) * page, policy.protected
+                request.frontier, self._first_owned(request) * page, policy.protected - request.away
             )
             return
         # Its own queries and those of its tail, or the newest ones if fewer follow it. If urgent, only its own.
@@ -656,7 +698,8 @@ class Engine:
             assert not window & twice, "a token is looked at three times"
             assert min(window) >= max(request.prompt_len, policy.protected), "the window swallows the prompt"
             before = start - 1
-            assert before < max(request.prompt_len, policy.protected) or rows[before] in twice or before < first_owned
+            protected = max(request.prompt_len, policy.protected) - request.away
+            assert before < protected or rows[before] in twice or before < first_owned
         judges = recorded[-self._judges_of(request) :]
         assert plan.num_queries == len(judges) > 0
         assert plan.last_query * policy.query_stride == judges[-1]
@@ -833,7 +876,8 @@ EXPECTED = (
     "causal behind tokens without queries", "several settings in one step", "judged by its own queries after a wait",
     "urgent compression", "urgent compression of a shorter tail", "urgent compression to fewer tokens",
     "urgent compression of survivors", "urgent compression of a smaller window",
-    "kept what the guard asked for", "stopped by the guard",
+    "kept what the guard asked for", "stopped by the guard", "fewer rows than tokens",
+    "fewer rows than tokens, never compressed", "compression behind fewer rows than tokens",
 )  # fmt: skip
 
 

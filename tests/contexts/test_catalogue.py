@@ -28,7 +28,7 @@ IDS = list(range(TOKENS + 200))
 
 def measured(tokens: int, losses: Sequence[float], method: str = "none/int8") -> tuple[Measured, ...]:
     """Divergences of all packets of all rows, from the one with four bits on."""
-    steps = [step for step in header("", tokens, method.partition("/")[2]).steps if step.rows == tokens]
+    steps = [step for step in header("", tokens, method).steps if step.rows == tokens]
     assert len(steps) == len(losses)
     return tuple(
         Measured(method, step.sections, step.ratio, step.nbytes, 0.1, tokens, kl, 1.0)
@@ -70,12 +70,12 @@ def test_keys_are_those_of_the_prefixes() -> None:
 def test_without_a_profile_eight_bits_are_safe() -> None:
     catalogue = Catalogue(header, Grains(64, 512))
     (option,) = options(catalogue, IDS, TOKENS)
-    whole = header("a key", TOKENS, "int8").steps[-1]
+    whole = header("a key", TOKENS, "none/int8").steps[-1]
     assert (option.method, option.quality, option.ratio) == ("none/int8", 0.9999, whole.ratio)
     assert option.nbytes == -(-whole.nbytes // 512) * 512
     way = catalogue.way("a key", TOKENS, option)
     assert way is not None
-    assert (way.form, way.step) == ("int8", whole)
+    assert (way.method, way.form, way.scorer, way.step) == ("none/int8", "int8", "", whole)
 
 
 def test_a_profile_says_what_fewer_bits_cost(tmp_path: Path) -> None:
@@ -92,13 +92,58 @@ def test_packets_of_fewer_rows_say_nothing_about_those_of_all(tmp_path: Path) ->
     path = tmp_path / "p"
     made = Profile.load(profile(path))
     (context,) = made.contexts.values()
-    fewer = header("", TOKENS, "int8").steps[0]
+    fewer = header("", TOKENS, "none/int8").steps[0]
     assert fewer.rows < TOKENS
     better = Measured("none/int8", fewer.sections, fewer.ratio, fewer.nbytes, 0.1, fewer.rows, 0.0, 1.0)
     context = replace(context, measured=(better, *context.measured))
     replace(made, contexts={context.key: context}).save(path)
     found = options(Catalogue(header, Grains(64, 512), profile=str(path)), IDS, TOKENS)
     assert [option.quality for option in found] == [math.exp(-kl) for kl in LOSSES]
+
+
+def dropping(tokens: int, ids: Sequence[int] = IDS[:TOKENS]) -> Profile:
+    """Half of the rows with four bits, three quarters of them, and all with half of them fine."""
+    steps = header("", tokens, "keydiff/int8").steps
+    chosen = [
+        min((step for step in steps if step.finer == steps[0].finer), key=lambda step: abs(step.rows - share * tokens))
+        for share in (0.5, 0.75)
+    ] + [next(step for step in steps if step.finer >= tokens // 2)]
+    found = tuple(
+        Measured("keydiff/int8", step.sections, step.ratio, step.nbytes, 0.1, step.rows, kl, 1.0)
+        for step, kl in zip(chosen, (0.09, 0.05, 0.01), strict=True)
+    )
+    (key,) = keys_of(ids, [len(ids)])
+    return Profile("made", {}, (), {key: ProfiledContext(key, "", len(ids), 1.0, 0.1, ("?",), found)})
+
+
+def test_ordered_rows_may_be_dropped_as_far_as_a_profile_has_measured(tmp_path: Path) -> None:
+    """Also of a context that is a little longer, of which at least as large a share is kept."""
+    dropping(TOKENS).save(tmp_path / "p")
+    methods = ("none/int8", "keydiff/int8")
+    catalogue = Catalogue(header, Grains(640, 64), methods, str(tmp_path / "p"), drops=True)
+    measured_as = Profile.load(tmp_path / "p").contexts.popitem()[1].measured  # type: ignore[attr-defined]
+    for tokens in (TOKENS, TOKENS + BLOCK, TOKENS * 10 // 9 // BLOCK * BLOCK):
+        safe, *found = options(catalogue, IDS, tokens)
+        assert (safe.method, safe.quality) == ("none/int8", 0.9999)
+        assert [option.quality for option in found] == [math.exp(-kl) for kl in (0.09, 0.05, 0.01)]
+        for option, each in zip(found, measured_as, strict=True):
+            way = catalogue.way("a key", tokens, option)
+            assert way is not None
+            assert (way.form, way.scorer) == ("int8", "keydiff")
+            assert way.step.rows * TOKENS >= each.rows * tokens
+            assert way.step.rows < each.rows + tokens // 16 + 64  # a grade more at most
+            if tokens == TOKENS:
+                assert way.step.sections == each.sections
+
+
+def test_an_engine_that_cannot_drop_rows_knows_no_such_packets(tmp_path: Path) -> None:
+    """An earlier process, or another server, may have stored them."""
+    dropping(TOKENS).save(tmp_path / "p")
+    able = Catalogue(header, Grains(640, 64), ("keydiff/int8",), str(tmp_path / "p"), drops=True)
+    unable = Catalogue(header, Grains(640, 64), profile=str(tmp_path / "p"))
+    for option in options(able, IDS, TOKENS):
+        assert able.way("a key", TOKENS, option) is not None
+        assert unable.way("a key", TOKENS, option) is None
 
 
 def test_the_longest_profiled_prefix_is_found(tmp_path: Path) -> None:
@@ -112,7 +157,7 @@ def test_the_longest_profiled_prefix_is_found(tmp_path: Path) -> None:
 def test_a_profile_holds_for_what_is_little_longer(tmp_path: Path) -> None:
     """With a step of at least the share of fine rows that was measured: a longer context has other grades."""
     catalogue = Catalogue(header, Grains(64, 512), profile=profile(tmp_path / "p"))
-    least = header("", TOKENS, "int8").steps
+    least = header("", TOKENS, "none/int8").steps
     for tokens in (TOKENS + BLOCK, TOKENS * 10 // 9 // BLOCK * BLOCK):
         found = {option.quality: option for option in options(catalogue, IDS, tokens)}
         assert len(found) > 1
@@ -136,7 +181,7 @@ def test_packets_of_as_many_grains_are_one_option(tmp_path: Path) -> None:
         way = catalogue.way("a key", TOKENS, option)
         assert way is not None
         assert option.nbytes - grain < way.step.nbytes <= option.nbytes
-        larger = [step for step in header("a key", TOKENS, "int8").steps if way.step.nbytes < step.nbytes]
+        larger = [step for step in header("a key", TOKENS, "none/int8").steps if way.step.nbytes < step.nbytes]
         assert not larger or larger[0].nbytes > option.nbytes
 
 
@@ -186,9 +231,9 @@ def test_an_admission_builds_no_header_again() -> None:
     """It takes a quarter of a millisecond, and the scheduler asks in every step while a request waits."""
     some, built = manager(256), []
 
-    def counting(key: str, tokens: int, form: str) -> Header:
+    def counting(key: str, tokens: int, method: str) -> Header:
         built.append(key)
-        return header(key, tokens, form)
+        return header(key, tokens, method)
 
     some._known.catalogue = Catalogue(counting, some.grains)
     stored(some, ALICE)
@@ -203,7 +248,7 @@ ALICE, BOB = "a" * 64, "b" * 64  # contexts of 1,024 tokens
 
 
 def test_what_the_profile_allows_is_cut_where_room_is_short(tmp_path: Path) -> None:
-    needed = Grains(1, 512).needed(header("", TOKENS, "int8").steps[-1].nbytes)
+    needed = Grains(1, 512).needed(header("", TOKENS, "none/int8").steps[-1].nbytes)
     some = manager(needed * 8 // 5, alpha=1.0, profile=profile(tmp_path / "p"))
     stored(some, ALICE, "alice", IDS)
     stored(some, BOB, "bob", [7] * TOKENS)  # not in the profile

@@ -29,11 +29,13 @@ def hashes(text: str) -> list[bytes]:
     return [hashlib.sha256(text[: i + 1].encode()).digest() for i in range(len(text))]
 
 
-def header(key: str, tokens: int, form: str) -> Header:
+def header(key: str, tokens: int, method: str) -> Header:
+    scorer, _, form = method.partition("/")
     layout = PayloadLayout(
-        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=form, places=False,
+        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=form,
+        places=scorer != "none",
     )  # fmt: skip
-    return Header("a model", key, layout)
+    return Header("a model", key, layout, scorer.removeprefix("none"))
 
 
 def manager(grains: int = 64, workers: int = 1, profile: str | None = None, **options: Any) -> ContextManager:
@@ -134,7 +136,7 @@ def test_a_load_reads_the_grains_of_its_store() -> None:
     some.load("second", admission, [7, 8, 9, 4])
     _, (load,) = some.step(0)
     assert (load.grains, load.context, load.tokens) == (store.grains, store.context, 4 * BLOCK)
-    assert load.nbytes == header(store.context, 4 * BLOCK, "int8").steps[-1].nbytes
+    assert load.nbytes == header(store.context, 4 * BLOCK, "none/int8").steps[-1].nbytes
     assert some.transfers.is_loading(admission.packet)
     some.ended(load.number, Ended(1, True, 0.1))
     assert not some.transfers.is_loading(admission.packet)

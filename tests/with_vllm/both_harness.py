@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from contexts_harness import ON, Server
 from harness import KARA, engine, greedy
 
+from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext, keys_of
+from kara_kernels.integrations.vllm.contexts.catalogue import steps_of
+
 
 class Both:
     """vLLM with both in this process. Every request that it starts is judged by the dense model."""
@@ -99,6 +102,18 @@ class Both:
     def assert_nothing_leaks(self):
         self.server.assert_nothing_leaks()
         self.engine.assert_nothing_leaks()
+
+
+def allow(both, documents, method, of):
+    """Tells the engine of a profile that allows documents some compressions of a method, whose quality is 0.99.
+    ``method()``: one for each document. ``of(steps)``: some of them."""
+    catalogue, contexts = both.manager.catalogue, {}
+    for document in documents:
+        key, name = next(keys_of(document, [len(document)])), method()
+        steps = of(steps_of(catalogue._header("", len(document), name)))
+        measured = tuple(Measured(name, x.sections, x.ratio, x.nbytes, 0.0, x.rows, 0.01, 1.0) for x in steps)
+        contexts[key] = ProfiledContext(key, "", len(document), 1.0, 0.1, ("?",), measured)
+    catalogue._take(Profile("made", {}, (), contexts))
 
 
 @contextmanager

@@ -186,6 +186,7 @@ class Engine:
         assert self.held_blocks == 0
         assert all(block.ref_cnt == 0 for block in self.pool.blocks[1:])
         assert not self.scheduler._ledger._states
+        assert not self.scheduler._ledger._admitted
         assert not any(
             manager.req_to_blocks for manager in self.scheduler.kv_cache_manager.coordinator.single_type_managers
         )

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from both_harness import serving_both
+from both_harness import allow, serving_both
 from contexts_harness import ON, Server
 from harness import KARA, MODES, ON_GPU, engine, greedy, prompts
 
@@ -61,10 +61,14 @@ def slowly(transfer, seconds):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_random_day(model, dense, trace, seed, mode, monkeypatch):
     """Blocks for two requests, room for three packets of four, transfers of many steps. Requests arrive, also with a
-    second turn, are preempted, and aborted in the middle of loads. Some are left alone by one or both."""
+    second turn, are preempted, and aborted in the middle of loads. Some are left alone by one or both. On every second
+    day contexts lose rows."""
     draw, policy, options = drawn(seed)
     documents, questions = prompts(*[128, 192, 192, 224], seed=seed), prompts(7, 12, 30, seed=seed + 100)
     little = {**ON, "ram_gib": 3.3 * 96_000 / 2**30, "grain_kib": 4}
+    if seed % 2:
+        little |= {"methods": ["keydiff/int8", "knorm/int4"], "profile": str(trace.with_name("profile.json"))}
+        little["ram_gib"] /= 2
 
     def arrive(name):
         def event(both):
@@ -94,7 +98,12 @@ def test_a_random_day(model, dense, trace, seed, mode, monkeypatch):
         if draw.random() < 0.3:
             events[step + 2] = lambda both: both.server.llm.reset_prefix_cache()
     with serving_both(model, trace, policy, little, mode=mode, **options) as both:
-        worker = both.server.worker
+        worker, drops = both.server.worker, []
+        if seed % 2:
+            other = random.Random(seed)
+            allow(both, documents, lambda: other.choice(little["methods"]), lambda steps: steps[: other.randrange(1, 5)])
+        admit = both.scheduler._ledger.admit
+        both.scheduler._ledger.admit = lambda name, dropped: (drops.append(dropped), admit(name, dropped))
         for job, seconds in (("_store", 0.4), ("_load", 0.05)):
             monkeypatch.setattr(worker, job, slowly(getattr(worker, job), seconds))
         served = both.drive(events)
@@ -104,3 +113,4 @@ def test_a_random_day(model, dense, trace, seed, mode, monkeypatch):
         assert counts["hits", "ram"] + counts["hits", "gpu"] >= 2
         dense.assert_equal(both.engine, served.values(), compressions=0)
         assert both.engine.events()
+        assert any(drops) == bool(seed % 2)

@@ -87,7 +87,7 @@ def test_a_damaged_packet_is_computed_again(server):
     assert server.manager.counts["jobs", "load", "damaged"] == before + 1, (server.manager.counts, server.manager.rates)
     server.forget()
     assert server.ask(prompt, context_tokens=256) == [server.judge(prompt, 256)]  # it was stored again
-    assert salts[1].startswith("\0kara\0int8 ")
+    assert salts[1].startswith("\0kara\0none/int8 ")
     server.assert_nothing_leaks()
 
 
@@ -111,7 +111,7 @@ def test_a_request_gets_the_compression_that_it_wants_and_is_told(server):
     server.forget()
     hits = dict(server.manager.counts)
     place = server.place_of(prompt, 256)
-    steps = [step for step in server.manager.catalogue._header(place.key, 256, "int8").steps if step.rows == 256]
+    steps = [step for step in server.manager.catalogue._header(place.key, 256, "none/int8").steps if step.rows == 256]
     assert len(steps) == 5
     for source in ("ram", "gpu"):
         for step in steps:

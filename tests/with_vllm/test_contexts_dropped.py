@@ -1,24 +1,15 @@
 """Contexts that are admitted with fewer rows than tokens, against a dense model in which the others are masked."""
 
-import pytest
-from both_harness import serving_both
-from contexts_harness import ON
-from harness import MODES, prompts
+import threading
 
-from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext, keys_of
+import pytest
+from both_harness import allow, serving_both
+from contexts_harness import ON
+from harness import KARA, MODES, configure, prompts
 
 TOKENS = 256
 DOCUMENT, OTHER, *QUESTIONS = prompts(TOKENS, TOKENS, 9, 5, 31, 40, seed=201)
 METHODS = ("keydiff/int8", "knorm/int4")
-
-
-def write_profile(path, catalogue, documents, method, rows):
-    """A profile of documents that allows only packets of so many rows."""
-    steps = [step for step in catalogue._header("", TOKENS, method).steps if step.rows == rows]
-    measured = tuple(Measured(method, x.sections, x.ratio, x.nbytes, 0.0, x.rows, 0.01, 1.0) for x in steps)
-    keys = [next(keys_of(document, [TOKENS])) for document in documents]
-    contexts = {key: ProfiledContext(key, "", TOKENS, 1.0, 0.1, ("?",), measured) for key in keys}
-    Profile("made", {}, (), contexts).save(path)
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -28,7 +19,6 @@ def served_both(model, request, tmp_path_factory):
     with serving_both(
         model, folder / "trace.jsonl", contexts=contexts, mode=request.param, max_num_batched_tokens=64
     ) as both:
-        both.profile = folder / "profile.json"
         yield both
 
 
@@ -38,13 +28,8 @@ def both(served_both):
     return served_both
 
 
-def allow(both, method, rows, *documents):
-    write_profile(both.profile, both.manager.catalogue, documents, method, rows)
-    both.manager.catalogue._take(Profile.load(both.profile))
-
-
 def store(both, name, document, method="keydiff/int8", rows=68):
-    allow(both, method, rows, document)
+    allow(both, [document], lambda: method, lambda steps: [step for step in steps if step.rows == rows])
     both.store(name, document + QUESTIONS[0], TOKENS)
     copy = both.manager.keeper.get(both.server.place_of(document + QUESTIONS[0], TOKENS).key)
     assert copy.option.method == method
@@ -67,3 +52,155 @@ def test_rows_of_a_dropped_context_never_get_the_hashes_of_its_tokens(both, dens
     dense.assert_equal(both.engine, served.values(), compressions=0)
     assert len(pool.cached_block_hash_to_block) == (TOKENS + 5 + 60) // 32  # those of the exact one
     both.assert_nothing_leaks()
+
+
+def held_when(both, *steps):
+    """Events that note how many blocks are taken, and what they will have noted."""
+    noted = []
+    return {step: lambda both: noted.append(both.engine.held_blocks) for step in steps}, noted
+
+
+@pytest.mark.parametrize(("method", "rows"), [("keydiff/int8", 68), ("keydiff/int8", 132), ("knorm/int4", 68)])
+def test_a_dropped_context_takes_blocks_for_its_rows_only(both, dense, method, rows):
+    """And for the 40 + 60 tokens behind it, of which 64 are read in one step."""
+    document = prompts(TOKENS, seed=210 + rows + len(method))[0]
+    store(both, f"stored-{method[:4]}-{rows}", document, method, rows)
+    both.engine.peak, (events, noted) = 0, held_when(both, 50)
+    name = f"admitted-{method[:4]}-{rows}"
+    served = both.drive(
+        {0: lambda both: both.add(name, document + QUESTIONS[3], 60, context_tokens=TOKENS), **events}
+    )[name]
+    dense.assert_equal(both.engine, [served], compressions=0)
+    at_most = -(-(rows + 40 + 50) // 32)
+    assert at_most - 1 <= noted[0] <= at_most
+    assert both.engine.peak == -(-(rows + 40 + 60) // 32)
+    both.assert_nothing_leaks()
+
+
+def test_windows_compress_what_follows_a_dropped_context(both, dense):
+    """In chunks of 64 tokens, beside requests that are computed, or admitted and then left alone."""
+    store(both, "stored-windows", OTHER)
+    served = both.drive(
+        {
+            0: lambda both: both.add("windows", OTHER + QUESTIONS[0], 230, context_tokens=TOKENS),
+            1: lambda both: both.add("long", OTHER + prompts(150, seed=202)[0], 200, context_tokens=TOKENS),
+            2: lambda both: both.add("alone", OTHER + QUESTIONS[2], 150, False, context_tokens=TOKENS),
+            3: lambda both: both.add("keep", OTHER + QUESTIONS[1], 200, {"keep": 8}, context_tokens=TOKENS),
+            4: lambda both: both.add("computed", prompts(70, seed=203)[0], 230),
+        }
+    )
+    assert [name for name, x in served.items() if x.rows[0] is None] == ["computed"]
+    assert both.engine.events_of("alone") == []
+    dense.assert_equal(both.engine, [x for name, x in served.items() if name != "alone"], compressions=2)
+    dense.assert_equal(both.engine, [served["alone"]], compressions=0)
+    both.assert_nothing_leaks()
+
+
+def test_a_preempted_request_is_admitted_with_fewer_rows_again(both, dense):
+    document = prompts(TOKENS, seed=204)[0]
+    store(both, "stored-preempted", document)
+    served = both.drive(
+        {
+            0: lambda both: both.add("preempted", document + QUESTIONS[0], 260, context_tokens=TOKENS),
+            160: lambda both: both.preempt(),
+        }
+    )["preempted"]
+    (start,) = served.recomputed
+    assert [served.rows[when] is not None for when in (0, start)] == [True, True]
+    dense.assert_equal(both.engine, [served], compressions=3)
+    both.assert_nothing_leaks()
+
+
+def test_a_damaged_packet_of_fewer_rows_is_computed_again(both, dense):
+    document = prompts(TOKENS, seed=205)[0]
+    prompt = document + QUESTIONS[0]
+    store(both, "stored-damaged", document)
+    copy = both.manager.keeper.get(both.server.place_of(prompt, TOKENS).key)
+    rows, place = both.server.rows_of_copy(copy, TOKENS), both.server.worker._region
+    place[both.manager.transfers._held[copy.number][-1], 5] ^= 1
+    both.server.rows_of_copy = lambda *args: rows  # those that it would have had
+    served = both.ask("damaged", prompt, 60, context_tokens=TOKENS)
+    del both.server.rows_of_copy
+    served.rows = {0: None}
+    dense.assert_equal(both.engine, [served], compressions=0)
+    both.assert_nothing_leaks()
+
+
+def test_a_request_may_be_aborted_while_fewer_rows_are_loaded(both, monkeypatch):
+    """A second one loads at the same time: it would find no rows in the pool."""
+    document = prompts(TOKENS, seed=206)[0]
+    store(both, "stored-aborted", document)
+    gate, load = threading.Event(), both.server.worker._load
+    monkeypatch.setattr(both.server.worker, "_load", lambda job: load(job) if gate.wait(60) else None)
+
+    def abort(both):
+        assert sum(bool(running.packet) for running in both.manager.transfers._running.values()) == 2
+        both.engine.abort("first-aborted")
+        gate.set()
+
+    both.drive(
+        {
+            0: lambda both: both.add("first-aborted", document + QUESTIONS[0], 20, context_tokens=TOKENS),
+            1: lambda both: both.add("second-aborted", document + QUESTIONS[1], 20, context_tokens=TOKENS),
+            3: abort,
+        }
+    )
+    both.assert_nothing_leaks()
+
+
+def test_exact_rows_in_the_pool_win(both, dense):
+    document = prompts(TOKENS, seed=207)[0]
+    store(both, "stored-pool", document)
+    both.ask("exact-pool", document + QUESTIONS[0], contexts=False)
+    served = both.ask("pool", document + QUESTIONS[1], 30, context_tokens=TOKENS)
+    assert served.rows[0] is None
+    dense.assert_equal(both.engine, [served], compressions=0)
+    both.assert_nothing_leaks()
+
+
+def test_ordered_rows_that_are_all_there_stand_at_their_places(both, dense):
+    """Requests share their blocks, also those that are admitted with the beginning of the context only."""
+    document = prompts(TOKENS, seed=208)[0]
+    store(both, "stored-all", document, "knorm/int4", TOKENS)
+    served = both.drive(
+        {
+            0: lambda both: both.add("all", document + QUESTIONS[0], 200, context_tokens=TOKENS),
+            40: lambda both: both.add("sharing", document + QUESTIONS[1], 60, context_tokens=TOKENS),
+        }
+    )
+    assert both.manager.counts["hits", "gpu"] >= 1
+    dense.assert_equal(both.engine, served.values(), compressions=0)
+    both.assert_nothing_leaks()
+
+
+def test_a_client_measures_packets_of_fewer_rows(both):
+    """Every compression that the stored packet can be cut to."""
+    document = prompts(TOKENS, seed=209)[0]
+    prompt, server = document + QUESTIONS[0], both.server
+    store(both, "stored-forced", document, rows=132)
+    place = server.place_of(prompt, TOKENS)
+    steps = [step for step in both.manager.catalogue._header(place.key, TOKENS, "keydiff/int8").steps if step.rows < 133]
+    assert [step.rows for step in steps] == [68, 132]
+    for step in steps:
+        wanted = {"method": "keydiff/int8", "ratio": step.ratio + 1e-4}
+        ((said, told),) = server.ask_and_hear(prompt, context_tokens=TOKENS, context=wanted)
+        assert told["context"] == {
+            "source": "ram", "tokens": TOKENS, "method": "keydiff/int8", "ratio": step.ratio,
+            "sections": step.sections, "nbytes": step.nbytes,
+        }  # fmt: skip
+        assert said == server.judge(prompt, TOKENS, sections=step.sections)
+    both.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize(
+    ("kara", "contexts", "expected"),
+    [
+        (None, {}, "keydiff/int8 without windows that move rows"),
+        ({**KARA, "shadow": True}, {}, "keydiff/int8 without windows that move rows"),
+        (KARA, {"profile": None}, "methods: expected a profile beside methods that drop rows, got keydiff/int8"),
+    ],
+)
+def test_engines_that_cannot_drop_rows_are_refused(model, tmp_path, kara, contexts, expected):
+    given = {**ON, "methods": ["none/int8", "keydiff/int8"], "profile": str(tmp_path / "profile"), **contexts}
+    with pytest.raises(ValueError, match=expected):
+        configure(model, None, additional_config={"contexts": given} | ({} if kara is None else {"kara": kara}))

@@ -18,7 +18,7 @@ DOCUMENTS, QUESTIONS = prompts(*[256] * 7, seed=81), prompts(9, 5, 12, seed=82)
 
 def write_profile(path, server, kl):
     """A profile of all documents, in which four bits cost ``kl``."""
-    steps = [step for step in server.manager.catalogue._header("", 256, "int8").steps if step.rows == 256]
+    steps = [step for step in server.manager.catalogue._header("", 256, "none/int8").steps if step.rows == 256]
     measured = tuple(
         Measured("none/int8", x.sections, x.ratio, x.nbytes, 0.0, x.rows, kl * (256 - x.finer) / 256, 1.0)
         for x in steps

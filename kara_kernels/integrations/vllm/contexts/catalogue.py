@@ -134,13 +134,13 @@ class Catalogue:
         if option.method not in self._known_methods:
             return None
         header, taken = self._header(key, tokens, option.method), self._grains.needed(option.nbytes)
-        if not any(self._grains.needed(step.nbytes) == taken for step in _steps(header)):
+        if not any(self._grains.needed(step.nbytes) == taken for step in steps_of(header)):
             return None
         return Way(option.method, self._fitting(header, taken))
 
     def cut(self, key: str, tokens: int, way: Way, ratio: float) -> Way:
         """What a packet can be cut to that is nearest to a ratio."""
-        held = [step for step in _steps(self._header(key, tokens, way.method)) if step.nbytes <= way.step.nbytes]
+        held = [step for step in steps_of(self._header(key, tokens, way.method)) if step.nbytes <= way.step.nbytes]
         return Way(way.method, min(held, key=lambda step: abs(step.ratio - ratio)))
 
     def _measured(self, header: Header, method: str, profiled: str) -> dict[int, float]:
@@ -148,7 +148,7 @@ class Catalogue:
         context, found = self._contexts.get(profiled), dict[int, float]()
         if context is None:
             return found
-        as_measured = {step.sections: step for step in _steps(self._header("", context.tokens, method))}
+        as_measured = {step.sections: step for step in steps_of(self._header("", context.tokens, method))}
         for each in context.measured:
             if each.method == method and each.sections in as_measured:
                 step = _least(header, as_measured[each.sections], context.tokens)
@@ -180,7 +180,7 @@ class Catalogue:
         logger.error("Kara's profile stays as it was: %s", why)
 
 
-def _steps(header: Header) -> list[Step]:
+def steps_of(header: Header) -> list[Step]:
     """Compressions of a packet. Rows in the order of their tokens are never dropped: these would be the newest."""
     tokens = header.layout.tokens
     return [step for step in header.steps if header.layout.places or step.rows == tokens]
@@ -188,7 +188,7 @@ def _steps(header: Header) -> list[Step]:
 
 def _least(header: Header, measured: Step, tokens: int) -> Step:
     """The least packet with at least the shares of rows, and of fine rows, that another one of ``tokens`` had."""
-    steps, own = _steps(header), header.layout.tokens
+    steps, own = steps_of(header), header.layout.tokens
 
     def as_good(step: Step) -> bool:
         return step.rows * tokens >= measured.rows * own and step.finer * tokens >= measured.finer * own
