@@ -119,9 +119,10 @@ def place_of(text: str) -> Place:
     return Place(hashes(text)[-1], BLOCK * len(text))
 
 
-def header(key: str, tokens: int, form: str) -> Header:
+def header(key: str, tokens: int, method: str) -> Header:
     layout = PayloadLayout(
-        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=form, places=False,
+        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=method.removeprefix("none/"),
+        places=False,
     )  # fmt: skip
     return Header("a model", key, layout)
 

@@ -18,9 +18,10 @@ from kara_kernels.contexts.packet import Header
 from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext, ProfileError, keys_of
 from kara_kernels.contexts.utility import Option, Tier
 from kara_kernels.integrations.vllm import watched
-from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue
+from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
+from kara_kernels.payload import EXACT_ROWS
 
 TOKENS = 1024
 IDS = list(range(TOKENS + 200))
@@ -116,6 +117,12 @@ def dropping(tokens: int, ids: Sequence[int] = IDS[:TOKENS]) -> Profile:
     return Profile("made", {}, (), {key: ProfiledContext(key, "", len(ids), 1.0, 0.1, ("?",), found)})
 
 
+def way_of(catalogue: Catalogue, tokens: int, option: Option) -> Way:
+    way = catalogue.way("a key", tokens, option)
+    assert way is not None
+    return way
+
+
 def test_ordered_rows_may_be_dropped_as_far_as_a_profile_has_measured(tmp_path: Path) -> None:
     """Also of a context that is a little longer, of which at least as large a share is kept."""
     dropping(TOKENS).save(tmp_path / "p")
@@ -126,12 +133,13 @@ def test_ordered_rows_may_be_dropped_as_far_as_a_profile_has_measured(tmp_path: 
         safe, *found = options(catalogue, IDS, tokens)
         assert (safe.method, safe.quality) == ("none/int8", 0.9999)
         assert [option.quality for option in found] == [math.exp(-kl) for kl in (0.09, 0.05, 0.01)]
+        assert [way_of(catalogue, tokens, option).step.rows < tokens for option in found] == [True, True, False]
         for option, each in zip(found, measured_as, strict=True):
-            way = catalogue.way("a key", tokens, option)
-            assert way is not None
+            way = way_of(catalogue, tokens, option)
             assert (way.form, way.scorer) == ("int8", "keydiff")
-            assert way.step.rows * TOKENS >= each.rows * tokens
-            assert way.step.rows < each.rows + tokens // 16 + 64  # a grade more at most
+            assert (way.step.rows - EXACT_ROWS) * TOKENS >= (each.rows - EXACT_ROWS) * tokens
+            grade = header("", tokens, "keydiff/int8").layout.grade_rows
+            assert way.step.rows < each.rows * tokens / TOKENS + grade
             if tokens == TOKENS:
                 assert way.step.sections == each.sections
 
@@ -166,7 +174,7 @@ def test_a_profile_holds_for_what_is_little_longer(tmp_path: Path) -> None:
                 way = catalogue.way("a key", tokens, option)
                 assert way is not None
                 finer = next(step.finer for step in least if step.sections == each.sections)
-                assert way.step.finer / tokens >= finer / TOKENS
+                assert (way.step.finer - EXACT_ROWS) / tokens >= (finer - EXACT_ROWS) / TOKENS
     for ids, tokens in ((IDS, TOKENS + 130), (IDS, TOKENS - BLOCK), ([9, *IDS[1:]], TOKENS), ([], TOKENS)):
         assert len(options(catalogue, ids, tokens)) == 1
 

@@ -11,15 +11,19 @@ from harness import KARA, MODES, ON_GPU, engine, greedy, prompts
 
 
 @pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_tensor_parallel_ranks(model, trace):
-    """Every rank loads, records and moves its own heads."""
+@pytest.mark.parametrize("method", ["none/int8", "keydiff/int8"])
+def test_two_tensor_parallel_ranks(model, trace, method):
+    """Every rank stores, loads, records and moves its own heads."""
     document, question = prompts(256, 9, seed=41)
-    settings = {"additional_config": {"kara": {**KARA, "trace": str(trace)}, "contexts": ON}}
+    contexts = {**ON, "methods": [method], "profile": str(trace.with_name("profile.json"))}
+    settings = {"additional_config": {"kara": {**KARA, "trace": str(trace)}, "contexts": contexts}}
     sampling = greedy(180, extra_args={"kv_transfer_params": {"context_tokens": 256}})
     said = []
     for ranks in (1, 2):
         with engine(model, None, tensor_parallel_size=ranks, **settings) as some:
             some.trace, server = trace, Server(some.llm, model)
+            if method != "none/int8":
+                allow(server, [document], lambda: method, lambda steps: steps[:1])
             server.ask(document + question, context_tokens=256)
             server.forget()
             (served,) = some.generate([document + question], sampling)

@@ -187,10 +187,13 @@ def steps_of(header: Header) -> list[Step]:
 
 
 def _least(header: Header, measured: Step, tokens: int) -> Step:
-    """The least packet with at least the shares of rows, and of fine rows, that another one of ``tokens`` had."""
-    steps, own = steps_of(header), header.layout.tokens
+    """The least packet with at least the shares of rows, and of fine rows, that another one of ``tokens`` had. Exact
+    rows are as many in both."""
+    steps, exact = steps_of(header), header.layout.exact_rows
+    own, others = header.layout.tokens - exact, tokens - exact
 
     def as_good(step: Step) -> bool:
-        return step.rows * tokens >= measured.rows * own and step.finer * tokens >= measured.finer * own
+        enough_rows = (step.rows - exact) * others >= (measured.rows - exact) * own
+        return enough_rows and (step.finer - exact) * others >= (measured.finer - exact) * own
 
     return next((step for step in steps if as_good(step)), steps[-1])
