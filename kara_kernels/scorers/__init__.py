@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..values import check_choice
-from .own import kara, kara_mean
+from .own import kara, kara_mean, kara_sampled
 from .published import (  # fmt: skip
     chunkkv,
     compactor,
@@ -29,13 +29,15 @@ from .rows import Repetition, Rows, Scorer
 
 __all__ = [
     "NAMED", "Repetition", "Rows", "Scorer", "chunkkv", "compactor", "expected_attention", "h2o", "kara", "kara_mean",
-    "keydiff", "knorm", "kvzip", "named", "random_per_head", "random_shared", "rkv", "snapkv", "streaming_llm", "tova",
+    "kara_sampled", "keydiff", "knorm", "kvzip", "named", "random_per_head", "random_shared", "rkv", "snapkv",
+    "streaming_llm", "tova",
 ]  # fmt: skip
 
 NAMED: Mapping[str, Scorer] = MappingProxyType({
-    "kara": kara, "kara_mean": kara_mean, "compactor": compactor, "expected_attention": expected_attention,
-    "kvzip": kvzip, "snapkv": snapkv, "keydiff": keydiff, "knorm": knorm, "h2o": h2o, "tova": tova, "rkv": rkv,
-    "chunkkv": chunkkv, "streaming_llm": streaming_llm, "random": random_per_head, "random_shared": random_shared,
+    "kara": kara, "kara_mean": kara_mean, "kara_sampled": kara_sampled, "compactor": compactor,
+    "expected_attention": expected_attention, "kvzip": kvzip, "snapkv": snapkv, "keydiff": keydiff, "knorm": knorm,
+    "h2o": h2o, "tova": tova, "rkv": rkv, "chunkkv": chunkkv, "streaming_llm": streaming_llm,
+    "random": random_per_head, "random_shared": random_shared,
 })  # fmt: skip
 """All scorers, by the names that command lines take."""
 

@@ -3,6 +3,9 @@
 Only decoded tokens are recorded, every ``query_stride``-th. Sample ``n`` of a sequence is the query at logical
 position ``n * query_stride``, in row ``n % rows``. A ring therefore needs no state, and a sequence that is recomputed
 after preemption writes the same rows again. Scoring reads the rows in place.
+
+Before that the same rows may hold queries of a context that the prompt begins with, as evenly spread as they fit. They
+rank the rows of the context if it is stored, and are copied for that.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from torch import Tensor
 
 from ..ops.pack import pack_queries
 from ..packed import PackedQueries
-from ..reference.pack import pack_rows
-from ..values import check_count
+from ..reference.pack import pack_rows, unpacked
+from ..values import CONTEXT_QUERIES, check_count
 from .plan import Plan
 from .policy import Policy
 
@@ -36,6 +39,9 @@ class Span(NamedTuple):
     first_position: int
     """Logical position of the first query."""
     num_tokens: int
+    context: int = 0
+    """Tokens of the context of which queries are recorded, less than ``prompt_len``. The step computes no decoded
+    token of this sequence then."""
 
 
 class QueryRing:
@@ -77,10 +83,13 @@ class QueryRing:
         """Bytes of all rings together."""
         self.kv_tokens = self.nbytes / (max_sequences * layers * 2 * kv_heads * head_dim * dtype.itemsize)
         """Tokens whose keys and values, in ``dtype``, take as much memory as one sequence's ring."""
-        self._queries = _room((layers, self._trash + 1, heads, head_dim), policy.query_dtype, dtype, device)
+        self._shape = layers, self._trash + 1, heads, head_dim
+        self._queries = _room(self._shape, policy.query_dtype, dtype, device)
         self._unpacked: list[tuple[int, Tensor]] = []  # on a CPU: recorded rows and their layers
         self._targets = torch.full((max_tokens,), self._trash, dtype=torch.int64, device=device)
         self._written = 0  # leading targets that may point elsewhere than to the last row
+        self._marked = torch.empty(0, dtype=torch.int64)  # on a CPU: tokens of the step that are recorded
+        self._contexts: dict[str, int] = {}  # sequences whose rows hold queries of a context, and its tokens
         self._slots: dict[str, int] = {}
         self._free = list(range(max_sequences - 1, -1, -1))
 
@@ -98,6 +107,7 @@ class QueryRing:
     def release(self, request_id: str) -> None:
         """Frees the ring of a sequence that finished, was aborted or was preempted. Unknown names are ignored."""
         slot = self._slots.pop(request_id, None)
+        self._contexts.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
 
@@ -111,13 +121,16 @@ class QueryRing:
         stride, rows = self.policy.query_stride, self.rows
         offset = 0
         marks: list[tuple[int, int]] = []
-        for request_id, prompt_len, first, count in spans:
+        for request_id, prompt_len, first, count, context in spans:
+            if context:
+                marks += self._marks_of_context(request_id, first, count, context, offset)
             # Only the newest `rows` samples of a long chunk are kept, and no row may be written twice in one step.
             last_sample = (first + count - 1) // stride
             begin = max(first, prompt_len, (last_sample - rows + 1) * stride)
             sample = -(-begin // stride)
             if sample <= last_sample:
                 base = self._slot(request_id) * rows
+                self._contexts.pop(request_id, None)
                 marks += [(offset + n * stride - first, base + n % rows) for n in range(sample, last_sample + 1)]
             offset += count
         if offset > len(self._targets):
@@ -131,7 +144,20 @@ class QueryRing:
             # New memory for every step, because the stream may not have finished the previous copy.
             self._targets[: len(targets)].copy_(staged(targets, torch.int64, self._targets.device), non_blocking=True)
         self._written = end
+        if self._targets.device.type == "cpu":
+            self._marked = torch.tensor([at for at, _ in marks], dtype=torch.int64)
         return bool(marks)
+
+    def _marks_of_context(
+        self, request_id: str, first: int, count: int, context: int, offset: int
+    ) -> list[tuple[int, int]]:
+        stride, samples = spread(context, self.rows)
+        begin, end = (min(computed // stride, samples) for computed in (first, first + count))
+        if begin < end:
+            self._contexts[request_id] = context
+        return [
+            (offset + (n + 1) * stride - 1 - first, self._slot(request_id) * self.rows + n) for n in range(begin, end)
+        ]
 
     def warm_up(self) -> None:
         """Compiles what ``record`` launches. Call it before the first step."""
@@ -145,7 +171,7 @@ class QueryRing:
         rows = self._targets[: query.shape[0]]
         if isinstance(self._queries, PackedQueries):
             if query.device.type == "cpu":  # a layer at a time, small operations would take longer than its attention
-                self._unpacked.append((layer, query[: self._written].clone()))
+                self._unpacked.append((layer, query[self._marked]))
             else:
                 pack_queries(query, out=self._queries.layer(layer), rows=rows)
         elif self._queries.dtype == FP8:
@@ -159,7 +185,7 @@ class QueryRing:
         if self._unpacked:
             layers, rows = zip(*self._unpacked, strict=True)
             self._unpacked = []
-            packed, places = pack_rows(torch.stack(rows)), self._targets[: len(rows[0])]
+            packed, places = pack_rows(torch.stack(rows)), self._targets[self._marked]
             for mine, new in zip(_parts(self._queries), packed, strict=True):
                 mine[torch.tensor(layers)[:, None], places] = new
 
@@ -170,6 +196,26 @@ class QueryRing:
         """
         base = self._slots[request_id] * self.rows
         return [base + sample % self.rows for sample in range(last - count + 1, last + 1)]
+
+    @property
+    def blank(self) -> Tensor:
+        """``[L, 1, H*G, D]`` zeros, as :meth:`of_context` returns queries."""
+        layers, _, heads, dim = self._shape
+        return torch.zeros(layers, 1, heads, dim, dtype=self._dtype, device=self._targets.device)
+
+    def of_context(self, request_id: str, context: int, computed: int) -> Tensor | None:
+        """A copy ``[L, N, H*G, D]`` of the queries of a context, oldest first, without those of its first ``computed``
+        tokens. Where groups are averaged, heads are KV heads. None: they were not recorded, or decoded tokens have
+        taken their rows."""
+        stride, samples = spread(context, self.rows)
+        begin = computed // stride
+        if self._contexts.get(request_id) != context or begin >= samples:
+            return None
+        base = self._slots[request_id] * self.rows
+        if isinstance(self.queries, PackedQueries):
+            held = PackedQueries(*(part[:, base + begin : base + samples] for part in self.queries))
+            return unpacked(held).to(self._dtype)
+        return self.queries[:, base + begin : base + samples].to(self._dtype, copy=True)
 
     def select(self, plans: Sequence[Plan]) -> tuple[Tensor | PackedQueries, Tensor]:
         """``(queries [L, R, H*G, D], rows int32 [S, N])`` for plans with the same ``num_queries``, oldest query first.
@@ -199,6 +245,12 @@ class QueryRing:
                 )
             slot = self._slots[request_id] = self._free.pop()
         return slot
+
+
+def spread(context: int, rows: int) -> tuple[int, int]:
+    """``(stride, samples)``: of a context, the last of every ``stride`` queries is recorded, as rows allow."""
+    stride = -(-context // min(rows, CONTEXT_QUERIES))
+    return stride, context // stride
 
 
 def ring_bytes(

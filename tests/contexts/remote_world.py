@@ -120,9 +120,9 @@ def place_of(text: str) -> Place:
 
 
 def header(key: str, tokens: int, method: str) -> Header:
+    form = method.removeprefix("none/")
     layout = PayloadLayout(
-        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=method.removeprefix("none/"),
-        places=False,
+        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=form, places=False,
     )  # fmt: skip
     return Header("a model", key, layout)
 

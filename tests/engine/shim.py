@@ -86,10 +86,12 @@ def query_of(name: str, position: int, layer: int) -> torch.Tensor:
 
 
 def batch_of(spans: Sequence[Span], layer: int, padding: int = 0) -> torch.Tensor:
-    """The queries of a step. Prompts and padding are NaN, because they must not be read."""
+    """The queries of a step. Prompts behind a context and padding are NaN, because they must not be read."""
     nothing = torch.full((HEADS * GROUP, DIM), math.nan)
     rows = [
-        query_of(span.request_id, position, layer) if position >= span.prompt_len else nothing
+        query_of(span.request_id, position, layer)
+        if position >= span.prompt_len or position < span.context
+        else nothing
         for span in spans
         for position in range(span.first_position, span.first_position + span.num_tokens)
     ]

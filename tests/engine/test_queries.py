@@ -13,6 +13,7 @@ from shim import DIM, GROUP, HEADS, LAYERS, asks, aten, batch_of, make_ring, no_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_kernels.engine import Policy, QueryRing, Span, fit_queries, ring_bytes
+from kara_kernels.values import CONTEXT_QUERIES
 from kara_kernels.windows import queries as queries_module
 
 FORMS = ["auto", "fp8", "int4"]
@@ -355,3 +356,47 @@ def test_a_gpu_records_in_a_graph_and_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
     chosen = queries[0].cpu()[rows[0].cpu()]
     assert chosen[:, 0, 0].tolist() == [query_of("a", p, 0)[0, 0].item() for p in range(3, 10)]
+
+
+def of_context(ring: QueryRing, name: str, context: int, computed: int = 0) -> None:
+    """Checks that the ring has the queries of a context that it should have, and no others."""
+    stride = -(-context // min(ring.rows, CONTEXT_QUERIES))
+    positions = [p for p in range(stride - 1, context, stride) if p >= computed // stride * stride]
+    found = ring.of_context(name, context, computed)
+    assert found is not None
+    for layer in range(LAYERS):
+        want = torch.stack([query_of(name, position, layer) for position in positions])
+        assert torch.equal(found[layer], as_recorded(want, ring.policy, HEADS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk", [1, 5, 16, 30])
+@pytest.mark.parametrize("computed", [0, 8, 17])
+def test_queries_of_a_context_are_recorded_before_decoded_ones(form: str, chunk: int, computed: int) -> None:
+    """In chunks, of which the last goes beyond the context, beside a sequence that decodes."""
+    ring = make_ring(small(query_dtype=form))
+    other = 3
+    for context, prompt in ((40, 44), (24, 25), (5, 44)):
+        name, at = f"{context}", min(computed, context // 2)
+        begun = at
+        while at < prompt:
+            count = min(chunk, prompt - at)
+            run_step(ring, [Span("other", 3, other, 1), Span(name, prompt, at, count, context)], padding=2)
+            at, other = at + count, other + 1
+        of_context(ring, name, context, begun)
+        assert ring.of_context(name, context + 1, begun) is None
+        assert_selected(ring, "other", list(range(max(3, other - 12), other)))
+        run_step(ring, [Span(name, prompt, prompt, 1)])
+        assert ring.of_context(name, context, begun) is None  # decoded queries take their rows
+        assert_selected(ring, name, [prompt])
+        ring.release(name)
+
+
+def test_a_released_ring_has_no_queries_of_a_context() -> None:
+    ring = make_ring(small(query_heads="mean"))
+    run_step(ring, [Span("a", 30, 0, 26, 24)])
+    of_context(ring, "a", 24)
+    assert ring.of_context("a", 24, 24) is None  # none of them was computed
+    assert ring.blank.shape == ring.of_context("a", 24, 0)[:, :1].shape  # type: ignore[index]
+    ring.release("a")
+    assert ring.of_context("a", 24, 0) is None

@@ -105,7 +105,9 @@ def test_a_random_day(model, dense, trace, seed, mode, monkeypatch):
         worker, drops = both.server.worker, []
         if seed % 2:
             other = random.Random(seed)
-            allow(both, documents, lambda: other.choice(little["methods"]), lambda steps: steps[: other.randrange(1, 5)])
+            allow(
+                both, documents, lambda: other.choice(little["methods"]), lambda steps: steps[: other.randrange(1, 5)]
+            )
         admit = both.scheduler._ledger.admit
         both.scheduler._ledger.admit = lambda name, dropped: (drops.append(dropped), admit(name, dropped))
         for job, seconds in (("_store", 0.4), ("_load", 0.05)):

@@ -3,13 +3,21 @@
 import threading
 
 import pytest
+import torch
 from both_harness import allow, serving_both
 from contexts_harness import ON
+from dense import _seen, dense_logits, replay
 from harness import KARA, MODES, configure, prompts
+from recorded import as_recorded
+
+from kara_kernels.integrations.transformers.rotary import find_look_ahead
+from kara_kernels.ops import rank_rows
+from kara_kernels.scorers import Rows, kara_sampled, keydiff
+from kara_kernels.windows.queries import spread
 
 TOKENS = 256
 DOCUMENT, OTHER, *QUESTIONS = prompts(TOKENS, TOKENS, 9, 5, 31, 40, seed=201)
-METHODS = ("keydiff/int8", "knorm/int4")
+METHODS = ("keydiff/int8", "knorm/int4", "kara_sampled/int8")
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -60,16 +68,18 @@ def held_when(both, *steps):
     return {step: lambda both: noted.append(both.engine.held_blocks) for step in steps}, noted
 
 
-@pytest.mark.parametrize(("method", "rows"), [("keydiff/int8", 68), ("keydiff/int8", 132), ("knorm/int4", 68)])
+@pytest.mark.parametrize(
+    ("method", "rows"), [("keydiff/int8", 68), ("keydiff/int8", 132), ("knorm/int4", 68), ("kara_sampled/int8", 68)]
+)
 def test_a_dropped_context_takes_blocks_for_its_rows_only(both, dense, method, rows):
     """And for the 40 + 60 tokens behind it, of which 64 are read in one step."""
     document = prompts(TOKENS, seed=210 + rows + len(method))[0]
     store(both, f"stored-{method[:4]}-{rows}", document, method, rows)
     both.engine.peak, (events, noted) = 0, held_when(both, 50)
     name = f"admitted-{method[:4]}-{rows}"
-    served = both.drive(
-        {0: lambda both: both.add(name, document + QUESTIONS[3], 60, context_tokens=TOKENS), **events}
-    )[name]
+    served = both.drive({0: lambda both: both.add(name, document + QUESTIONS[3], 60, context_tokens=TOKENS), **events})[
+        name
+    ]
     dense.assert_equal(both.engine, [served], compressions=0)
     at_most = -(-(rows + 40 + 50) // 32)
     assert at_most - 1 <= noted[0] <= at_most
@@ -179,7 +189,9 @@ def test_a_client_measures_packets_of_fewer_rows(both):
     prompt, server = document + QUESTIONS[0], both.server
     store(both, "stored-forced", document, rows=132)
     place = server.place_of(prompt, TOKENS)
-    steps = [step for step in both.manager.catalogue._header(place.key, TOKENS, "keydiff/int8").steps if step.rows < 133]
+    steps = [
+        step for step in both.manager.catalogue._header(place.key, TOKENS, "keydiff/int8").steps if step.rows < 133
+    ]
     assert [step.rows for step in steps] == [68, 132]
     for step in steps:
         wanted = {"method": "keydiff/int8", "ratio": step.ratio + 1e-4}
@@ -189,6 +201,46 @@ def test_a_client_measures_packets_of_fewer_rows(both):
             "sections": step.sections, "nbytes": step.nbytes,
         }  # fmt: skip
         assert said == server.judge(prompt, TOKENS, sections=step.sections)
+    both.assert_nothing_leaks()
+
+
+def test_rows_are_ranked_by_the_queries_that_computed_them(both, dense):
+    """Recorded in chunks of 64 tokens. A few rows are as good as others, and rounding decides."""
+    document, method = prompts(TOKENS, seed=211)[0], "kara_sampled/int8"
+    store(both, "stored-judged", document, method)
+    copy = both.manager.keeper.get(both.server.place_of(document + QUESTIONS[0], TOKENS).key)
+    places = both.server.rows_of_copy(copy, TOKENS)[2].flatten(0, 1).tolist()
+    ids = torch.tensor([document])
+    real = torch.ones_like(ids, dtype=torch.bool)
+    dense_logits(dense.model, ids, real, replay(dense.model, real, []).visible)
+    query, keys, values = (torch.stack([_seen[layer][i][0] for layer in sorted(_seen)]) for i in range(3))
+    ring = both.engine.runner.kara_ring
+    stride, count = spread(TOKENS, ring.rows)
+    query = query.transpose(1, 2)[:, stride - 1 :: stride].contiguous()
+    assert query.shape[1] == count <= ring.rows
+    query = as_recorded(query, ring.policy, keys.shape[1]).unflatten(2, (keys.shape[1], -1))
+    rows = Rows(query, keys, values, 0, TOKENS, keys.shape[-1] ** -0.5, ahead=find_look_ahead(dense.model))
+    shared = {}
+    for scorer in (kara_sampled, keydiff):
+        best = rank_rows(scorer(rows))[..., :68].flatten(0, 1).tolist()
+        shared[scorer] = [len(set(mine) & set(best_of)) for mine, best_of in zip(places, best, strict=True)]
+    assert min(shared[kara_sampled]) >= 66
+    assert max(shared[keydiff]) < 66
+    both.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize("found", [64, 96])
+def test_rows_whose_queries_are_not_known_are_not_ranked(both, found):
+    """A quarter of a context may be found in the pool."""
+    document, method = prompts(TOKENS, seed=212 + found)[0], "kara_sampled/int8"
+    prompt = document + QUESTIONS[0]
+    allow(both, [document], lambda: method, lambda steps: [step for step in steps if step.rows == 68])
+    refused = both.manager.counts["refused",]
+    both.ask(f"before-{found}", document[: found + 1], 1, contexts=False)
+    both.ask(f"judged-{found}", prompt, context_tokens=TOKENS)
+    both.server.rest()
+    copy = both.manager.keeper.get(both.server.place_of(prompt, TOKENS).key)
+    assert (copy is None) == (found > 64) == (both.manager.counts["refused",] > refused)
     both.assert_nothing_leaks()
 
 

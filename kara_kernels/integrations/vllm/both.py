@@ -8,6 +8,8 @@ others as dropped before the request is given blocks, and everything goes on fro
 
 from __future__ import annotations
 
+from typing import Any
+
 from .contexts.scheduler import WithContexts
 from .windows.scheduler import KaraAsyncScheduler, KaraScheduler
 
@@ -15,6 +17,11 @@ from .windows.scheduler import KaraAsyncScheduler, KaraScheduler
 class _WithBoth(WithContexts):
     def begin_without(self, request_id: str, dropped: int) -> None:
         self._ledger.admit(request_id, dropped)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)
+        output.kara.contexts = output.kv_connector_metadata.judged
+        return output
 
 
 class BothScheduler(_WithBoth, KaraScheduler):

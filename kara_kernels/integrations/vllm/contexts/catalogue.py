@@ -19,7 +19,7 @@ from kara_kernels.contexts.utility import Option
 
 from ..watched import WatchedFile
 from .grains import Grains
-from .settings import METHODS, SAFE, SAFEST, may_drop
+from .settings import METHODS, SAFE, SAFEST, may_drop, needs_queries
 
 logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply
 
@@ -55,6 +55,7 @@ class Catalogue:
             it changes.
 
     Attributes:
+        judges: whether queries of contexts rank their rows.
         version: grows with every profile that is read, from 1.
         refused: how often the file had changed and could not be read.
 
@@ -68,6 +69,7 @@ class Catalogue:
     ) -> None:  # fmt: skip
         self._header = functools.lru_cache(HEADERS)(header)  # one takes a quarter of a millisecond, and hits need it
         self._grains, self._methods = grains, tuple(methods)
+        self.judges = any(needs_queries(method) for method in self._methods)
         self._known_methods = [method for method in METHODS if drops or not may_drop(method)]
         self._file = None if profile is None else WatchedFile(profile)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kara-profile")

@@ -26,6 +26,7 @@ from .disk import DiskStore
 from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
 from .manager import ContextManager
+from .ranking import Judges
 from .region import open_region, part_of, shape
 from .remote import RemoteTier, measured
 from .settings import RemoteSettings, context_settings_of, may_drop
@@ -137,6 +138,10 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
         worker.warm_up(self._settings.methods)
         self._worker = WorkerHalf(worker)
+
+    def judge_by(self, judges: Judges) -> None:
+        """Called once, by a model runner that records queries."""
+        self._worker.worker.judge_by(judges, self._settings.methods)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self._worker.flush(kv_connector_metadata)

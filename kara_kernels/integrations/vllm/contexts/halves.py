@@ -28,6 +28,7 @@ from .stats import ContextStats
 from .worker import ContextWorker
 
 logger = init_logger("vllm.kara")
+MOST = 2**31 - 1
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Step(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     flush: list[int] = field(default_factory=list)
     """Stores that must have ended before the step, because their blocks are overwritten by it."""
+    judged: dict[str, int] = field(default_factory=dict)
+    """Requests of the step that compute a context whose queries may rank its rows, and its tokens."""
 
 
 @dataclass
@@ -87,6 +90,7 @@ class SchedulerHalf:
         self._undecided: set[str] = set()  # requests that must ask again, because the remote tier has not answered
         self._asked: dict[str, Asked] = {}
         self._places: dict[str, tuple[Place, Sequence[int]]] = {}  # to be stored once computed, and the prompt's tokens
+        self._unjudged: dict[str, int] = {}  # the tokens that requests had before their first step
         self._admitted: dict[str, Admission] = {}
         self._entering: dict[str, str] = {}  # where requests find their packet's rows, until they are given blocks
         self._ended: set[str] = set()  # requests whose blocks are held by a store
@@ -170,14 +174,21 @@ class SchedulerHalf:
         for name in output.preempted_req_ids or ():
             step.flush += self.manager.transfers.storing(name)
             self.manager.forget_rows(name)
+            self._unjudged[name] = MOST  # it computes decoded tokens with its prompt
         for name, tokens in output.num_scheduled_tokens.items():
             place, ids = self._places.get(name, (None, ()))
-            if place is None or self._computed(name) + tokens < place.tokens:
+            if place is None:
+                continue
+            computed = self._unjudged.setdefault(name, self._computed(name))
+            if self.manager.catalogue.judges and 4 * computed <= place.tokens:
+                step.judged[name] = place.tokens
+            if self._computed(name) + tokens < place.tokens:
                 continue
             del self._places[name]
             admission = self._admitted.get(name)
             if admission is None or admission.exact:  # rows that lost something are not stored a second time
-                self.manager.offer(name, place, self._blocks(name)[: place.tokens // self.manager.block_size], ids)
+                blocks = self._blocks(name)[: place.tokens // self.manager.block_size]
+                self.manager.offer(name, place, blocks, ids, computed if name in step.judged else None)
         step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
         if self._sharing is not None:
             self._sharing.step()
@@ -202,7 +213,9 @@ class SchedulerHalf:
         self._undecided.discard(name)
         if request.num_output_tokens:
             self.spoke(name)
-        for of_request in (self._asked, self._places, self._admitted, self._entering, self._silent):
+        for of_request in (
+            self._asked, self._places, self._unjudged, self._admitted, self._entering, self._silent,
+        ):  # fmt: skip
             of_request.pop(name, None)
         if self.manager.transfers.storing(name):
             self._ended.add(name)

@@ -27,6 +27,8 @@ class Store(Job):
     """What orders the rows; empty: they stay in the order of their tokens."""
     sections: int
     """Of the packet, which the scheduler has counted: the grains are for these."""
+    computed: int = 0
+    """Tokens of the context that the request has not computed, so that their queries were not recorded."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .jobs import Ended, Load, Store
 from .known import Known, KnownContexts, Place
 from .rates import Rates
 from .requests import Forced
+from .settings import needs_queries
 from .transfers import RAM, LowerTier, Transfers
 
 GPU = "gpu"
@@ -55,6 +56,15 @@ class Admission(NamedTuple):
         return self.way.step.nbytes
 
 
+class FullRows(NamedTuple):
+    """Where the rows of a context lie as they were computed."""
+
+    request_id: str
+    blocks: Sequence[int]
+    unjudged: int | None
+    """The first tokens, whose queries the request has not computed. None: no queries are recorded."""
+
+
 class ContextManager:
     """Decides for one engine.
 
@@ -86,7 +96,7 @@ class ContextManager:
         most = staging or grains.count  # grains of a packet: it must be able to pass through
         self._known = KnownContexts(catalogue, grains, most, floor, self.rates)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
-        self._rows: dict[str, tuple[str, Sequence[int]]] = {}  # key: the request and blocks that have its full rows
+        self._rows: dict[str, FullRows] = {}
         self.closed = ClosedTiers(self.keeper, self._tiers, self.counts)
         self._stepped: tuple[float, int] = (clock(), 0)
         self.gauges = Gauges(self.keeper, self._tiers, self.rates, catalogue, clock)
@@ -179,11 +189,13 @@ class ContextManager:
         )  # fmt: skip
         self.transfers.start(self.keeper.load(place.key), job, admission.packet)
 
-    def offer(self, request_id: str, place: Place, blocks: Sequence[int], ids: Sequence[int]) -> None:
+    def offer(
+        self, request_id: str, place: Place, blocks: Sequence[int], ids: Sequence[int], unjudged: int | None = None
+    ) -> None:
         """The rows of a context have been computed, and stay in ``blocks`` until :meth:`forget_rows`. ``ids``: tokens
-        of the request."""
+        of the request. ``unjudged``: see :class:`FullRows`."""
         now, key = self._clock(), place.key
-        self._rows[key] = request_id, tuple(blocks)
+        self._rows[key] = FullRows(request_id, tuple(blocks), unjudged)
         if key in self.keeper:
             self.keeper.use(key, now, recomputed=True)
             self._renew(place, ids)
@@ -198,8 +210,8 @@ class ContextManager:
     def forget_rows(self, request_id: str) -> None:
         """The request's blocks are about to be freed. Stores that run hold them; see
         :meth:`.transfers.Transfers.storing`."""
-        for key, (owner, _) in list(self._rows.items()):
-            if owner == request_id:
+        for key, rows in list(self._rows.items()):
+            if rows.request_id == request_id:
                 del self._rows[key]
                 self.keeper.forget_rows(key)
 
@@ -277,12 +289,17 @@ class ContextManager:
         if transfer.source is not None:
             self.transfers.start(transfer)
             return
-        request_id, blocks = self._rows[target.key]
+        request_id, blocks, unjudged = self._rows[target.key]
         place = Place.of(target.key)
         way = self._known.way(place, target.option)
+        if needs_queries(way.method) and unjudged is None:
+            self.counts["refused",] += 1
+            self.keeper.forget_rows(target.key)
+            self.keeper.finish(transfer, False)
+            return
         self.counts["stored", target.option.method, f"{target.option.ratio:.2f}"] += 1
         scorer, sections = way.scorer, way.step.sections
-        job = Store(0, request_id, target.key, place.tokens, blocks, (), way.form, scorer, sections)
+        job = Store(0, request_id, target.key, place.tokens, blocks, (), way.form, scorer, sections, unjudged or 0)
         self.transfers.start(transfer, job)
 
     def _renew(self, place: Place, ids: Sequence[int]) -> None:

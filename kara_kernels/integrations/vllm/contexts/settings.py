@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from kara_kernels.values import check_choice, check_count, check_number
 
 GIB = 2**30
-SCORERS = ("keydiff", "knorm")
-"""Those that need no queries, by which rows are dropped."""
+SCORERS = ("kara_sampled", "keydiff", "knorm")
+"""Those by which rows are dropped."""
 METHODS = tuple(f"{scorer}/{form}" for scorer in ("none", *SCORERS) for form in ("int8", "int4", "fp8", "exact"))
 """What the plugin can store: all rows in their order (``"none"``) or the best of them, in a form."""
 
@@ -22,6 +22,11 @@ METHODS = tuple(f"{scorer}/{form}" for scorer in ("none", *SCORERS) for form in 
 def may_drop(method: str) -> bool:
     """Whether packets of a method hold the best rows first, so that they may be cut to fewer rows than tokens."""
     return not method.startswith("none/")
+
+
+def needs_queries(method: str) -> bool:
+    """Whether rows are ordered by queries that were recorded when they were computed."""
+    return method.startswith("kara_sampled/")
 
 
 SAFEST = "none/int8"

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from kara_kernels.contexts.codec import decode, encode
 from kara_kernels.contexts.packet import Packet, PacketError, read_packet
-from kara_kernels.ops import rank_rows
 from kara_kernels.paged import PagedCache
-from kara_kernels.scorers import Rows, named
+from kara_kernels.values import CONTEXT_WINDOW
 
 from .jobs import Ended, Load, Store
-from .settings import may_drop
+from .ranking import Judges, ranked
+from .settings import may_drop, needs_queries
 
 logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply
 
@@ -46,19 +46,33 @@ class ContextWorker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kara-contexts")
         self._compute_on_one_core()
         self._running: dict[int, tuple[Store | Load, Future[float]]] = {}
+        self._judges: Judges | None = None
+        self._queries: dict[int, Tensor | None] = {}  # of stores that have not begun
 
     def warm_up(self, methods: Sequence[str]) -> None:
         """Encodes and decodes a few blocks that nobody uses yet. So no request waits for kernels to be compiled."""
-        blocks, page, *_ = self._cache.k[0].shape
+        blocks, page, layers = self._cache.k[0].shape[0], self._cache.k[0].shape[1], len(self._cache.k)
         table = self._table(range(1, min(blocks, 5)))
+        tokens, heads = len(table) * page, self._cache.k[0].shape[2]
+        in_order = torch.arange(tokens, dtype=torch.int32, device=self._device).expand(layers, heads, -1)
         for method in methods:
-            scorer, _, form = method.partition("/")
-            packet = self._encode(table, len(table) * page, "warm", form, scorer if may_drop(method) else "", None)
+            rows, form = in_order.contiguous() if may_drop(method) else None, method.partition("/")[2]
+            packet = self._encode(table, tokens, "warm", form, "", rows)
             self._decode(read_packet(packet.to_bytes()), table)
+
+    def judge_by(self, judges: Judges, methods: Sequence[str]) -> None:
+        """The engine records queries. Warms up what ranks rows."""
+        self._judges = judges
+        blocks, page, *_ = self._cache.k[0].shape
+        table = self._table(range(1, min(blocks, 2 + CONTEXT_WINDOW // page)))
+        for method in filter(may_drop, methods):
+            ranked(self._cache, table, method.partition("/")[0], judges.blank, judges)
 
     def submit(self, job: Store | Load) -> None:
         """Begins a job behind those that were submitted before it."""
         ready = None
+        if isinstance(job, Store) and self._judges is not None and needs_queries(f"{job.scorer}/"):
+            self._queries[job.number] = self._judges.of_context(job.request_id, job.tokens, job.computed)
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
@@ -107,7 +121,10 @@ class ContextWorker:
 
     def _store(self, job: Store) -> None:
         table = self._table(job.blocks)
-        packet = self._encode(table, job.tokens, job.context, job.form, job.scorer, job.sections)
+        rows, queries = None, self._queries.pop(job.number, None)
+        if job.scorer:
+            rows = ranked(self._cache, table, job.scorer, queries, self._judges)
+        packet = self._encode(table, job.tokens, job.context, job.form, job.scorer, rows, job.sections)
         self._write(packet, job.grains)
 
     def _load(self, job: Load) -> None:
@@ -115,8 +132,10 @@ class ContextWorker:
         packet.require(model=self._model, context=job.context)
         self._decode(packet, self._table(job.blocks))
 
-    def _encode(self, table: Tensor, tokens: int, context: str, form: str, scorer: str, sections: int | None) -> Packet:
-        rows = self._ranked(table, scorer) if scorer else None
+    def _encode(
+        self, table: Tensor, tokens: int, context: str, form: str, scorer: str, rows: Tensor | None,
+        sections: int | None = None,
+    ) -> Packet:  # fmt: skip
         return encode(
             self._cache.k, self._cache.v, table, tokens, model=self._model, context=context, rows=rows, form=form,
             scorer=scorer, sections=sections,
@@ -126,16 +145,6 @@ class ContextWorker:
         """Where they stood, if there are all of them, because requests may share the first blocks of a context."""
         to = "front" if packet.step.rows < packet.header.layout.tokens else "places"
         decode(packet, self._cache.k, self._cache.v, table, to=to)
-
-    def _ranked(self, table: Tensor, scorer: str) -> Tensor:
-        """int32 ``[L, H, tokens]``: the rows of whole blocks, best first. One layer of them is copied at a time."""
-        order = []
-        for k, v in zip(self._cache.k, self._cache.v or self._cache.k, strict=True):
-            keys, values = (pool[table].flatten(0, 1).transpose(0, 1)[None] for pool in (k, v))
-            no_queries = keys.new_empty(1, 0, keys.shape[1], 1, keys.shape[3])
-            rows = Rows(no_queries, keys, values, 0, keys.shape[2], keys.shape[3] ** -0.5)
-            order.append(rank_rows(named(scorer)(rows)))
-        return torch.cat(order)
 
     def _write(self, packet: Packet, grains: Sequence[int]) -> None:
         size, at = self._region.shape[1], 0

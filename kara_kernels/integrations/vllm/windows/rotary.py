@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,16 +29,33 @@ def look_ahead_of(model: Any, policy: Policy, device: torch.device) -> LookAhead
     n = policy.positions_ahead
     if not n:
         return None
-    tables = [module for module in model.modules() if hasattr(module, "cos_sin_cache")]
-    kinds = sorted({type(module).__name__ for module in tables})
-    alike = {(module.cos_sin_cache.data_ptr(), module.is_neox_style) for module in tables}
-    if len(alike) != 1 or not set(kinds) <= set(STEADY) or len(tables[0].cos_sin_cache) <= n:
+    tables, kinds = _tables(model)
+    if len(tables) != 1 or not kinds <= set(STEADY) or len(tables[0].cos_sin_cache) <= n:
         if policy.look_ahead is None:
             return None
-        length = f" of {len(tables[0].cos_sin_cache)} positions" if len(alike) == 1 else ""
+        length = f" of {len(tables[0].cos_sin_cache)} positions" if len(tables) == 1 else ""
         raise ValueError(
             f"kara: look_ahead: expected 0 without one rotary embedding of a known kind for more than {n} positions, "
-            f"got {', '.join(kinds) or 'none'}{length}"
+            f"got {', '.join(sorted(kinds)) or 'none'}{length}"
         )
-    table = tables[0].cos_sin_cache.to(device)
-    return LookAhead.of_table(table, n, interleaved=not tables[0].is_neox_style)
+    return _angles(tables[0], n, device)
+
+
+def look_ahead_by(model: Any) -> Callable[[int, torch.device], LookAhead] | None:
+    """A function of positions and device; None if the embedding is not of a known kind. Positions beyond the table
+    raise ValueError."""
+    tables, kinds = _tables(model)
+    if len(tables) != 1 or not kinds <= set(STEADY):
+        return None
+    return functools.partial(_angles, tables[0])
+
+
+def _tables(model: Any) -> tuple[list[Any], set[str]]:
+    """The model's rotary embeddings, one of those that are alike, and the names of all their kinds."""
+    found = [module for module in model.modules() if hasattr(module, "cos_sin_cache")]
+    alike = {(module.cos_sin_cache.data_ptr(), module.is_neox_style): module for module in found}
+    return list(alike.values()), {type(module).__name__ for module in found}
+
+
+def _angles(embedding: Any, n: int, device: torch.device) -> LookAhead:
+    return LookAhead.of_table(embedding.cos_sin_cache.to(device), n, interleaved=not embedding.is_neox_style)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -23,11 +24,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kara_kernels.engine import Compression, Loss, Losses, PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
+from ..contexts.ranking import Judges
 from ..layout import paged_view
 from ..settings import settings_of
 from ..unsupported import UNSUPPORTED_LAYERS, found_in
 from .configure import check_sizes
-from .rotary import look_ahead_of
+from .rotary import look_ahead_by, look_ahead_of
 from .scheduler import KaraSpec, Step
 
 logger = init_logger("vllm.kara")
@@ -109,6 +111,9 @@ class KaraRunner(_Mixin):
         assert self.kara_ring is not None
         for policy in self.kara.policies:
             warm_up(self.kara_cache, self.kara_ring, policy, **self._kara_options())
+        if has_kv_transfer_group() and hasattr(connector := get_kv_transfer_group(), "judge_by"):
+            ahead = look_ahead_by(self.get_model())
+            connector.judge_by(Judges(self.kara_ring.of_context, self.kara_ring.blank, ahead))
 
     def _attention_layers(self) -> dict[str, Any]:
         """The attention layers in model order. Raises an error that names the first one that is not plain attention."""
@@ -150,7 +155,13 @@ class KaraRunner(_Mixin):
         ends = firsts + counts
         # A request that is left alone records nothing, as if the step computed its prompt.
         self._kara_records = self.kara_ring.prepare(
-            Span(name, int(end if name in self.kara_step.alone else prompt), int(first), int(end - first))
+            Span(
+                name,
+                int(end if name in self.kara_step.alone else prompt),
+                int(first),
+                int(end - first),
+                self.kara_step.contexts.get(name, 0),
+            )
             for name, prompt, first, end in zip(names, prompts, firsts, ends, strict=True)
         )
 

@@ -45,6 +45,8 @@ class Step:
     """Scheduled requests that are never compressed, so their queries are not recorded."""
     preempted: list[str] = field(default_factory=list)
     """Requests that lost their blocks."""
+    contexts: dict[str, int] = field(default_factory=dict)
+    """Scheduled requests that compute a context whose queries will rank its rows, and its tokens."""
 
 
 def recomputed_as(request: Request) -> Mapping[str, int] | None:

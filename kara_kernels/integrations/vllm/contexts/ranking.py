@@ -1,0 +1,48 @@
+"""Orders the rows of a context, when it is stored, by the scorer of its method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kara_kernels.ahead import LookAhead
+from kara_kernels.ops import rank_rows
+from kara_kernels.paged import PagedCache
+from kara_kernels.scorers import Rows, named
+
+
+class Judges(NamedTuple):
+    """Queries that the engine records, and how they look ahead."""
+
+    of_context: Callable[[str, int, int], Tensor | None]
+    """See :meth:`kara_kernels.engine.QueryRing.of_context`."""
+    blank: Tensor
+    """``[L, 1, H*G, D]``, as queries are."""
+    ahead: Callable[[int, torch.device], LookAhead] | None
+    """See :class:`~kara_kernels.scorers.Rows`."""
+
+
+@torch.inference_mode()
+def ranked(cache: PagedCache, table: Tensor, scorer: str, queries: Tensor | None, judges: Judges | None) -> Tensor:
+    """int32 ``[L, H, tokens]``: the rows of the blocks in ``table``, best first. One layer of them is copied at a time.
+
+    Args:
+        queries: ``[L, N, H*G, D]``; None for scorers that need none.
+
+    Raises:
+        ValueError: a scorer that needs queries, without any.
+    """
+    order = []
+    for layer, (k, v) in enumerate(zip(cache.k, cache.v or cache.k, strict=True)):
+        keys, values = (pool[table].flatten(0, 1).transpose(0, 1)[None] for pool in (k, v))
+        heads, tokens, dim = keys.shape[1:]
+        if queries is None:
+            query = keys.new_empty(1, 0, heads, 1, dim)
+        else:
+            query = queries[layer : layer + 1].unflatten(2, (heads, -1))
+        ahead = None if judges is None else judges.ahead
+        order.append(rank_rows(named(scorer)(Rows(query, keys, values, 0, tokens, dim**-0.5, ahead=ahead))))
+    return torch.cat(order)
