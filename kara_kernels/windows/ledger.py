@@ -48,22 +48,18 @@ class Ledger:
         ``gain``: it would free too few blocks yet; ``queries``: too few are recorded; ``cap``: others went first.
         ``loss``: the guard stopped the sequence."""
         self._states: dict[str, Running] = {}
-        self._admitted: dict[str, int] = {}  # tokens without rows of sequences that have not started
+        self._admitted: dict[str, int] = {}  # tokens without rows, of sequences that have not started
         self._planned: dict[str, Plan] = {}  # plans of the latest round, until committed
         self._of_round: set[str] = set()  # sequences with a plan in the latest round, committed or not
         self._started = 0
         self._rounds = 0
 
     def admit(self, request_id: str, dropped: int) -> None:
-        """Tells that a sequence will start with the compressed rows of a context: ``dropped`` fewer than its tokens.
+        """Tells that a sequence will start with the rows of a compressed context, ``dropped`` fewer than its tokens.
 
-        :meth:`dropped` counts them from now on, so that the engine allocates blocks for these rows. Call it before
-        ``start``. A later call replaces it. Raises ValueError for a negative number.
+        The engine can count on them from now on. A later call replaces it. Raises ValueError for a negative number.
         """
-        if check_count("dropped", dropped, 0, 2**31 - 1):
-            self._admitted[request_id] = dropped
-        else:
-            self._admitted.pop(request_id, None)
+        self._admitted[request_id] = check_count("dropped", dropped, 0, 2**31 - 1)
 
     def start(
         self, request_id: str, prompt_len: int, computed: int, *, window: int | None = None, keep: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,6 +45,23 @@ class Known:
     """Its key in the profile, if it has one."""
     version: int = 0
     """Of the profile in which its tokens were looked up last. 0: of none since the start."""
+
+
+class SeenPrompts:
+    """The block hashes of earlier prompts, as many as ``most``."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._seen = most, OrderedDict[bytes, None]()
+
+    def shared(self, hashes: Sequence[bytes]) -> int:
+        """Blocks that an earlier prompt began with, too. The prompt counts as seen."""
+        blocks = next((n for n in range(len(hashes), 0, -1) if hashes[n - 1] in self._seen), 0)
+        for each in hashes:
+            self._seen[each] = None
+            self._seen.move_to_end(each)
+        while len(self._seen) > self._most:
+            self._seen.popitem(last=False)
+        return blocks
 
 
 class KnownContexts:

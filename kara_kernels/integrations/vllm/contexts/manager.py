@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .closed import ClosedTiers
 from .gauges import Gauges
 from .grains import Grains
 from .jobs import Ended, Load, Store
-from .known import Known, KnownContexts, Place
+from .known import Known, KnownContexts, Place, SeenPrompts
 from .rates import Rates
 from .requests import Forced
 from .settings import needs_queries
@@ -84,7 +84,7 @@ class ContextManager:
         lower: Sequence[tuple[Tier, LowerTier]] = (), clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.grains, self.block_size = grains, block_size
-        self.min_tokens, self._clock = min_tokens, clock
+        self.catalogue, self.min_tokens, self._clock = catalogue, min_tokens, clock
         self.rates = Rates()
         self.counts: defaultdict[tuple[str, ...], float] = defaultdict(float)
         """What happened, by a name and labels; see :mod:`.stats`."""
@@ -95,7 +95,7 @@ class ContextManager:
         self.transfers = Transfers(self.keeper, grains, workers, self.counts, [place for _, place in lower], staging)
         most = staging or grains.count  # grains of a packet: it must be able to pass through
         self._known = KnownContexts(catalogue, grains, most, floor, self.rates)
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._seen = SeenPrompts(SEEN)
         self._rows: dict[str, FullRows] = {}
         self.closed = ClosedTiers(self.keeper, self._tiers, self.counts)
         self._stepped: tuple[float, int] = (clock(), 0)
@@ -110,12 +110,7 @@ class ContextManager:
         if asked is not None:
             blocks = min(asked // self.block_size, len(hashes))
         else:
-            blocks = next((n for n in range(len(hashes), 0, -1) if hashes[n - 1] in self._seen), 0)
-            for each in hashes:
-                self._seen[each] = None
-                self._seen.move_to_end(each)
-            while len(self._seen) > SEEN:
-                self._seen.popitem(last=False)
+            blocks = self._seen.shared(hashes)
         if blocks * self.block_size < max(1, self.min_tokens):
             return None
         return Place(hashes[blocks - 1], blocks * self.block_size)
@@ -255,11 +250,6 @@ class ContextManager:
         elif isinstance(job, Load):
             self.keeper.lost(job.context)
         return job
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """What contexts may be stored as."""
-        return self._known.catalogue
 
     def restore(self, path: Path, is_whole: Callable[[int, int], bool]) -> None:
         """Takes over what an earlier process has saved with :meth:`Keeper.save`, and what can still be read.
