@@ -190,6 +190,66 @@ class PagedCache:
         return blocks, page, heads, dim
 
 
+class PackedCache:
+    """Pools whose blocks hold rows at arbitrary element offsets, such as bfloat16 packed for matrix instructions.
+
+    Work on rows copies their blocks into plain ones, works there and writes them back. This moves more bytes than work
+    in place.
+
+    Args:
+        pools: ``L`` tensors ``[B, E]``, one row of ``E`` elements per block, stride 1 along ``E``, of one dtype and
+            device.
+        k_offsets: int64 ``[P, H, D]``, the offset in a block's row of element ``d`` of the key of token ``t``, head
+            ``h``.
+        v_offsets: the same for values, ``[P, H, Dv]``.
+
+    Raises:
+        TypeError, ValueError: offsets outside the block, or the same offset twice.
+    """
+
+    def __init__(self, pools: Sequence[Tensor], k_offsets: Tensor, v_offsets: Tensor) -> None:
+        self.pools = list(pools)
+        check_alike("pools", self.pools)
+        first = self.pools[0]
+        if first.dim() != 2:
+            raise ValueError(f"pools[0]: expected shape [B, E], got {list(first.shape)}")
+        for layer, pool in enumerate(self.pools):
+            check_unit_stride(f"pools[{layer}]", pool)
+        for name, offsets in (("k_offsets", k_offsets), ("v_offsets", v_offsets)):
+            if offsets.dtype != torch.int64:
+                raise TypeError(f"{name}: expected dtype torch.int64, got {offsets.dtype}")
+            if offsets.dim() != 3 or 0 in offsets.shape or offsets.shape[:2] != k_offsets.shape[:2]:
+                raise ValueError(f"{name}: expected [P, H, D], one P and H for both, got {list(offsets.shape)}")
+        flat = torch.cat([k_offsets.flatten(), v_offsets.flatten()])
+        low, high = int(flat.min()), int(flat.max())
+        if low < 0 or high >= first.shape[1]:
+            raise ValueError(f"offsets: expected 0..{first.shape[1] - 1}, got {low}..{high}")
+        if len(flat.unique()) != len(flat):
+            raise ValueError("offsets: expected every element at an offset of its own, got one twice")
+        self._offsets = flat.to(first.device)
+        self._shapes = k_offsets.shape, v_offsets.shape
+
+    def load(self, blocks: Tensor) -> PagedCache:
+        """The blocks ``[n]`` of all layers as a plain cache of ``n`` blocks."""
+        # One tensor for all layers, because a list would cost an upload of addresses.
+        k, v = (self.pools[0].new_empty(len(self.pools), len(blocks), *shape) for shape in self._shapes)
+        for pool, of_keys, of_values in zip(self.pools, k, v, strict=True):
+            rows = pool.index_select(0, blocks).index_select(1, self._offsets)  # half the time of pool[blocks, offsets]
+            for plain, part in zip((of_keys, of_values), rows.split(self._sizes, 1), strict=True):
+                plain.copy_(part.view_as(plain))
+        return PagedCache(k, v)
+
+    def store(self, blocks: Tensor, cache: PagedCache) -> None:
+        """Writes the plain blocks back."""
+        assert cache.v is not None
+        for pool, k, v in zip(self.pools, cache.k, cache.v, strict=True):
+            pool[blocks[:, None], self._offsets] = torch.cat([k.flatten(1), v.flatten(1)], 1)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [shape.numel() for shape in self._shapes]
+
+
 def per_layer(
     query: Queries | None,
     k_cache: Tensor | Sequence[Tensor],

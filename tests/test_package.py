@@ -83,7 +83,7 @@ GROUND = {"ahead", "values", "checks", "overlap", "packed", "paged", "arguments"
         ("windows", {*GROUND, "reference", "ops", "windows"}),
         ("contexts", {"values", "ahead", "paged", *PAYLOAD, "ops", "scorers", "contexts"}),
         ("contexts/__main__.py", {"contexts", "integrations"}),
-        ("engine", {"windows"}),
+        ("engine", {"paged", "windows"}),
         ("integrations/flashinfer.py", {"values", "checks"}),
         ("integrations/transformers", {*GROUND, "engine", "integrations", ""}),
         ("integrations/vllm", {*GROUND, "payload", "engine", "contexts", "integrations"}),

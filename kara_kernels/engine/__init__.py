@@ -15,8 +15,9 @@ written to a block. From then on a sequence's lengths and slots are its logical 
 stay logical. ``docs/engine.md`` shows this in thirty lines.
 """
 
+from ..paged import PackedCache
 from ..windows.events import Compression
-from ..windows.execute import PackedCache, execute, warm_up
+from ..windows.execute import execute, warm_up
 from ..windows.ledger import Ledger
 from ..windows.loss import Loss, Losses, lost_share, needed_tokens
 from ..windows.plan import Held, Plan

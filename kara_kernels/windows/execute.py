@@ -15,71 +15,13 @@ import torch
 from torch import Tensor
 
 from ..ahead import LookAhead
-from ..checks import check_alike, check_unit_stride
-from ..paged import PagedCache
+from ..paged import PackedCache, PagedCache
 from .compress import CompressedWindow, compress_window
 from .plan import Plan
 from .policy import Policy
 from .queries import QueryRing, upload
 
 Watch = Callable[[Sequence[Plan], CompressedWindow], None]
-
-
-class PackedCache:
-    """Pools whose blocks hold rows at arbitrary element offsets, such as bfloat16 packed for matrix instructions.
-
-    A compression copies the touched blocks into plain ones, compresses these and writes them back. This moves more
-    bytes than compressing in place.
-
-    Args:
-        pools: ``L`` tensors ``[B, E]``, one row of ``E`` elements per block, stride 1 along ``E``, of one dtype and
-            device.
-        k_offsets: int64 ``[P, H, D]``, the offset in a block's row of element ``d`` of the key of token ``t``, head
-            ``h``.
-        v_offsets: the same for values, ``[P, H, Dv]``.
-
-    Raises:
-        TypeError, ValueError: offsets outside the block, or the same offset twice.
-    """
-
-    def __init__(self, pools: Sequence[Tensor], k_offsets: Tensor, v_offsets: Tensor) -> None:
-        self.pools = list(pools)
-        check_alike("pools", self.pools)
-        first = self.pools[0]
-        if first.dim() != 2:
-            raise ValueError(f"pools[0]: expected shape [B, E], got {list(first.shape)}")
-        for layer, pool in enumerate(self.pools):
-            check_unit_stride(f"pools[{layer}]", pool)
-        for name, offsets in (("k_offsets", k_offsets), ("v_offsets", v_offsets)):
-            if offsets.dtype != torch.int64:
-                raise TypeError(f"{name}: expected dtype torch.int64, got {offsets.dtype}")
-            if offsets.dim() != 3 or 0 in offsets.shape or offsets.shape[:2] != k_offsets.shape[:2]:
-                raise ValueError(f"{name}: expected [P, H, D], one P and H for both, got {list(offsets.shape)}")
-        flat = torch.cat([k_offsets.flatten(), v_offsets.flatten()])
-        low, high = int(flat.min()), int(flat.max())
-        if low < 0 or high >= first.shape[1]:
-            raise ValueError(f"offsets: expected 0..{first.shape[1] - 1}, got {low}..{high}")
-        if len(flat.unique()) != len(flat):
-            raise ValueError("offsets: expected every element at an offset of its own, got one twice")
-        self._offsets = flat.to(first.device)
-        self._shapes = k_offsets.shape, v_offsets.shape
-
-    def load(self, blocks: Tensor) -> PagedCache:
-        """The blocks ``[n]`` of all layers as a plain cache of ``n`` blocks."""
-        # One tensor for all layers, because a list would cost an upload of addresses.
-        rows = torch.stack([pool[blocks[:, None], self._offsets] for pool in self.pools])
-        k, v = (x.unflatten(2, s).contiguous() for x, s in zip(rows.split(self._sizes, 2), self._shapes, strict=True))
-        return PagedCache(k, v)
-
-    def store(self, blocks: Tensor, cache: PagedCache) -> None:
-        """Writes the plain blocks back."""
-        assert cache.v is not None
-        for pool, k, v in zip(self.pools, cache.k, cache.v, strict=True):
-            pool[blocks[:, None], self._offsets] = torch.cat([k.flatten(1), v.flatten(1)], 1)
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [shape.numel() for shape in self._shapes]
 
 
 def execute(

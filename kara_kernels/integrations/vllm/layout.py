@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kara_kernels.engine import PackedCache
-from kara_kernels.paged import PagedCache
+from kara_kernels.paged import PackedCache, PagedCache
 
 _BASE = 128  # digits that every cache dtype represents exactly
 _PROBED = 1  # block 0 is vLLM's null block

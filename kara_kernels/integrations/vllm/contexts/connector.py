@@ -16,7 +16,6 @@ from vllm.v1.request import Request
 
 from kara_kernels.contexts.packet import Header
 from kara_kernels.contexts.utility import Tier
-from kara_kernels.paged import PagedCache
 from kara_kernels.payload import PayloadLayout
 
 from ..layout import paged_view
@@ -129,10 +128,6 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         config = self._config
         layers = [x for x in config.compilation_config.static_forward_context.values() if hasattr(x, "impl")]
         cache = paged_view(layers, self._cache_config.num_blocks, config.cache_config.block_size)
-        if not isinstance(cache, PagedCache):
-            raise ValueError(
-                "contexts: expected a KV cache with rows at strides, got packed blocks (bfloat16 on a CPU)"
-            )
         rank = config.parallel_config.rank
         self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))

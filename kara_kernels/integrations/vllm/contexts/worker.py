@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kara_kernels.contexts.codec import decode, encode
 from kara_kernels.contexts.packet import Packet, PacketError, read_packet
-from kara_kernels.paged import PagedCache
+from kara_kernels.paged import PackedCache, PagedCache
 from kara_kernels.values import CONTEXT_WINDOW
 
 from .jobs import Ended, Load, Store
@@ -33,15 +33,16 @@ class ContextWorker:
     """Encodes and decodes for one worker.
 
     Args:
-        cache: the KV cache's layers, as views of pages.
+        cache: the KV cache's layers. Blocks of a packed one pass through a plain copy.
         region: uint8 ``[grains, bytes]``, this worker's part of the shared memory.
         model: names what makes rows differ; see :class:`~kara_kernels.contexts.packet.Header`.
     """
 
-    def __init__(self, cache: PagedCache, region: Tensor, model: str) -> None:
+    def __init__(self, cache: PagedCache | PackedCache, region: Tensor, model: str) -> None:
         self._cache, self._model = cache, model
         self._region: np.ndarray = region.numpy()
-        self._device = cache.k[0].device
+        first = cache.k[0] if isinstance(cache, PagedCache) else cache.pools[0]
+        self._blocks, self._device = first.shape[0], first.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kara-contexts")
         self._compute_on_one_core()
@@ -51,22 +52,25 @@ class ContextWorker:
 
     def warm_up(self, methods: Sequence[str]) -> None:
         """Encodes and decodes a few blocks that nobody uses yet. So no request waits for kernels to be compiled."""
-        blocks, page, layers = self._cache.k[0].shape[0], self._cache.k[0].shape[1], len(self._cache.k)
-        table = self._table(range(1, min(blocks, 5)))
-        tokens, heads = len(table) * page, self._cache.k[0].shape[2]
-        in_order = torch.arange(tokens, dtype=torch.int32, device=self._device).expand(layers, heads, -1)
+        used = range(1, min(self._blocks, 5))
+        cache, table = self._unpacked(used)
+        _, page, heads, _ = cache.shape
+        in_order = self._table(range(len(used) * page)).expand(len(cache.k), heads, -1).contiguous()
         for method in methods:
-            rows, form = in_order.contiguous() if may_drop(method) else None, method.partition("/")[2]
-            packet = self._encode(table, tokens, "warm", form, "", rows)
-            self._decode(read_packet(packet.to_bytes()), table)
+            rows, form = in_order if may_drop(method) else None, method.partition("/")[2]
+            packet = encode(
+                cache.k, cache.v, table, len(used) * page, model=self._model, context="warm", rows=rows, form=form
+            )
+            decode(read_packet(packet.to_bytes()), cache.k, cache.v, table)
+        self._pack(used, cache)
 
     def judge_by(self, judges: Judges, methods: Sequence[str]) -> None:
         """The engine records queries. Warms up what ranks rows."""
         self._judges = judges
-        blocks, page, *_ = self._cache.k[0].shape
-        table = self._table(range(1, min(blocks, 2 + CONTEXT_WINDOW // page)))
+        cache, _ = self._unpacked(range(1, 2))
+        cache, table = self._unpacked(range(1, min(self._blocks, 2 + CONTEXT_WINDOW // cache.shape[1])))
         for method in filter(may_drop, methods):
-            ranked(self._cache, table, method.partition("/")[0], judges.blank, judges)
+            ranked(cache, table, method.partition("/")[0], judges.blank, judges)
 
     def submit(self, job: Store | Load) -> None:
         """Begins a job behind those that were submitted before it."""
@@ -119,32 +123,36 @@ class ContextWorker:
     def _table(self, blocks: Sequence[int]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int32, device=self._device)
 
+    def _unpacked(self, blocks: Sequence[int]) -> tuple[PagedCache, Tensor]:
+        """A cache whose rows lie at strides, and the table of these blocks in it: the KV cache itself, or a copy."""
+        if isinstance(self._cache, PagedCache):
+            return self._cache, self._table(blocks)
+        return self._cache.load(self._table(blocks)), self._table(range(len(blocks)))
+
+    def _pack(self, blocks: Sequence[int], cache: PagedCache) -> None:
+        """Writes a copy of blocks back."""
+        if isinstance(self._cache, PackedCache):
+            self._cache.store(self._table(blocks), cache)
+
     def _store(self, job: Store) -> None:
-        table = self._table(job.blocks)
+        cache, table = self._unpacked(job.blocks)
         rows, queries = None, self._queries.pop(job.number, None)
         if job.scorer:
-            rows = ranked(self._cache, table, job.scorer, queries, self._judges)
-        packet = self._encode(table, job.tokens, job.context, job.form, job.scorer, rows, job.sections)
+            rows = ranked(cache, table, job.scorer, queries, self._judges)
+        packet = encode(
+            cache.k, cache.v, table, job.tokens, model=self._model, context=job.context, rows=rows, form=job.form,
+            scorer=job.scorer, sections=job.sections,
+        )  # fmt: skip
         self._write(packet, job.grains)
 
     def _load(self, job: Load) -> None:
+        """Puts rows where they stood, if there are all of them, because requests may share the first blocks of a
+        context."""
         packet = read_packet(self._read(job.grains, job.nbytes), keep=True)
-        packet.require(model=self._model, context=job.context)
-        self._decode(packet, self._table(job.blocks))
-
-    def _encode(
-        self, table: Tensor, tokens: int, context: str, form: str, scorer: str, rows: Tensor | None,
-        sections: int | None = None,
-    ) -> Packet:  # fmt: skip
-        return encode(
-            self._cache.k, self._cache.v, table, tokens, model=self._model, context=context, rows=rows, form=form,
-            scorer=scorer, sections=sections,
-        )  # fmt: skip
-
-    def _decode(self, packet: Packet, table: Tensor) -> None:
-        """Where they stood, if there are all of them, because requests may share the first blocks of a context."""
         to = "front" if packet.step.rows < packet.header.layout.tokens else "places"
-        decode(packet, self._cache.k, self._cache.v, table, to=to)
+        cache, table = self._unpacked(job.blocks)
+        decode(packet, cache.k, cache.v, table, model=self._model, context=job.context, to=to)
+        self._pack(job.blocks, cache)
 
     def _write(self, packet: Packet, grains: Sequence[int]) -> None:
         size, at = self._region.shape[1], 0
