@@ -21,6 +21,7 @@ from kara_kernels.engine import Compression, Policy
 from kara_kernels.integrations.vllm import unsupported
 from kara_kernels.integrations.vllm.contexts.requests import asked_of
 from kara_kernels.integrations.vllm.contexts.settings import ContextSettings
+from kara_kernels.integrations.vllm.hook import CONNECTOR
 from kara_kernels.integrations.vllm.settings import LIVE, RUN, SUPPORTED
 
 ROOT = Path(__file__).parents[1]
@@ -148,11 +149,16 @@ def test_shell_blocks_name_what_exists(line: str) -> None:
     elif words[:2] == ["pip", "install"]:
         check_pip(words[2:])
     elif words[:2] == ["vllm", "serve"] or words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]:
-        given = json.loads(words[words.index("--additional-config") + 1])
-        assert set(given) <= {"kara", "contexts"}
-        if "kara" in given:
-            Policy.from_settings({key: value for key, value in given["kara"].items() if key != "trace"})
-        ContextSettings(**given.get("contexts", {}))
+        given = {word: json.loads(words[i + 1]) for i, word in enumerate(words) if word.endswith("-config")}
+        assert set(given) <= {"--additional-config", "--kv-transfer-config"}
+        assert given
+        additional, transfer = given.get("--additional-config", {}), given.get("--kv-transfer-config", {})
+        assert set(additional) <= {"kara", "contexts"}
+        if "kara" in additional:
+            Policy.from_settings({key: value for key, value in additional["kara"].items() if key != "trace"})
+        ContextSettings(**additional.get("contexts", {}))
+        assert transfer.get("kv_connector", CONNECTOR) == CONNECTOR
+        ContextSettings(**transfer.get("kv_connector_extra_config", {}))
     elif words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:])
     elif words[1] == "-m" and (ROOT / words[2].replace(".", "/") / "__main__.py").exists():

@@ -1,7 +1,8 @@
 """Kara in vLLM: `vllm serve MODEL --additional-config '{"kara": {"window": 256, "keep": 128}}'` enables it.
 
 vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in every process. It
-hooks one method, the end of vLLM's own configuration, and does nothing there unless the key ``kara`` is set.
+hooks one method, the end of vLLM's own configuration, and does nothing there unless the key ``kara`` or ``contexts`` is
+set, or ``--kv-transfer-config`` names our connector.
 
 Shared modules:
 

@@ -16,6 +16,8 @@ SCHEDULERS_OF_BOTH = tuple(
     f"{__name__.rpartition('.')[0]}.both.{name}" for name in ("BothScheduler", "BothAsyncScheduler")
 )
 """Synchronous and asynchronous."""
+CONNECTOR = "ContextConnector"
+"""The name by which ``--kv-transfer-config`` enables contexts, too."""
 
 
 def install() -> None:
@@ -32,7 +34,8 @@ def install() -> None:
     @functools.wraps(finish)
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = self.additional_config
-        if not isinstance(given, Mapping) or not set(KEYS) & set(given):
+        enabled = isinstance(given, Mapping) and bool(set(KEYS) & set(given))
+        if not enabled and not names_our_connector(self):
             if given and isinstance(given, Mapping):
                 warn_of_misspelt_key(given)
             finish(self, *args, **kwargs)
@@ -60,11 +63,24 @@ def warn_of_misspelt_key(given: Mapping) -> None:
             )
 
 
+def names_our_connector(config: Any) -> bool:
+    """Whether ``--kv-transfer-config`` names it, alone or among others."""
+    given = getattr(config, "kv_transfer_config", None)
+    if given is None:
+        return False
+    has_connector = getattr(given, "has_connector", given.kv_connector.__eq__)
+    return has_connector(CONNECTOR) or str(given.kv_connector_module_path).startswith("kara_kernels.")
+
+
 def before(config: Any) -> None:
     """Before vLLM resolves anything: checks versions and settings, and sets the class names that vLLM resolves."""
     from .settings import check_version, settings_of
 
     check_version()
+    if names_our_connector(config):
+        from .contexts import configure as of_contexts
+
+        of_contexts.take_over(config)
     if "kara" in config.additional_config:
         from .windows import configure
 

@@ -6,14 +6,39 @@ from typing import Any
 
 from kara_kernels.contexts.profile import Profile, ProfileError
 
+from ..hook import CONNECTOR
 from ..settings import settings_of
 from ..unsupported import UNSUPPORTED, found_in
 from .settings import ContextSettings, context_settings_of, may_drop
 
 _ROOM = __name__.rpartition(".")[0]
-CONNECTOR = "ContextConnector"
+MODULE = f"{_ROOM}.connector"
 SCHEDULERS = (f"{_ROOM}.scheduler.ContextScheduler", f"{_ROOM}.scheduler.ContextAsyncScheduler")
 """Our schedulers, synchronous and asynchronous."""
+
+
+def take_over(config: Any) -> None:
+    """Takes over what vLLM's own ``--kv-transfer-config`` says of our connector, as if the additional settings had said
+    it. Raises ValueError in one line for what cannot be, or for other settings there."""
+    transfer = config.kv_transfer_config
+    module = transfer.kv_connector_module_path or (MODULE if transfer.kv_connector == CONNECTOR else "vLLM")
+    if (transfer.kv_connector, module) != (CONNECTOR, MODULE):
+        raise ValueError(
+            f"contexts: kv_connector: expected {CONNECTOR} of {MODULE}, got {transfer.kv_connector} of {module}"
+        )
+    if transfer.kv_role != "kv_both":
+        raise ValueError(f"contexts: kv_role: expected kv_both, got {transfer.kv_role}")
+    transfer.kv_connector_module_path, transfer.kv_load_failure_policy = MODULE, "recompute"
+    given = transfer.kv_connector_extra_config
+    elsewhere = config.additional_config.get("contexts", given)
+    if given and isinstance(elsewhere, dict) and given != elsewhere:
+        # Names only, because the URL of a store may hold a password.
+        names = [name for name in sorted({*given, *elsewhere}) if given.get(name) != elsewhere.get(name)]
+        raise ValueError(
+            "contexts: expected the same settings in --additional-config (contexts) and --kv-transfer-config "
+            f"(kv_connector_extra_config), got others of {', '.join(names)}"
+        )
+    config.additional_config = {**config.additional_config, "contexts": elsewhere}
 
 
 def before(config: Any) -> None:
@@ -24,10 +49,11 @@ def before(config: Any) -> None:
     _refuse(config)
     _check_profile(settings)
     _check_remote(settings)
-    config.kv_transfer_config = KVTransferConfig(
-        kv_connector=CONNECTOR, kv_connector_module_path=f"{_ROOM}.connector", kv_role="kv_both",
-        kv_load_failure_policy="recompute",
-    )  # fmt: skip
+    if config.kv_transfer_config is None:
+        config.kv_transfer_config = KVTransferConfig(
+            kv_connector=CONNECTOR, kv_connector_module_path=MODULE, kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        )  # fmt: skip
 
 
 def after(config: Any) -> None:

@@ -168,6 +168,8 @@ def _check_disk(given: Any) -> None:
 
 def context_settings_of(config: Any) -> ContextSettings:
     """The settings in a VllmConfig. Raises ValueError in one line."""
+    if "contexts" not in config.additional_config:  # vLLM has imported the connector by the path that it was given
+        raise ValueError("contexts: expected vLLM's plugin kara to be loaded, got VLLM_PLUGINS without it")
     given = config.additional_config["contexts"]
     try:
         if not isinstance(given, dict):
