@@ -21,6 +21,7 @@ from kara_kernels.engine import Compression, Policy
 from kara_kernels.integrations.vllm import unsupported
 from kara_kernels.integrations.vllm.contexts.requests import asked_of
 from kara_kernels.integrations.vllm.contexts.settings import ContextSettings
+from kara_kernels.integrations.vllm.contexts.trace import EVENTS, Event
 from kara_kernels.integrations.vllm.hook import CONNECTOR
 from kara_kernels.integrations.vllm.settings import LIVE, RUN, SUPPORTED
 
@@ -391,8 +392,10 @@ def test_the_keys_of_the_demos_are_documented(demo: str, heading: str) -> None:
     assert {key for key in named if not re.search(rf"\b{key}\b", everything)} == set()
 
 
-def test_the_trace_has_the_documented_keys() -> None:
+def test_traces_have_the_documented_keys() -> None:
     assert tuple(table("docs/vllm.md", "The trace")) == Compression._fields
+    assert tuple(table("docs/vllm-contexts.md", "The trace")) == Event._fields
+    assert tuple(table("docs/vllm-contexts.md", "Events of a context")) == EVENTS
 
 
 def test_what_vllm_refuses_is_what_the_code_refuses() -> None:

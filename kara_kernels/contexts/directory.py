@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ class Directory:
 
     Attributes:
         counts: how many transfers and copies went which way, by name.
+        heard: called with ``"cut"`` or ``"dropped"`` and a copy to which that has happened.
     """
 
     def __init__(self, tiers: Sequence[Tier]) -> None:
@@ -70,6 +71,7 @@ class Directory:
         self._erasable: list[Copy] = []
         self._number = 0
         self.counts: Counter[str] = Counter()
+        self.heard: Callable[[str, Copy], None] = lambda event, copy: None
 
     def __len__(self) -> int:
         return sum(entry.home is not None for entry in self._entries.values())
@@ -118,6 +120,7 @@ class Directory:
         self._used[home.tier] -= home.option.nbytes - option.nbytes
         home.option = option
         self.counts["cut"] += 1
+        self.heard("cut", home)
         return True
 
     def load(self, key: str) -> Transfer:
@@ -254,6 +257,7 @@ class Directory:
         if entry.arriving is not None:
             entry.arriving.kept = False  # freed when its transfer ends
         if entry.home is not None:
+            self.heard("dropped", entry.home)
             self._drop(entry.home)
 
     def _drop(self, copy: Copy) -> None:

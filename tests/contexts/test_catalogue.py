@@ -21,6 +21,7 @@ from kara_kernels.integrations.vllm import watched
 from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
+from kara_kernels.integrations.vllm.contexts.trace import watch
 from kara_kernels.payload import EXACT_ROWS
 
 TOKENS = 1024
@@ -257,7 +258,8 @@ ALICE, BOB = "a" * 64, "b" * 64  # contexts of 1,024 tokens
 
 def test_what_the_profile_allows_is_cut_where_room_is_short(tmp_path: Path) -> None:
     needed = Grains(1, 512).needed(header("", TOKENS, "none/int8").steps[-1].nbytes)
-    some = manager(needed * 8 // 5, alpha=1.0, profile=profile(tmp_path / "p"))
+    some, told = manager(needed * 8 // 5, alpha=1.0, profile=profile(tmp_path / "p")), []
+    watch(some, lambda event, copy, **more: told.append((event, copy.option.nbytes)))
     stored(some, ALICE, "alice", IDS)
     stored(some, BOB, "bob", [7] * TOKENS)  # not in the profile
     assert held(some, BOB).nbytes == needed * 512  # type: ignore[union-attr]
@@ -266,11 +268,13 @@ def test_what_the_profile_allows_is_cut_where_room_is_short(tmp_path: Path) -> N
     assert admission is not None
     assert admission.nbytes <= held(some, ALICE).nbytes  # type: ignore[union-attr]
     assert some.counts["moves", "cut"] == 1
+    assert told == [("stored", needed * 512), ("cut", 23040), ("stored", needed * 512)]
 
 
 def test_what_a_new_profile_finds_too_bad_leaves(tmp_path: Path) -> None:
     path = tmp_path / "p"
-    some = manager(256, alpha=1e-3, profile=profile(path))
+    some, told = manager(256, alpha=1e-3, profile=profile(path)), []
+    watch(some, lambda event, copy, **more: told.append(event))
     stored(some, ALICE, "alice", IDS)
     assert held(some, ALICE) is not None
     profile(path, losses=[0.5] * 9)
@@ -281,6 +285,7 @@ def test_what_a_new_profile_finds_too_bad_leaves(tmp_path: Path) -> None:
         assert time.monotonic() < until
     assert some.grains.free == some.grains.count
     assert some.counts["below_floor",] == 1
+    assert told == ["stored", "below_floor", "dropped"]
 
 
 def test_what_tiers_are_worth_is_told(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def test_a_load_keeps_its_bytes_while_the_context_moves_on() -> None:
 
 
 def test_what_is_read_is_neither_cut_nor_evicted_nor_moved_down() -> None:
-    directory = Directory([RAM, DISK])
+    directory, heard = Directory([RAM, DISK]), []
+    directory.heard = lambda event, copy: heard.append((event, copy.key, copy.option))
     stored(directory, "a")
     pin = directory.pin("a")
     assert not directory.evict("a")
@@ -96,6 +97,7 @@ def test_what_is_read_is_neither_cut_nor_evicted_nor_moved_down() -> None:
     assert directory.used("ram") == 4
     assert directory.evict("a")
     assert directory.used("ram") == 0
+    assert heard == [("cut", "a", HALF), ("dropped", "a", HALF)]
 
 
 def test_deletion_hides_at_once_and_frees_later() -> None:

@@ -14,12 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lower_tier import Disk
 
 from kara_kernels import PayloadLayout
+from kara_kernels.contexts.directory import Copy
 from kara_kernels.contexts.packet import Header
-from kara_kernels.contexts.utility import Tier
+from kara_kernels.contexts.utility import Option, Tier
 from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
+from kara_kernels.integrations.vllm.contexts.trace import watch
 
 BLOCK = 16
 
@@ -256,6 +258,21 @@ class Days(RuleBasedStateMachine):
         self.requests: dict[str, tuple[str, list[int]]] = {}  # text and blocks
         self.jobs: dict[int, tuple[Store | Load, int]] = {}  # and workers that have not reported
         self.blocks = self.names = 0
+        self.told: dict[str, tuple[str, Option]] = {}  # what is stored, as a trace has it
+        watch(self.manager, self.hear)
+
+    def hear(self, event: str, copy: Copy, came_from: str | None = None, **more: Any) -> None:
+        if event in ("damaged", "failed"):  # it is dropped next, if it was not yet
+            return
+        before = self.told.pop(copy.key, None)
+        if event != "dropped":
+            self.told[copy.key] = copy.tier, copy.option
+        if event in ("stored", "found"):
+            assert before is None or before[1] != copy.option or before[0] != copy.tier
+            return
+        assert before is not None
+        assert before[0] == (came_from or copy.tier)
+        assert event != "dropped" or before[1] == copy.option
 
     def text(self, data: st.DataObject) -> str:
         return data.draw(st.text("ab", min_size=2, max_size=7))
@@ -329,6 +346,8 @@ class Days(RuleBasedStateMachine):
             assert 0 <= self.manager.transfers._staged <= self.manager.transfers.staging
             used = self.manager.grains.count - self.manager.grains.free - self.manager.transfers._staged
             assert used * 512 <= self.manager.keeper.directory._tiers["ram"].capacity
+            copies = self.manager.keeper.directory.copies()
+            assert self.told == {copy.key: (copy.tier, copy.option) for copy in copies}
 
     def teardown(self) -> None:
         """At the end of the day nothing is lost: what is not stored is free, and what is stored is whole."""

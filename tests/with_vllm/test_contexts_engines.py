@@ -52,7 +52,8 @@ def test_the_engine_in_a_process_of_its_own_and_its_metrics(model, monkeypatch):
 
 def test_the_metrics_are_documented():
     page = (Path(__file__).parents[2] / "docs/vllm-contexts.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1] for line in page.partition("## Metrics")[2].splitlines() if line.startswith("| `")]
+    section = page.partition("\n## Metrics")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     found = dict(re.findall(r"`(\w+)(?:\{([\w,]+)\})?`", " ".join(rows)))
     counters = {f"{name}_total": ",".join(labels) for name, (labels, _) in COUNTERS.items()}
     assert found == counters | {name: ",".join(labels) for name, (labels, _) in GAUGES.items()}

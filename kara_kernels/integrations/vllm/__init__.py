@@ -10,6 +10,7 @@ Shared modules:
 - :mod:`.settings` reads the settings under ``kara``;
 - :mod:`.requests` reads what a request asks for, and checks it in the front end;
 - :mod:`.layout` finds out where a cache's rows lie;
+- :mod:`.traces` writes lines of JSON, and knows the ids of clients;
 - :mod:`.stats` sends counters to the front end and adds them to vLLM's own ``/metrics``.
 
 :mod:`.windows` compresses running requests:

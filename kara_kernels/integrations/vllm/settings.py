@@ -12,6 +12,8 @@ from typing import Any
 from kara_kernels.engine import Policy
 from kara_kernels.values import check_choice, check_count, check_flag
 
+from .traces import check_trace
+
 RUN = "run"
 SUPPORTED = {"0.32": RUN, "0.33": "read, not run"}
 """Minor versions of vLLM that this plugin is written for, and how that was proved."""
@@ -89,14 +91,10 @@ class Settings:
 
     def check_trace(self) -> None:
         """Raises a ValueError if the file cannot be written, instead of failing at the first compression."""
-        if self.trace is None:
-            return
         try:
-            open(self.trace, "a", encoding="utf-8").close()
-        except OSError as error:
-            raise ValueError(
-                f"kara: trace: expected a file that can be written, got {self.trace}: {error.strerror}"
-            ) from None
+            check_trace(self.trace)
+        except ValueError as error:
+            raise ValueError(f"kara: {error}") from None
 
 
 BESIDE = tuple(name for name in Settings.__dataclass_fields__ if name != "policy")

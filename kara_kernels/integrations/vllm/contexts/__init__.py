@@ -10,6 +10,7 @@
 - :mod:`.sharing` finds there what others have stored, and offers what is stored here;
 - :mod:`.closed` are tiers that could not be written;
 - :mod:`.manager` decides, in the scheduler's process, what is stored, admitted and moved;
+- :mod:`.trace` writes what happens to contexts to a file;
 - :mod:`.scheduler` gives vLLM's scheduler the hits, under hashes of their own;
 - :mod:`.worker` encodes and decodes, between the KV cache and the shared memory;
 - :mod:`.connector` is what vLLM calls.

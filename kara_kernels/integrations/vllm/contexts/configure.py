@@ -8,6 +8,7 @@ from kara_kernels.contexts.profile import Profile, ProfileError
 
 from ..hook import CONNECTOR
 from ..settings import settings_of
+from ..traces import check_trace
 from ..unsupported import UNSUPPORTED, found_in
 from .settings import ContextSettings, context_settings_of, may_drop
 
@@ -49,6 +50,7 @@ def before(config: Any) -> None:
     _refuse(config)
     _check_profile(settings)
     _check_remote(settings)
+    _check_trace(settings)
     if config.kv_transfer_config is None:
         config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR, kv_connector_module_path=MODULE, kv_role="kv_both",
@@ -83,6 +85,13 @@ def _check_remote(settings: ContextSettings) -> None:
     try:
         if settings.remote is not None:
             settings.remote.address()
+    except ValueError as error:
+        raise ValueError(f"contexts: {error}") from None
+
+
+def _check_trace(settings: ContextSettings) -> None:
+    try:
+        check_trace(settings.trace)
     except ValueError as error:
         raise ValueError(f"contexts: {error}") from None
 

@@ -19,6 +19,7 @@ from kara_kernels.contexts.utility import Tier
 from kara_kernels.payload import PayloadLayout
 
 from ..layout import paged_view
+from ..traces import client_id
 from .catalogue import Catalogue
 from .configure import can_begin_without
 from .disk import DiskStore
@@ -32,6 +33,7 @@ from .settings import RemoteSettings, context_settings_of, may_drop
 from .sharing import Sharing
 from .stats import ContextMetrics, ContextStats
 from .store import RedisStore
+from .trace import Trace, watch
 from .weights import shared_name, weights_of
 from .worker import ContextWorker
 
@@ -74,6 +76,8 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             catalogue=catalogue, alpha=settings.alpha, floor=settings.floor, half_life=settings.half_life,
             min_tokens=settings.min_tokens, lower=lower,
         )  # fmt: skip
+        if settings.trace is not None:
+            watch(manager, Trace(settings.trace, client_id))
         if self._store is not None:
             self._store.restore(manager)
         self.contexts = SchedulerHalf(

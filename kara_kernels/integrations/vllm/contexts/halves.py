@@ -162,12 +162,15 @@ class SchedulerHalf:
         if source != GPU:
             count = -(-admission.way.step.rows // self.manager.block_size)
             self.manager.load(request.request_id, admission, blocks[:count])
+        way, left = None if source == GPU else admission.way, request.num_tokens - admission.place.tokens
         if self._asked[request.request_id].forced is None:  # measuring a context is no use of it
             self.manager.used(admission.place, source, ids_of(request))
             if self._sharing is not None:
                 self._sharing.used(admission.place.key)
-        way = None if source == GPU else admission.way
-        self._expect(request, source, request.num_tokens - admission.place.tokens, way)
+            self._hit(
+                request, admission, 0 if way is None else admission.nbytes, self.manager.seconds(left, way, source)
+            )
+        self._expect(request, source, left, way)
 
     def build(self, output: Any) -> Step:
         step = Step()
@@ -222,6 +225,15 @@ class SchedulerHalf:
             return True, told
         self.manager.forget_rows(name)
         return False, told
+
+    def _hit(self, request: Request, admission: Admission, nbytes: int, seconds: float) -> None:
+        """Tells who listens."""
+        copy = self.manager.keeper.get(admission.place.key)
+        if copy is not None:
+            self.manager.transfers.heard(
+                "hit", copy, request_id=request.request_id, tier=admission.tier, ratio=admission.way.step.ratio,
+                nbytes=nbytes, predicted_seconds=seconds,
+            )  # fmt: skip
 
     def _used_by(self, name: str) -> dict[str, Any] | None:
         asked = self._asked.get(name)

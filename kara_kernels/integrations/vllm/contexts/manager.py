@@ -301,6 +301,7 @@ class ContextManager:
         copy = self.keeper.get(context.key)
         if copy is not None and any(x.same_bytes(copy.option) and x.quality < context.floor for x in context.options):
             self.counts["below_floor",] += 1
+            self.transfers.heard("below_floor", copy)
         self.keeper.change(context)
 
     def _remember(self, known: Known) -> None:

@@ -118,6 +118,8 @@ class ContextSettings:
     """A tier below: ``path`` of a folder, and ``gib``, the most it may hold."""
     remote: RemoteSettings | None = None
     """The lowest tier, a store that servers share. May be given as a mapping."""
+    trace: str | None = None
+    """A file that gets a line of JSON for each event of a context."""
 
     def __post_init__(self) -> None:
         check_number("ram_gib", self.ram_gib, 1e-6, 2**20)
@@ -128,6 +130,8 @@ class ContextSettings:
         check_choice("default", self.default, ("on", "off"))
         check_count("grain_kib", self.grain_kib, 4, 2**20)
         _check_methods(self.methods, self.profile)
+        if self.trace is not None and (not isinstance(self.trace, str) or not self.trace):
+            raise TypeError(f"trace: expected a file name, got {self.trace!r}")
         if self.disk is not None:
             _check_disk(self.disk)
         if self.remote is not None and not isinstance(self.remote, RemoteSettings):

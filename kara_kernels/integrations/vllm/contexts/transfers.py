@@ -80,6 +80,7 @@ class Transfers:
         read_costs: seconds per byte of what was read last, by tier, until somebody takes them.
         unwritable: tiers that failed to write, until somebody takes them.
         arrived: called with each context that has come to lie in memory.
+        heard: called with what happens to copies, as a :class:`.trace.Trace` is.
         offers: writes of :meth:`offer` that are under way.
     """
 
@@ -93,6 +94,7 @@ class Transfers:
         self.read_costs: list[tuple[str, float]] = []
         self.unwritable: set[str] = set()
         self.arrived: Callable[[str], None] = lambda key: None
+        self.heard: Callable[..., None] = lambda event, copy, **more: None
         self.offers = 0
         self._lower = {tier.name: tier for tier in lower}
         self._held: dict[int, list[int]] = {}  # of each copy: its grains, or on a lower tier their places in it
@@ -116,8 +118,8 @@ class Transfers:
         """Begins a transfer. A store that finds no staging grains fails, because its rows will be gone; others wait."""
         source, target = transfer.source, transfer.target
         if target is not None and target.tier != RAM and self._lower[target.tier].has(target):
-            self.adopt(target)
-            self.keeper.finish(transfer)
+            self._lay(target)
+            self._finish(transfer)
             return
         phases = []
         if source is None or source.tier != RAM:
@@ -183,10 +185,17 @@ class Transfers:
         self.counts["job_seconds", kind] += how.seconds
         if how.error == "damaged" and job.grains:
             self._spoiled(job.context)
+        if (copy := running.transfer.source) is not None and not how.ok:
+            self.heard(how.error or "failed", copy, request_id=job.request_id)
         self._next(number) if how.ok else self._fail(number)
         return job, how
 
     def adopt(self, copy: Copy) -> None:
+        """A copy that another server, or an earlier one, has left on a lower tier."""
+        self._lay(copy)
+        self.heard("found", copy)
+
+    def _lay(self, copy: Copy) -> None:
         """A copy that is on a lower tier already."""
         self._held[copy.number] = list(range(self.grains.needed(copy.option.nbytes)))
 
@@ -275,5 +284,15 @@ class Transfers:
             self._staged -= len(running.grains)
         self.offers -= bool(running.offered)
         target = running.transfer.target
-        if self.keeper.finish(running.transfer, ok) and target is not None and target.tier == RAM:
+        if self._finish(running.transfer, ok, running.job) and target is not None and target.tier == RAM:
             self.arrived(target.key)
+
+    def _finish(self, transfer: Transfer, ok: bool = True, job: Store | Load | None = None) -> bool:
+        """Ends a transfer. Returns whether its target can be read now."""
+        arrived = self.keeper.finish(transfer, ok)
+        source, target = transfer.source, transfer.target
+        if arrived and target is not None and source is None:
+            self.heard("stored", target, request_id=job and job.request_id)
+        elif arrived and target is not None and source is not None:
+            self.heard("moved", target, came_from=source.tier)
+        return arrived

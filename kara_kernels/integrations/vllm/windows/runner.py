@@ -7,7 +7,6 @@ pass. Recording runs inside them and reads its indices from a fixed address.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from kara_kernels.paged import PagedCache
 from ..contexts.ranking import Judges
 from ..layout import paged_view
 from ..settings import settings_of
+from ..traces import append
 from ..unsupported import UNSUPPORTED_LAYERS, found_in
 from .configure import check_sizes
 from .rotary import look_ahead_by, look_ahead_of
@@ -227,10 +227,7 @@ class KaraRunner(_Mixin):
                 plan, kept, seconds=seconds, request_id=name, recomputed_len=recomputed, lost=lost[plan.request_id],
                 moved=not self.kara.shadow,
             )  # fmt: skip
-            line = json.dumps(record.as_dict(), separators=(",", ":")) + "\n"
-            # One unbuffered write, so that lines of data-parallel engines do not mix.
-            with open(path, "ab", buffering=0) as file:
-                file.write(line.encode())
+            append(path, record.as_dict())
 
 
 def _sent(output: Any) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -26,6 +24,7 @@ from ..live import LiveFile
 from ..requests import Choice, RequestError, choose
 from ..settings import LIVE, Settings, settings_of
 from ..stats import Report, with_report
+from ..traces import client_id
 from .configure import check_sizes, query_ring_bytes
 
 logger = init_logger("vllm.kara")
@@ -262,11 +261,8 @@ class KaraScheduler(Scheduler):
             return Choice(None, "request")
 
     def _client(self, request_id: str) -> tuple[str, int]:
-        """The client's request id, without the eight random digits that vLLM appends, and the recomputed tokens."""
-        recomputed = self.requests[request_id].kara_recomputed
-        if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
-            return request_id, recomputed
-        return re.sub(r"-[0-9a-f]{8}$", "", request_id), recomputed
+        """The client's request id, and the recomputed tokens."""
+        return client_id(request_id), self.requests[request_id].kara_recomputed
 
     def _report(self) -> Report:
         """Counts and ended requests since the last report, and current values."""
