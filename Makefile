@@ -7,6 +7,9 @@ WORKERS ?= 2
 VLLM_PYTHON ?= $(VENV)/vllm/bin/python
 # One thread per process: test workers share the cores, and spinning threads make a busy machine many times slower.
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# These measure time or memory. Nothing runs beside them.
+TIMED := tests/test_cost.py tests/test_overhead.py
+TIMED_VLLM := tests/with_vllm/test_speed.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-vllm demo-contexts quality codegen traffic contexts profile bench docs test test-vllm lint clean
@@ -51,12 +54,13 @@ docs: $(VENV)/.dev ## build the documentation site in build/site
 	@echo "To read it with search: $(BIN)/python -m http.server -d build/site"
 
 test: $(VENV)/.dev ## run all tests except those of vLLM: interpreted, compiled, timed
-	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TIMED:%=--ignore %) tests
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_kernels.py tests/test_compiled.py tests/test_launch.py tests/test_pack.py tests/test_rank.py tests/test_ahead.py tests/test_payload.py tests/test_payload_emulated.py tests/test_channels.py tests/test_emulated.py tests/test_codegen.py tests/test_traffic.py tests/test_gpu.py
-	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cost.py tests/test_overhead.py
+	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TIMED)
 
 test-vllm: $(VLLM_PYTHON) ## test the plugin inside vLLM
-	$(VLLM_PYTHON) -m pytest tests/with_vllm
+	$(VLLM_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(TIMED_VLLM:%=--ignore %) tests/with_vllm
+	$(VLLM_PYTHON) -m pytest $(TIMED_VLLM)
 
 lint: $(VENV)/.dev ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ PINS = (
     "matplotlib==3.11.2",
     "rich==15.0.0",
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "redis==8.1.0",
 )
