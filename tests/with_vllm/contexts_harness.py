@@ -116,7 +116,8 @@ class Server:
             data = self.worker._read(held, step.nbytes)
         elif copy.tier == "remote":
             remote = self.connector._remote
-            values = remote._store._client.mget(remote._grains(remote._copies[copy.number])[: len(held)])
+            get = remote._store._client.mget if hasattr(remote._store, "_client") else remote._store.get
+            values = get(remote._grains(remote._copies[copy.number])[: len(held)])
             data = b"".join(values)[: step.nbytes]
         else:
             files = [Path(self.connector._store.disk.path(copy.number, i)) for i in held]

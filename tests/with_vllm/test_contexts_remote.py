@@ -362,6 +362,9 @@ def test_a_server_starts_without_its_store_and_logs_no_password(model, store, ca
         ("redis://h", {}, "contexts: remote: expected an object of url, ttl, wait, weights, got str"),
         ({"url": 3}, {}, "contexts: remote: url: expected a str, got int"),
         ({"url": "http://h"}, {}, r"contexts: remote: url: expected redis://.* got another form"),
+        ({"url": "s3+http://h"}, {}, r"contexts: remote: url: expected .* or s3\+https://host.* got another form"),
+        ({"url": "s3+http://key:secret@h/bucket"}, {}, "got another form"),
+        ({"url": "s3+http://h/a/b"}, {}, "got another form"),
         ({"url": "$NOBODY_SETS_THIS"}, {}, r"contexts: remote: url: expected an environment variable .* got \$NOBODY"),
         ({"url": "redis://h", "ttl": 0}, {}, "contexts: remote: ttl: expected 1..1000000000.0, got 0"),
         ({"url": "redis://h", "wait": -1}, {}, "contexts: remote: wait: expected 0..60, got -1"),
@@ -388,7 +391,8 @@ def test_a_url_that_cannot_be_read_is_not_shown(model, monkeypatch, password, gi
     assert "cret" not in str(found.value)
 
 
-def test_a_client_that_is_missing_is_an_error_at_start_up(model, monkeypatch):
+@pytest.mark.parametrize(("url", "package"), [("redis://h", "redis"), ("s3+http://h/bucket", "nixl")])
+def test_a_client_that_is_missing_is_an_error_at_start_up(model, monkeypatch, url, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"contexts: remote: expected the package redis"):
-        EngineArgs(model=model, additional_config={"contexts": {"remote": {"url": "redis://h"}}}).create_engine_config()
+    with pytest.raises(ValueError, match=f"contexts: remote: expected the package {package} "):
+        EngineArgs(model=model, additional_config={"contexts": {"remote": {"url": url}}}).create_engine_config()

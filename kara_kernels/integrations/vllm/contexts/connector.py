@@ -26,9 +26,10 @@ from .disk import DiskStore
 from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
 from .manager import ContextManager
+from .objects import ObjectStore
 from .ranking import Judges
 from .region import open_region, part_of, shape
-from .remote import RemoteTier, measured
+from .remote import SLOWEST, RemoteTier, measured
 from .settings import RemoteSettings, context_settings_of, may_drop
 from .sharing import Sharing
 from .stats import ContextMetrics, ContextStats
@@ -188,9 +189,10 @@ def open_remote(config: Any, given: RemoteSettings, view: memoryview, grain: int
         hashes=[config.cache_config.prefix_caching_hash_algo, os.environ.get("PYTHONHASHSEED")], grain=grain,
     )  # fmt: skip
     logger.info("Kara's remote tier is shared by the servers that log this name: %s", name)
-    store = RedisStore(given.address())
+    url, size = given.address(), rows.shape[1]
+    store = ObjectStore(url, size, SLOWEST) if url.startswith("s3+") else RedisStore(url)
     tier = RemoteTier(store, name, rows, grain=grain, ttl=given.ttl)
-    return measured(store, tier, grain / rows.shape[1]), tier
+    return measured(store, tier, grain / size, size), tier
 
 
 def header_of(config: Any, rank: int, key: str, tokens: int, method: str) -> Header:

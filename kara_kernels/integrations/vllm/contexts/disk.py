@@ -52,6 +52,16 @@ class _Spec(OffloadingSpec):
         raise NotImplementedError
 
 
+def open_tier(options: dict[str, Any], view: memoryview) -> Any:
+    """A tier of vLLM's, below the memory ``view``, which has a row for each value."""
+    config = OffloadingConfig(
+        groups=(), worker_kv_bytes_per_block=0, enable_kv_cache_events=False, extra_config={}, engine_id="kara",
+        model=OffloadingModelConfig("packets", "uint8"), cache=OffloadingCacheConfig(1, 1),
+        parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
+    )  # fmt: skip
+    return SecondaryTierFactory.create_secondary_tier(options, view, _Spec(config))
+
+
 class DiskTier:
     """Grains of copies as files; see :class:`~.transfers.LowerTier`.
 
@@ -63,15 +73,10 @@ class DiskTier:
     name, resting = DISK, False
 
     def __init__(self, folder: Path, view: memoryview) -> None:
-        config = OffloadingConfig(
-            groups=(), worker_kv_bytes_per_block=0, enable_kv_cache_events=False, extra_config={}, engine_id="kara",
-            model=OffloadingModelConfig("packets", "uint8"), cache=OffloadingCacheConfig(1, 1),
-            parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
-        )  # fmt: skip
         options = {
             "type": "fs", "root_dir": str(folder / PACKETS), "n_read_threads": THREADS, "n_write_threads": THREADS,
         }  # fmt: skip
-        self._tier: Any = SecondaryTierFactory.create_secondary_tier(options, view, _Spec(config))
+        self._tier: Any = open_tier(options, view)
         assert view.shape is not None
         self._view = view
         self._folder, self._row = folder, view.shape[1]

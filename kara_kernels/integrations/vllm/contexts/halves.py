@@ -167,9 +167,7 @@ class SchedulerHalf:
             self.manager.used(admission.place, source, ids_of(request))
             if self._sharing is not None:
                 self._sharing.used(admission.place.key)
-            self._hit(
-                request, admission, 0 if way is None else admission.nbytes, self.manager.seconds(left, way, source)
-            )
+            self._hit(request, admission, self.manager.seconds(left, way, source))
         self._expect(request, source, left, way)
 
     def build(self, output: Any) -> Step:
@@ -226,13 +224,13 @@ class SchedulerHalf:
         self.manager.forget_rows(name)
         return False, told
 
-    def _hit(self, request: Request, admission: Admission, nbytes: int, seconds: float) -> None:
+    def _hit(self, request: Request, admission: Admission, seconds: float) -> None:
         """Tells who listens."""
         copy = self.manager.keeper.get(admission.place.key)
         if copy is not None:
             self.manager.transfers.heard(
                 "hit", copy, request_id=request.request_id, tier=admission.tier, ratio=admission.way.step.ratio,
-                nbytes=nbytes, predicted_seconds=seconds,
+                nbytes=0 if admission.tier == GPU else admission.nbytes, predicted_seconds=seconds,
             )  # fmt: skip
 
     def _used_by(self, name: str) -> dict[str, Any] | None:

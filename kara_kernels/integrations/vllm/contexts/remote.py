@@ -310,15 +310,16 @@ class RemoteTier:
         return [f"{self._prefix}:{manifest.packet}:{i}" for i in range(-(-manifest.nbytes // self._grain))]
 
 
-def measured(store: ValueStore, tier: RemoteTier, share: float) -> Tier:
+def measured(store: ValueStore, tier: RemoteTier, share: float, size: int = SIZE) -> Tier:
     """The tier as the placement knows it: bytes per second of those that one worker uses. Loads are measured again.
 
     Args:
         share: of a grain's bytes that one worker uses.
+        size: bytes that are read.
     """
     times, name = [], f"kara:speed:{uuid.uuid4().hex}"
     try:
-        store.write(name, bytes(SIZE), LONGER)
+        store.write(name, bytes(size), LONGER)
         for read in (lambda: store.get([f"{name}:0"]), lambda: store.get([name])):
             begun = time.perf_counter()
             read()
@@ -326,6 +327,6 @@ def measured(store: ValueStore, tier: RemoteTier, share: float) -> Tier:
         store.delete([name])
     except StoreError as error:
         tier.failed(error, writing=True)
-        times = [1e-3, 1e-3 + SIZE / 1e9]
+        times = [1e-3, 1e-3 + size / 1e9]
     latency, seconds = times
-    return Tier(REMOTE, CAPACITY, SIZE / max(seconds - latency, 1e-6) * share, latency)
+    return Tier(REMOTE, CAPACITY, size / max(seconds - latency, 1e-6) * share, latency)

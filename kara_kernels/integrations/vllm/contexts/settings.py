@@ -43,7 +43,8 @@ class RemoteSettings:
     """
 
     url: str = field(repr=False)
-    """``redis://``, ``rediss://`` or ``unix://``; ``$NAME``: what this environment variable holds."""
+    """``redis://``, ``rediss://``, ``unix://``, ``s3+http://`` or ``s3+https://``; ``$NAME``: what this environment
+    variable holds."""
     ttl: float = 86_400.0
     """Seconds that packets live after their last use."""
     wait: float = 0.1
@@ -63,13 +64,17 @@ class RemoteSettings:
 
     def address(self) -> str:
         """The URL, which is checked to be of use on this machine. Raises ValueError."""
-        if importlib.util.find_spec("redis") is None:
-            raise ValueError("remote: expected the package redis (pip install redis), got an installation without it")
-        if not self.url.startswith("$"):
-            return self.url
-        if self.url[1:] not in os.environ:
-            raise ValueError(f"remote: url: expected an environment variable that is set, got {self.url}")
-        return _check_address(os.environ[self.url[1:]])
+        url = self.url
+        if url.startswith("$"):
+            if url[1:] not in os.environ:
+                raise ValueError(f"remote: url: expected an environment variable that is set, got {url}")
+            url = _check_address(os.environ[url[1:]])
+        needed = "nixl" if url.startswith("s3+") else "redis"
+        if importlib.util.find_spec(needed) is None:
+            raise ValueError(
+                f"remote: expected the package {needed} (pip install {needed}), got an installation without it"
+            )
+        return url
 
 
 def _check_address(url: str) -> str:
@@ -81,10 +86,16 @@ def _check_address(url: str) -> str:
         if found.scheme in ("redis", "rediss"):
             rest_is_one = re.fullmatch(r"/?\d*", found.path) and "@" not in found.query and not found.fragment
             as_expected = found.hostname is not None and bool(rest_is_one)
+        elif found.scheme in ("s3+http", "s3+https"):
+            only_host = bool(found.hostname) and "@" not in found.netloc and not found.query and not found.fragment
+            as_expected = only_host and re.fullmatch(r"/[a-z0-9.-]{3,63}/?", found.path) is not None
     except ValueError:
         as_expected = False
     if not as_expected:
-        raise ValueError("remote: url: expected redis://[[user]:password@]host[:port][/database], got another form")
+        raise ValueError(
+            "remote: url: expected redis://[[user]:password@]host[:port][/database] or s3+https://host[:port]/bucket, "
+            "got another form"
+        )
     return url
 
 
