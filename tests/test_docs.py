@@ -23,7 +23,7 @@ from kara_kernels.integrations.vllm.contexts.requests import asked_of
 from kara_kernels.integrations.vllm.contexts.settings import ContextSettings
 from kara_kernels.integrations.vllm.contexts.trace import EVENTS, Event
 from kara_kernels.integrations.vllm.hook import CONNECTOR
-from kara_kernels.integrations.vllm.settings import LIVE, RUN, SUPPORTED
+from kara_kernels.integrations.vllm.settings import LIVE, RUN, SUPPORTED, settings_in
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -156,7 +156,7 @@ def test_shell_blocks_name_what_exists(line: str) -> None:
         additional, transfer = given.get("--additional-config", {}), given.get("--kv-transfer-config", {})
         assert set(additional) <= {"kara", "contexts"}
         if "kara" in additional:
-            Policy.from_settings({key: value for key, value in additional["kara"].items() if key != "trace"})
+            settings_in(additional)
         ContextSettings(**additional.get("contexts", {}))
         assert transfer.get("kv_connector", CONNECTOR) == CONNECTOR
         ContextSettings(**transfer.get("kv_connector_extra_config", {}))

@@ -1,11 +1,10 @@
-"""Contexts in a bucket, by vLLM's object tier and NIXL, with a real server: ``pip install nixl 'moto[s3,server]'``."""
+"""Contexts in a bucket, by vLLM's object tier and NIXL, with the server of moto."""
 
-import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,8 +16,7 @@ from kara_kernels.integrations.vllm.contexts.objects import ROWS, ObjectStore
 from kara_kernels.integrations.vllm.contexts.remote import SLOWEST
 from kara_kernels.integrations.vllm.contexts.store import StoreError
 
-PROGRAM, MOST = shutil.which("moto_server"), 100_003
-pytestmark = pytest.mark.skipif(PROGRAM is None or find_spec("nixl") is None, reason="needs NIXL and moto_server")
+MOST = 100_003
 
 
 class Bucket:
@@ -28,7 +26,7 @@ class Bucket:
         with socket.socket() as some:
             some.bind(("127.0.0.1", 0))
             self.port = some.getsockname()[1]
-        command = [PROGRAM, "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.url = f"s3+http://127.0.0.1:{self.port}/contexts"
         until = time.monotonic() + 60

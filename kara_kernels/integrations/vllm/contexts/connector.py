@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from kara_kernels.contexts.packet import Header
+from kara_kernels.contexts.ranking import Judges
 from kara_kernels.contexts.utility import Tier
 from kara_kernels.payload import PayloadLayout
 
@@ -27,7 +28,6 @@ from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
 from .manager import ContextManager
 from .objects import ObjectStore
-from .ranking import Judges
 from .region import open_region, part_of, shape
 from .remote import SLOWEST, RemoteTier, measured
 from .settings import RemoteSettings, context_settings_of, may_drop
@@ -139,9 +139,9 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         worker.warm_up(self._settings.methods)
         self._worker = WorkerHalf(worker)
 
-    def judge_by(self, judges: Judges) -> None:
-        """Called once, by a model runner that records queries."""
-        self._worker.worker.judge_by(judges, self._settings.methods)
+    def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any) -> None:
+        """Called once, by a model runner that records queries. See :class:`~kara_kernels.contexts.ranking.Judges`."""
+        self._worker.worker.judge_by(Judges(of_context, blank, ahead), self._settings.methods)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self._worker.flush(kv_connector_metadata)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from kara_kernels.contexts.codec import decode, encode
 from kara_kernels.contexts.packet import Packet, PacketError, read_packet
+from kara_kernels.contexts.ranking import Judges, ranked
 from kara_kernels.paged import PackedCache, PagedCache
 from kara_kernels.values import CONTEXT_WINDOW
 
 from .jobs import Ended, Load, Store
-from .ranking import Judges, ranked
 from .settings import may_drop, needs_queries
 
 logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply

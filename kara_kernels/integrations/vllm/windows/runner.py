@@ -23,7 +23,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kara_kernels.engine import Compression, Loss, Losses, PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
-from ..contexts.ranking import Judges
 from ..layout import paged_view
 from ..settings import settings_of
 from ..traces import append
@@ -112,8 +111,7 @@ class KaraRunner(_Mixin):
         for policy in self.kara.policies:
             warm_up(self.kara_cache, self.kara_ring, policy, **self._kara_options())
         if has_kv_transfer_group() and hasattr(connector := get_kv_transfer_group(), "judge_by"):
-            ahead = look_ahead_by(self.get_model())
-            connector.judge_by(Judges(self.kara_ring.of_context, self.kara_ring.blank, ahead))
+            connector.judge_by(self.kara_ring.of_context, self.kara_ring.blank, look_ahead_by(self.get_model()))
 
     def _attention_layers(self) -> dict[str, Any]:
         """The attention layers in model order. Raises an error that names the first one that is not plain attention."""

@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kara_kernels.ahead import LookAhead
-from kara_kernels.ops import rank_rows
-from kara_kernels.paged import PagedCache
-from kara_kernels.scorers import Rows, named
+from ..ahead import LookAhead
+from ..ops import rank_rows
+from ..paged import PagedCache
+from ..scorers import Rows, named
 
 
 class Judges(NamedTuple):
     """Queries that the engine records, and how they look ahead."""
 
     of_context: Callable[[str, int, int], Tensor | None]
-    """See :meth:`kara_kernels.engine.QueryRing.of_context`."""
+    """``of_context(request, tokens, computed)``: see :meth:`kara_kernels.engine.QueryRing.of_context`."""
     blank: Tensor
-    """``[L, 1, H*G, D]``, as queries are."""
+    """``[L, 1, H*G, D]``, as queries are; for a warm-up."""
     ahead: Callable[[int, torch.device], LookAhead] | None
     """See :class:`~kara_kernels.scorers.Rows`."""
 
