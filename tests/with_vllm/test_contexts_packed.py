@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from kara_kernels import PagedCache
 from kara_kernels.contexts.codec import decode, encode
 from kara_kernels.contexts.packet import read_packet
+from kara_kernels.contexts.ranking import ranked
 from kara_kernels.integrations.vllm import layout
 from kara_kernels.integrations.vllm.contexts.jobs import Load, Store
 from kara_kernels.integrations.vllm.contexts.worker import ContextWorker
@@ -90,7 +91,7 @@ def test_a_context_passes_through_blocks_that_vllm_has_packed(form):
     assert isinstance(cache, PackedCache)
     region = torch.zeros(128, 4096, dtype=torch.uint8)
     worker = ContextWorker(cache, region, "model")
-    worker.warm_up([form])
+    worker.warm_up([f"none/{form}"])
 
     old, new, tokens = (7, 2, 9, 4), (3, 8, 1, 10), 4 * PAGE
     rows = torch.randn(2, LAYERS, tokens, HEADS, DIM).bfloat16()
@@ -107,10 +108,39 @@ def test_a_context_passes_through_blocks_that_vllm_has_packed(form):
     assert read_packet(stored).payload.equal(packet.payload)
     assert all(layer.kv_cache.equal(left) for layer, left in zip(layers, before, strict=True))
 
-    run(worker, Load(2, "r", "c", tokens, new, grains, packet.nbytes))
+    run(worker, Load(2, "r", "c", tokens, new, grains, packet.nbytes, form, tokens))
     decode(packet, plain.k, plain.v, table)
     for layer, left, key, value in zip(layers, before, plain.k, plain.v, strict=True):
         Layer.write(layer, key.flatten(0, 1), value.flatten(0, 1), left, slots_of(new))
+        assert layer.kv_cache.equal(left)
+    worker.shutdown()
+
+
+def test_fewer_rows_leave_the_rest_of_their_last_block_alone():
+    current_platform.import_kernels()
+    torch.manual_seed(1)
+    layers = [Layer() for _ in range(LAYERS)]
+    cache = layout.paged_view(layers, BLOCKS, PAGE)
+    worker = ContextWorker(cache, torch.zeros(128, 4096, dtype=torch.uint8), "model")
+    old, new, tokens = (7, 2, 9, 4), (3, 8, 1), 4 * PAGE
+    for layer in layers:
+        layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape))
+    plain = cache.load(torch.tensor(old))
+    table = torch.arange(4, dtype=torch.int32)
+    packet = encode(
+        plain.k, plain.v, table, tokens, model="model", context="c", form="int4", scorer="keydiff",
+        rows=ranked(plain, table, "keydiff", None, None),
+    )  # fmt: skip
+    step = packet.header.steps[0]
+    assert 2 * PAGE < step.rows < 3 * PAGE
+    grains = tuple(range(-(-packet.nbytes // 4096)))
+    run(worker, Store(1, "r", "c", tokens, old, grains, "int4", "keydiff", packet.sections))
+    before = [layer.kv_cache.clone() for layer in layers]
+    run(worker, Load(2, "r", "c", tokens, new, grains, step.nbytes, "int4", step.rows))
+    decode(packet.cut(step.sections), plain.k, plain.v, table, to="front")
+    for layer, left, key, value in zip(layers, before, plain.k, plain.v, strict=True):
+        rows = (x.flatten(0, 1)[: step.rows] for x in (key, value))
+        Layer.write(layer, *rows, left, slots_of(new)[: step.rows])
         assert layer.kv_cache.equal(left)
     worker.shutdown()
 
