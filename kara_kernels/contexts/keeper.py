@@ -62,6 +62,10 @@ class Keeper:
         """The full rows of a context are no longer at hand: what was to be encoded from them cannot be any more."""
         self._fresh.discard(key)
 
+    def is_due(self, key: str) -> bool:
+        """Whether the context may lie elsewhere than planned, and waits for room or for what uses it."""
+        return key in self._due
+
     def change(self, context: Context) -> None:
         """A new profile, floor or cost; see :meth:`Placement.change`."""
         self.placement.change(context)

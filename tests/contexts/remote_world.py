@@ -120,9 +120,9 @@ def place_of(text: str) -> Place:
 
 
 def header(key: str, tokens: int, method: str) -> Header:
-    form = method.removeprefix("none/")
     layout = PayloadLayout(
-        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=form, places=False,
+        layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens,
+        form=method.partition("/")[2], places=False,
     )  # fmt: skip
     return Header("a model", key, layout)
 
@@ -178,8 +178,8 @@ class Server:
         lower: list[tuple[Tier, Any]] = [(Tier("disk", disk * GRAIN, 1e9), Shelf(self.rows))] if disk else []
         lower.append((Tier(REMOTE, CAPACITY, 1e9), self.tier))
         self.manager = ContextManager(
-            grains=region, block_size=BLOCK, workers=1, catalogue=Catalogue(header, region), clock=clock, alpha=100.0,
-            floor=0.9, half_life=100.0, min_tokens=2 * BLOCK, lower=lower,
+            grains=region, block_size=BLOCK, workers=1, catalogue=Catalogue(header, region, conversations=True),
+            clock=clock, alpha=100.0, floor=0.9, half_life=100.0, min_tokens=2 * BLOCK, lower=lower,
         )  # fmt: skip
         self.manager.rates.prefill = 1e-2
         self.sharing = Sharing(self.manager, self.tier, wait=1.0, clock=clock)

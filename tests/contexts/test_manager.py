@@ -21,6 +21,7 @@ from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
+from kara_kernels.integrations.vllm.contexts.settings import CONVERSATION, may_drop
 from kara_kernels.integrations.vllm.contexts.trace import watch
 
 BLOCK = 16
@@ -32,18 +33,18 @@ def hashes(text: str) -> list[bytes]:
 
 
 def header(key: str, tokens: int, method: str) -> Header:
-    scorer, _, form = method.partition("/")
+    (scorer, _, form), places = method.partition("/"), may_drop(method)
     layout = PayloadLayout(
         layers=1, heads=1, dim=16, v_dim=16, dtype=torch.bfloat16, tokens=tokens, rows=tokens, form=form,
-        places=scorer != "none",
+        places=places,
     )  # fmt: skip
-    return Header("a model", key, layout, scorer.removeprefix("none"))
+    return Header("a model", key, layout, scorer if places else "")
 
 
 def manager(grains: int = 64, workers: int = 1, profile: str | None = None, **options: Any) -> ContextManager:
     given = {"alpha": 100.0, "floor": 0.9, "half_life": 100.0, "min_tokens": 2 * BLOCK} | options
     region = Grains(grains, 512)
-    catalogue = Catalogue(header, region, profile=profile)
+    catalogue = Catalogue(header, region, profile=profile, conversations=True)
     some = ContextManager(
         grains=region, block_size=BLOCK, workers=workers, catalogue=catalogue, clock=lambda: 0.0, **given
     )  # type: ignore[arg-type]
@@ -246,8 +247,136 @@ def test_contexts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch
     assert len(some.transfers._held) == 2
 
 
+def conversation(text: str, rows: int) -> Place:
+    return Place(hashes(text)[-1], BLOCK * len(text), rows)
+
+
+@pytest.mark.parametrize("place", [Place(b"\x01\xff", 64), Place(b"\x01\xff", 64, 40)])
+def test_a_name_says_which_context_it_is(place: Place) -> None:
+    assert Place.of(place.key) == place
+    assert place.most_rows == (place.rows or 64)
+
+
+@pytest.mark.parametrize("key", ["", "01ff", "01ff.", "01ff.64.", "xy.64", "01ff.64.40.x"])
+def test_what_is_no_name_is_an_error(key: str) -> None:
+    with pytest.raises(ValueError, match=r"invalid|values|non-hex"):
+        Place.of(key)
+
+
+def test_a_conversation_is_stored_as_it_is_and_admitted_by_those_who_may() -> None:
+    some = manager()
+    some.offer("first", conversation("abcd", 37), range(3), ())
+    (job,), _ = some.step(0)
+    assert (job.tokens, job.form, job.scorer, list(job.blocks)) == (37, "exact", "", [0, 1, 2])
+    some.ended(job.number, Ended(1, True, 0.1))
+    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
+    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0, conversations=True)
+    assert admission is not None
+    assert (admission.place, admission.way.method) == (conversation("abcd", 37), CONVERSATION)
+    assert (admission.dropped, admission.way.step.rows, admission.exact) == (4 * BLOCK - 37, 37, False)
+    some.used(admission.place, "ram", ())
+    assert some.admit(hashes("abcdef"), 6 * BLOCK, 4 * BLOCK, conversations=True) is None  # the pool has as much
+    assert some.admit(hashes("abcd"), 4 * BLOCK, 0, conversations=True) is None  # its last token must be computed
+
+
+def test_who_may_not_go_on_finds_a_shorter_context_of_whole_rows() -> None:
+    some = manager()
+    stored(some, "ab")
+    some.offer("second", conversation("abcd", 37), range(3), ())
+    some.ended(some.step(0)[0][0].number, Ended(1, True, 0.1))
+    for may, tokens in ((False, 2 * BLOCK), (True, 4 * BLOCK)):
+        admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0, conversations=may)
+        assert admission is not None
+        assert admission.place.tokens == tokens
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["while it is stored", "afterwards"])
+@pytest.mark.parametrize("first", ["whole", "talk"])
+def test_whole_rows_win(first: str, ended: bool) -> None:
+    some, places = manager(), {"whole": Place(hashes("abcd")[-1], 4 * BLOCK), "talk": conversation("abcd", 37)}
+    for name in (first, *places.keys() - {first}):
+        some.offer(name, places[name], range(4), ())
+        jobs = some.step(0)[0]
+        if ended:
+            for job in jobs:
+                some.ended(job.number, Ended(1, True, 0.1))
+    for number in list(some.transfers._running):
+        some.ended(number, Ended(1, True, 0.1))
+    some.step(0)
+    assert [copy.key for copy in some.keeper.directory.copies()] == [places["whole"].key]
+    assert len(some._known) == len(some.keeper.placement) == 1
+    assert some.grains.count - some.grains.free == sum(len(grains) for grains in some.transfers._held.values())
+
+
+def test_of_two_conversations_the_stored_one_stays() -> None:
+    some = manager()
+    for rows, expected in ((37, 37), (40, 37)):
+        some.offer("someone", conversation("abcd", rows), range(3), ())
+        for job in some.step(0)[0]:
+            some.ended(job.number, Ended(1, True, 0.1))
+        assert [copy.key for copy in some.keeper.directory.copies()] == [conversation("abcd", expected).key]
+    some.keeper.lost(conversation("abcd", 37).key)
+    some.offer("another", conversation("abcd", 40), range(3), ())
+    some.ended(some.step(0)[0][0].number, Ended(1, True, 0.1))
+    assert [copy.key for copy in some.keeper.directory.copies()] == [conversation("abcd", 40).key]
+
+
+def test_blocks_are_held_for_what_may_still_be_stored() -> None:
+    """Offered, but no step has planned it; stored; and never, where it finds no room."""
+    some = manager()
+    some.offer("first", conversation("abcd", 37), range(3), ())
+    assert some.holds("first")
+    (job,), _ = some.step(0)
+    some.forget_rows("first", but_due=True)
+    assert some.holds("first")
+    some.ended(job.number, Ended(1, True, 0.1))
+    assert not some.holds("first")
+    some.offer("huge", conversation("efgh", 10**4), range(3), ())
+    some.step(0)
+    some.forget_rows("huge", but_due=True)
+    assert not some.holds("huge")
+
+
+def test_what_waits_for_room_holds_its_blocks_until_it_is_given_up() -> None:
+    some = manager(8)
+    some.offer("first", conversation("abcd", 37), range(3), ())
+    (job,), _ = some.step(0)
+    some.ended(job.number, Ended(1, True, 0.1))
+    reading = some.keeper.load(job.context)
+    some.rates.prefill = 1e3  # longer texts are worth more
+    some.offer("second", conversation("efghijkl", 40), range(3), ())
+    assert some.step(0) == ([], [])
+    some.forget_rows("second", but_due=True)
+    assert some.holds("second")
+    some.keeper.finish(reading)
+    (job,), _ = some.step(0)
+    assert job.request_id == "second"
+    some.forget_rows("second")
+    assert some.holds("second")
+    some.ended(job.number, Ended(1, True, 0.1))
+    assert not some.holds("second")
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "is_taken"),
+    [
+        (conversation("abcd", 37), CONVERSATION, True),
+        (conversation("abcd", 37), "none/exact", False),
+        (Place(hashes("abcd")[-1], 4 * BLOCK), CONVERSATION, False),
+        (Place(hashes("abcd")[-1], 4 * BLOCK), "none/exact", True),
+    ],
+)
+def test_a_conversation_that_was_left_is_known_by_its_name_and_its_method(
+    place: Place, method: str, is_taken: bool
+) -> None:
+    some = manager()
+    nbytes = some.grains.needed(header(place.key, place.most_rows, method).steps[-1].nbytes) * some.grains.nbytes
+    assert (some._known.left(place, Option(method, 1.0, nbytes, 1.0)) is not None) == is_taken
+
+
 class Days(RuleBasedStateMachine):
-    """Requests of a few documents come, are admitted, preempted and end; jobs end in any order, and some fail."""
+    """Requests of a few documents come, are admitted, preempted and end, and some leave a conversation; jobs end in any
+    order, and some fail."""
 
     @initialize(grains=st.integers(0, 60), workers=st.integers(1, 2), disk=st.sampled_from([0, 20, 1000]))
     def start(self, grains: int, workers: int, disk: int) -> None:
@@ -258,6 +387,7 @@ class Days(RuleBasedStateMachine):
         self.requests: dict[str, tuple[str, list[int]]] = {}  # text and blocks
         self.jobs: dict[int, tuple[Store | Load, int]] = {}  # and workers that have not reported
         self.blocks = self.names = 0
+        self.talked: set[str] = set()  # requests that have ended, and may be storing a conversation
         self.told: dict[str, tuple[str, Option]] = {}  # what is stored, as a trace has it
         watch(self.manager, self.hear)
 
@@ -286,12 +416,13 @@ class Days(RuleBasedStateMachine):
         self.blocks += len(text)
         self.requests[name] = text, blocks
         place = self.manager.place(prompt, tokens, BLOCK * (len(text) - 1) if asked else None)
-        admission = self.manager.admit(prompt, tokens, BLOCK * local)
+        admission = self.manager.admit(prompt, tokens, BLOCK * local, conversations=asked)
         if admission is not None:
+            assert asked or not admission.dropped
             assert BLOCK * local < admission.place.tokens < tokens
             assert admission.place.block_hash == prompt[admission.place.tokens // BLOCK - 1]
             if not self.manager.transfers.is_loading(admission.packet):
-                self.manager.load(name, admission, blocks)
+                self.manager.load(name, admission, blocks[: -(-admission.way.step.rows // BLOCK)])
                 self.manager.used(admission.place, admission.tier, [])
         elif place is not None:
             self.manager.offer(name, place, blocks[: place.tokens // BLOCK], [])
@@ -303,14 +434,18 @@ class Days(RuleBasedStateMachine):
         stores, loads = self.manager.step(5)
         for job in stores:
             text, blocks = self.requests[job.request_id]  # it has not ended
-            assert list(job.blocks) == blocks[: job.tokens // BLOCK]
-            assert job.context == Place(hashes(text)[job.tokens // BLOCK - 1], job.tokens).key
+            place = Place.of(job.context)
+            assert list(job.blocks) == blocks[: -(-job.tokens // BLOCK)]
+            assert (place.block_hash, place.most_rows) == (hashes(text)[place.tokens // BLOCK - 1], job.tokens)
+            assert (place.rows is not None) == (job.request_id in self.talked)
             assert not touched & set(job.grains)  # nobody reads or writes them
             self.region.update({grain: (job.context, i) for i, grain in enumerate(job.grains)})
         for job in loads:  # a load of nothing fails
             assert [self.region[grain] for grain in job.grains] == [(job.context, i) for i in range(len(job.grains))]
             assert not job.grains or len(job.grains) == self.manager.grains.needed(job.nbytes)
         self.jobs.update({job.number: (job, self.workers) for job in (*stores, *loads)})
+        for name in self.talked:
+            self.manager.forget_rows(name, but_due=True)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
@@ -330,10 +465,22 @@ class Days(RuleBasedStateMachine):
         self.disk.end(data.draw(st.sampled_from(sorted(self.disk.jobs))), ok)
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), dropped=st.integers(0, 40))
+    def leave(self, data: st.DataObject, dropped: int) -> None:
         """Its blocks are freed when no store reads them."""
         name = data.draw(st.sampled_from(sorted(self.requests)))
+        text, blocks = self.requests[name]
+        if name in self.talked:
+            if not self.manager.holds(name):
+                self.talked.remove(name)
+                del self.requests[name]
+            return
+        if 0 < dropped < BLOCK * len(text):
+            self.manager.forget_rows(name)
+            rows = BLOCK * len(text) - dropped
+            self.manager.offer(name, conversation(text, rows), blocks[: -(-rows // BLOCK)], ())
+            self.talked.add(name)
+            return
         storing = {n for n, (job, _) in self.jobs.items() if isinstance(job, Store) and job.request_id == name}
         assert set(self.manager.transfers.storing(name)) == storing
         if not storing:
@@ -343,6 +490,9 @@ class Days(RuleBasedStateMachine):
     @invariant()
     def judge(self) -> None:
         if hasattr(self, "manager"):
+            for copy in self.manager.keeper.directory.copies():
+                place = Place.of(copy.key)
+                assert self.manager._known.place(place.block_hash) == place
             assert 0 <= self.manager.transfers._staged <= self.manager.transfers.staging
             used = self.manager.grains.count - self.manager.grains.free - self.manager.transfers._staged
             assert used * 512 <= self.manager.keeper.directory._tiers["ram"].capacity

@@ -231,6 +231,21 @@ def test_a_context_that_leaves_memory_is_there_already() -> None:
     assert world.manifest("abcd") == packet
 
 
+def test_conversations_are_not_shared() -> None:
+    """Another server does not know how many rows there are."""
+    world = World()
+    whole = place_of("abcd")
+    world.a.manager.offer("writer", whole._replace(rows=40), range(3), ())
+    (job,), _ = world.a.step()
+    world.a.encode(job)
+    world.a.sharing.used(job.context)
+    world.a.rest()
+    assert not world.a.sharing.busy
+    assert not world.store.values
+    world.b.look("abcd")
+    assert world.b.tier_of("abcd") is None
+
+
 def test_what_finds_no_room_in_memory_goes_to_the_store() -> None:
     """Room for a few packets in memory, and for all in the store."""
     world = World(grains=4 * 9)

@@ -2,12 +2,33 @@
 
 from collections import defaultdict
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import torch
 from contexts_harness import ON, Server
 from harness import KARA, engine, greedy
 
 from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext, keys_of
 from kara_kernels.integrations.vllm.contexts.catalogue import steps_of
+from kara_kernels.integrations.vllm.contexts.jobs import Store
+from kara_kernels.integrations.vllm.contexts.manager import Place
+
+TAILED = {**KARA, "tail": 32}
+"""The last window then always ends before the last whole block."""
+TALKING = {**ON, "conversations": True}
+
+
+class Left(NamedTuple):
+    """Rows ``[L, H, R, D]`` of a conversation, and the request that left them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tokens: int
+    by: str
+
+
+def client_of(name):
+    return name.rsplit("-", 1)[0]
 
 
 class Both:
@@ -19,18 +40,36 @@ class Both:
         self.half = self.server.connector.contexts
         self.met = 0
         """Plans that were made while a store ran of the same request."""
+        self.dense = None
+        """Says which tokens the rows of conversations stand for."""
+        self.served = {}
+        self.left_by = {}
+        """The request that left a conversation, by its key."""
         self._packets = {}
         self._rows = defaultdict(dict)
+        self._watch_stores()
         self._watch_loads()
         self._watch_steps()
         self._watch_plans()
+
+    def _watch_stores(self):
+        start = self.manager.transfers.start
+
+        def started(transfer, job=None, *args):
+            if isinstance(job, Store):
+                self.left_by[job.context] = client_of(job.request_id)
+            start(transfer, job, *args)
+
+        self.manager.transfers.start = started
 
     def _watch_loads(self):
         load = self.manager.load
 
         def loaded(request_id, admission, blocks):
             copy, place = self.manager.keeper.get(admission.place.key), admission.place
-            rows = self.server.rows_of_copy(copy, place.tokens, admission.way.step.sections)
+            rows = self.server.rows_of_copy(copy, place.most_rows, admission.way.step.sections)
+            if place.rows is not None:
+                rows = Left(*rows[:2], place.tokens, self.left_by[place.key])
             self._packets[admission.packet] = rows
             load(request_id, admission, blocks)
 
@@ -43,7 +82,7 @@ class Both:
             output = schedule(*args, **kwargs)
             new = [request.req_id for request in output.scheduled_new_reqs]
             for name in [*new, *output.scheduled_cached_reqs.resumed_req_ids]:
-                admission, client = self.half._admitted.get(name), name.rsplit("-", 1)[0]
+                admission, client = self.half._admitted.get(name), client_of(name)
                 start = (self.engine.recomputed[client] or [0])[-1]
                 self._rows[client][start] = admission and self._packets[admission.packet]
             return output
@@ -62,23 +101,42 @@ class Both:
 
         self.scheduler._manager.shrink = watched
 
-    def add(self, name, prompt, tokens, own=..., **params):
+    def add(self, name, prompt, tokens, own=..., *, salt=None, **params):
         extra = {"kv_transfer_params": params} | ({} if own is ... else {"kara": own})
         self.engine.prompts[name] = prompt
         core = self.engine.llm.llm_engine
-        core.add_request(name, {"prompt_token_ids": prompt}, greedy(tokens, extra_args=extra))
+        given = {"prompt_token_ids": prompt} | ({} if salt is None else {"cache_salt": salt})
+        core.add_request(name, given, greedy(tokens, extra_args=extra))
 
     def drive(self, events):
         """See :meth:`harness.Engine.drive`; events are called with this object."""
         calls = {step: lambda _, event=event: event(self) for step, event in events.items()}
-        return {name: self._known(served) for name, served in self.engine.drive(calls).items()}
+        served = self.engine.drive(calls)
+        self.served |= served
+        return {name: self._known(x) for name, x in served.items()}
 
     def ask(self, name, prompt, tokens=12, own=..., **params):
         return self.drive({0: lambda both: both.add(name, prompt, tokens, own, **params)})[name]
 
     def _known(self, served):
-        served.rows = self._rows[served.request_id]
+        rows = self._rows[served.request_id]
+        served.rows = {start: self._placed(x) if isinstance(x, Left) else x for start, x in rows.items()}
         return served
+
+    def _placed(self, left):
+        """The rows of a conversation at the places of their tokens, as the trace of the request says that left it."""
+        served, count = self._known(self.served[left.by]), left.keys.shape[2]
+        held = self.dense.held(served, self.engine.events_of(left.by))
+        places = held[:, :, :count]
+        assert (places < left.tokens).all()
+        assert (held[:, :, count:] >= left.tokens).all()
+        at = places[..., None].expand_as(left.keys)
+        empty = left.keys.new_zeros(*left.keys.shape[:2], left.tokens, left.keys.shape[3])
+        return empty.scatter(2, at, left.keys), empty.scatter(2, at, left.values), places
+
+    def went_on(self, name):
+        """Whether a request was ever admitted with a conversation."""
+        return any(isinstance(rows, Left) for rows in self._rows[name].values())
 
     def store(self, name, prompt, count):
         """A context to admit requests with: asks, and forgets the exact rows."""
@@ -123,3 +181,17 @@ def serving_both(model, trace, kara=KARA, contexts=ON, **options):
     with engine(model, None, **settings) as some:
         some.trace = trace
         yield Both(some, model)
+
+
+def stored(both):
+    """Places of conversations that are stored."""
+    both.server.rest()
+    places = [Place.of(copy.key) for copy in both.manager.keeper.directory.copies()]
+    return [place for place in places if place.rows is not None]
+
+
+def turn(both, name, text, question, tokens=150, own=..., **params):
+    """A request that goes on with a text, and the text behind it. What was exact is gone from the GPU before it."""
+    both.server.forget()
+    served = both.ask(name, text + question, tokens, own, **params)
+    return served, served.prompt + served.tokens

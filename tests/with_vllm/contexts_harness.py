@@ -109,7 +109,8 @@ class Server:
         return [keys.gather(2, places), values.gather(2, places)]
 
     def rows_of_copy(self, copy, count, sections=None):
-        """Keys and values ``[L, H, count, D]``, zero where there is no row, and the places of rows ``[L, H, R]``."""
+        """Keys and values ``[L, H, count, D]``, zero where there is no row, and the places of rows ``[L, H, R]``.
+        ``count``: rows of a conversation, tokens of any other context."""
         step = self.manager.catalogue.way(copy.key, count, copy.option).step
         held = self.manager.transfers._held[copy.number]
         if copy.tier == "ram":
@@ -124,10 +125,12 @@ class Server:
             data = b"".join(file.read_bytes() for file in files)[: step.nbytes]
         packet = read_packet(data, sections=sections)
         layers, heads, dim = self.shape
-        pools = [[torch.full((count // BLOCK, BLOCK, heads, dim), torch.nan) for _ in range(layers)] for _ in range(2)]
+        blocks = -(-count // BLOCK)
+        pools = [[torch.full((blocks, BLOCK, heads, dim), torch.nan) for _ in range(layers)] for _ in range(2)]
         cache = PagedCache(*pools)
-        decode(packet, cache.k, cache.v, torch.arange(count // BLOCK, dtype=torch.int32))
+        decode(packet, cache.k, cache.v, torch.arange(blocks, dtype=torch.int32))
         keys, values = (torch.stack([x.flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v))
+        keys, values = keys[:, :, :count], values[:, :, :count]
         places = (~keys[..., 0].isnan()).nonzero()[:, 2].view(layers, heads, packet.step.rows)
         return keys.nan_to_num(), values.nan_to_num(), places
 
@@ -155,6 +158,7 @@ class Server:
         assert held == self.manager.grains.count - self.manager.grains.free
         half = self.connector.contexts
         assert not any((half._asked, half._places, half._admitted, half._ended, half._silent, self.manager._rows))
+        assert not (half._conversations and half._conversations._names)
 
 
 @contextmanager

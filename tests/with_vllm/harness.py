@@ -271,22 +271,33 @@ class Dense:
         drops up to where it was, and compressed again from there. Each part is compared with its own run."""
         text = served.prompt + served.tokens
         ids = torch.tensor([text])
-        real = torch.ones_like(ids, dtype=torch.bool)
-        runs = {0: []}
-        for start in served.recomputed:
-            runs[start] = []
+        starts = sorted(runs := self._runs(served, events))
+        parts = []
+        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+            ledger, rows = self._replay(served, start, runs[start])
+            logits = dense_logits(self.model, ids, torch.ones_like(ids, dtype=torch.bool), ledger.visible, rows)[0]
+            parts.append(logits[max(start - 1, 0) : end - 1])
+        return torch.cat(parts)
+
+    def held(self, served, events):
+        """The tokens ``[L, H, rows]`` that a request held when it ended, in the order of their rows."""
+        start = max(runs := self._runs(served, events))
+        ledger, _ = self._replay(served, start, runs[start])
+        return torch.tensor([heads for (heads,) in ledger.held])
+
+    def _runs(self, served, events):
+        """Events by the length of the text that was recomputed before them."""
+        runs = {start: [] for start in [0, *served.recomputed]}
         for event in events:
             if event["physical_len_before"] == event["logical_len"]:
                 runs[event["recomputed_len"]] = []
             runs[event["recomputed_len"]].append(self._event(event))
-        starts = sorted(runs)
-        parts = []
-        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-            *rows, places = served.rows.get(start) or (None,)
-            ledger = replay(self.model, real, [*self._admission(rows, places), *runs[start]])
-            logits = dense_logits(self.model, ids, real, ledger.visible, rows or None)[0]
-            parts.append(logits[max(start - 1, 0) : end - 1])
-        return torch.cat(parts)
+        return runs
+
+    def _replay(self, served, start, events):
+        *rows, places = served.rows.get(start) or (None,)
+        real = torch.ones(1, len(served.prompt) + len(served.tokens), dtype=torch.bool)
+        return replay(self.model, real, [*self._admission(rows, places), *events]), rows or None
 
     def scores(self, served, events, stride, attention="bidirectional", ahead=0, moved=True):
         """For each event ``[L, H, W]``: mean attention of each key of its window from the recorded queries. These are

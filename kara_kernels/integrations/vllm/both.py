@@ -4,11 +4,16 @@ Neither room knows the other, because they never meet in a block. A context is w
 token. Windows begin behind the prompt. So no plan rewrites or frees what a store reads, and a context can be stored
 whole from a request that has lost rows. A packet may have fewer rows than tokens. The ledger of windows then counts the
 others as dropped before the request is given blocks, and everything goes on from there as after a window.
+
+They meet on purpose when a request ends: what windows left may be stored as a conversation. Then windows say how many
+rows stand for how many tokens.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from vllm.v1.request import Request
 
 from .contexts.scheduler import WithContexts
 from .windows.scheduler import KaraAsyncScheduler, KaraScheduler
@@ -22,6 +27,15 @@ class _WithBoth(WithContexts):
         output = super().schedule(*args, **kwargs)
         output.kara.contexts = output.kv_connector_metadata.judged
         return output
+
+    def may_compress(self, request: Request) -> bool:
+        choice = self._choose(request)
+        return choice.own is not None or choice.reason == "short"
+
+    def left_of(self, request_id: str, written: int, tokens: int) -> int | None:
+        ledger, dropped = self._ledger, self._ledger.dropped(request_id)
+        reached = ledger.windows(request_id) > 0 and ledger.uncompressed(request_id, written) < written - tokens
+        return tokens - dropped if dropped and not reached else None
 
 
 class BothScheduler(_WithBoth, KaraScheduler):

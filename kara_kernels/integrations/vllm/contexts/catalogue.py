@@ -19,7 +19,7 @@ from kara_kernels.contexts.utility import Option
 
 from ..watched import WatchedFile
 from .grains import Grains
-from .settings import METHODS, SAFE, SAFEST, may_drop, needs_queries
+from .settings import CONVERSATION, METHODS, SAFE, SAFEST, may_drop, needs_queries
 
 logger = logging.getLogger("vllm.kara")  # a child of vLLM's logger: its handlers and levels apply
 
@@ -51,6 +51,7 @@ class Catalogue:
         header: ``header(key, tokens, method)``: what packets of a context say.
         methods: those that may be used.
         drops: whether requests may begin with fewer rows than tokens.
+        conversations: whether they may begin with the rows that windows left of an earlier turn.
         profile: a file of ``python -m kara_kernels.contexts profile``, which need not exist yet. It is read again when
             it changes.
 
@@ -65,12 +66,13 @@ class Catalogue:
 
     def __init__(
         self, header: Callable[[str, int, str], Header], grains: Grains, methods: Sequence[str] = (SAFEST,),
-        profile: str | None = None, drops: bool = False,
+        profile: str | None = None, drops: bool = False, conversations: bool = False,
     ) -> None:  # fmt: skip
         self._header = functools.lru_cache(HEADERS)(header)  # one takes a quarter of a millisecond, and hits need it
         self._grains, self._methods = grains, tuple(methods)
         self.judges = any(needs_queries(method) for method in self._methods)
         self._known_methods = [method for method in METHODS if drops or not may_drop(method)]
+        self._known_methods += [CONVERSATION] * conversations
         self._file = None if profile is None else WatchedFile(profile)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kara-profile")
         self._reading: Future[Profile] | None = None
@@ -130,6 +132,12 @@ class Catalogue:
                 size = taken * self._grains.nbytes
                 found[method, taken] = Option(method, step.ratio, size, quality, to_load(form, step.rows))
         return list(found.values())
+
+    def as_it_is(self, key: str, rows: int, to_load: Callable[[str, int], float]) -> Option:
+        """The only thing that a conversation is stored as. To go on with its rows loses nothing."""
+        step = self._header(key, rows, CONVERSATION).steps[-1]
+        nbytes = self._grains.needed(step.nbytes) * self._grains.nbytes
+        return Option(CONVERSATION, step.ratio, nbytes, 1.0, to_load("exact", rows))
 
     def way(self, key: str, tokens: int, option: Option) -> Way | None:
         """How an option is encoded. None: the plugin has no such packets."""

@@ -23,6 +23,7 @@ from ..layout import paged_view
 from ..traces import client_id
 from .catalogue import Catalogue
 from .configure import can_begin_without
+from .conversations import Conversations
 from .disk import DiskStore
 from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
@@ -30,7 +31,7 @@ from .manager import ContextManager
 from .objects import ObjectStore
 from .region import open_region, part_of, shape
 from .remote import SLOWEST, RemoteTier, measured
-from .settings import RemoteSettings, context_settings_of, may_drop
+from .settings import CONVERSATION, RemoteSettings, context_settings_of, may_drop
 from .sharing import Sharing
 from .stats import ContextMetrics, ContextStats
 from .store import RedisStore
@@ -71,7 +72,10 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             lower.append((tier, self._remote))
         grains = Grains(count, grain)
         header = functools.partial(header_of, config, 0)
-        catalogue = Catalogue(header, grains, settings.methods, settings.profile, drops=can_begin_without(config))
+        catalogue = Catalogue(
+            header, grains, settings.methods, settings.profile, drops=can_begin_without(config),
+            conversations=settings.conversations,
+        )  # fmt: skip
         manager = ContextManager(
             grains=grains, block_size=config.cache_config.block_size, workers=workers,
             catalogue=catalogue, alpha=settings.alpha, floor=settings.floor, half_life=settings.half_life,
@@ -84,6 +88,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self.contexts = SchedulerHalf(
             manager,
             None if settings.remote is None else Sharing(manager, self._remote, wait=settings.remote.wait),
+            Conversations(manager, scheduler) if settings.conversations else None,
             computed=lambda name: scheduler.requests[name].num_computed_tokens,
             blocks=lambda name: scheduler.kv_cache_manager.get_block_ids(name)[0],
             default=settings.default,
@@ -124,6 +129,9 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, config: Any, types: Any, labels: list[str], engines: Any) -> ContextMetrics:
         return ContextMetrics(config, types, labels, engines)
 
+    def has_pending_block_frees(self) -> bool:
+        return self.contexts.short_of_blocks()
+
     def has_pending_push_work(self) -> bool:
         return self.contexts.busy
 
@@ -136,7 +144,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         rank = config.parallel_config.rank
         self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
-        worker.warm_up(self._settings.methods)
+        worker.warm_up([*self._settings.methods, *[CONVERSATION] * self._settings.conversations])
         self._worker = WorkerHalf(worker)
 
     def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any) -> None:

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from .catalogue import Way
+from .conversations import Conversations
 from .jobs import Ended, Load, Store
 from .manager import GPU, Admission, ContextManager, Place
 from .requests import Asked, asked_of
@@ -77,16 +78,17 @@ class SchedulerHalf:
 
     Args:
         sharing: lookups and offers of a remote tier, if there is one.
+        conversations: of requests that windows compress, if they are to be stored.
         computed: tokens of a request whose rows are written when the step that is being built begins.
         blocks: ids of a request's blocks.
     """
 
     def __init__(
-        self, manager: ContextManager, sharing: Sharing | None = None, *, computed: Callable[[str], int],
-        blocks: Callable[[str], list[int]], default: str,
+        self, manager: ContextManager, sharing: Sharing | None = None, conversations: Conversations | None = None, *,
+        computed: Callable[[str], int], blocks: Callable[[str], list[int]], default: str,
     ) -> None:  # fmt: skip
         self.manager, self._computed, self._blocks, self._default = manager, computed, blocks, default
-        self._sharing = sharing
+        self._sharing, self._conversations = sharing, conversations
         self._undecided: set[str] = set()  # requests that must ask again, because the remote tier has not answered
         self._asked: dict[str, Asked] = {}
         self._places: dict[str, tuple[Place, Sequence[int]]] = {}  # to be stored once computed, and the prompt's tokens
@@ -94,13 +96,14 @@ class SchedulerHalf:
         self._admitted: dict[str, Admission] = {}
         self._entering: dict[str, str] = {}  # where requests find their packet's rows, until they are given blocks
         self._ended: set[str] = set()  # requests whose blocks are held by a store
+        self._short = False  # of blocks, in the step that is being built
         self._silent: dict[str, Silent] = {}  # requests before their first token
         self._told: dict[tuple[str, ...], float] = {}
 
     @property
     def busy(self) -> bool:
         """Whether there is something to do, although no request runs."""
-        return self.manager.transfers.busy or (self._sharing is not None and self._sharing.busy)
+        return self.manager.transfers.busy or bool(self._ended) or (self._sharing is not None and self._sharing.busy)
 
     def arrived(self, request: Request) -> None:
         try:
@@ -111,6 +114,8 @@ class SchedulerHalf:
         self._asked[request.request_id] = asked
         if not asked.on or request.resumable:
             return
+        if self._conversations is not None:
+            self._conversations.arrived(request)
         place = self.manager.place(request.block_hashes, request.num_prompt_tokens, asked.tokens)
         if place is not None:
             self._places[request.request_id] = place, ids_of(request)
@@ -136,7 +141,8 @@ class SchedulerHalf:
         if self._sharing is not None and self._sharing.is_looking(request.request_id, local):
             self._undecided.add(request.request_id)
             return None
-        return self.manager.admit(request.block_hashes, request.num_prompt_tokens, local, asked.forced)
+        may_go_on = self._conversations is not None and request.request_id in self._conversations
+        return self.manager.admit(request.block_hashes, request.num_prompt_tokens, local, asked.forced, may_go_on)
 
     def admit(self, request: Request, admission: Admission, source: str) -> None:
         """``source``: the tier of the packet, or ``GPU`` if its rows are in the engine's cache already."""
@@ -191,24 +197,34 @@ class SchedulerHalf:
                 blocks = self._blocks(name)[: place.tokens // self.manager.block_size]
                 self.manager.offer(name, place, blocks, ids, computed if name in step.judged else None)
         step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
+        for name in self._ended:
+            self.manager.forget_rows(name, but_due=not self._short)
+        self._short = False
         if self._sharing is not None:
             self._sharing.step()
         return step
 
     def reported(self, output: Any) -> None:
-        """Books what workers have ended, and lets go of blocks that nothing reads any more."""
+        """Books what workers have ended."""
         reports = output.kv_connector_worker_meta
         for number, ended in (reports.ended if reports is not None else {}).items():
-            job = self.manager.ended(number, ended)
-            name = job.request_id if isinstance(job, Store) else None
-            if name in self._ended and not self.manager.transfers.storing(name):
-                self._ended.discard(name)
-                self.manager.forget_rows(name)
-                output.finished_sending = {*(output.finished_sending or ()), name}
+            self.manager.ended(number, ended)
+
+    def short_of_blocks(self) -> bool:
+        """A request that runs needs a block, and none is free. Whether some will be, of requests that have ended. What
+        only waits for room to be stored is given up in this step."""
+        self._short = True
+        return bool(self._ended)
+
+    def let_go(self) -> list[str]:
+        """Requests that have ended, and whose blocks nothing reads any more. Each is named once."""
+        names = [name for name in self._ended if not self.manager.holds(name)]
+        self._ended.difference_update(names)
+        return names
 
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
-        """Whether the blocks of a request that has ended must be kept until its store has ended, and what its client is
-        told about its context, if it has asked for anything."""
+        """Whether the blocks of a request that has ended must be kept until :meth:`let_go`, and what its client is told
+        about its context, if it has asked for anything."""
         name = request.request_id
         told = self._used_by(name)
         self._undecided.discard(name)
@@ -218,11 +234,12 @@ class SchedulerHalf:
             self._asked, self._places, self._unjudged, self._admitted, self._entering, self._silent,
         ):  # fmt: skip
             of_request.pop(name, None)
-        if self.manager.transfers.storing(name):
-            self._ended.add(name)
-            return True, told
         self.manager.forget_rows(name)
-        return False, told
+        if self._conversations is not None:
+            self._conversations.ended(request, self._blocks(name))
+        if held := self.manager.holds(name):
+            self._ended.add(name)
+        return held, told
 
     def _hit(self, request: Request, admission: Admission, seconds: float) -> None:
         """Tells who listens."""

@@ -14,6 +14,7 @@ class Job:
     request_id: str
     context: str
     tokens: int
+    """That have rows in the packet."""
     blocks: Sequence[int]
     grains: Sequence[int]
 

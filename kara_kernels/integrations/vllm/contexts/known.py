@@ -12,6 +12,7 @@ from kara_kernels.contexts.utility import Context, Option
 from .catalogue import Catalogue, Way
 from .grains import Grains
 from .rates import Rates
+from .settings import CONVERSATION
 
 MOVED = 1.25  # a cost that has changed by this factor is told to the placement
 RENEWED = 16  # contexts of a step that hear of another profile
@@ -22,16 +23,23 @@ class Place(NamedTuple):
 
     block_hash: bytes
     tokens: int
+    rows: int | None = None
+    """Those that windows left of a conversation. None: each token has one."""
+
+    @property
+    def most_rows(self) -> int:
+        """Of a packet that is not cut."""
+        return self.tokens if self.rows is None else self.rows
 
     @property
     def key(self) -> str:
-        """A name that says both, and that no other context has."""
-        return f"{self.block_hash.hex()}.{self.tokens}"
+        """A name that says all of it, and that no other context has."""
+        return f"{self.block_hash.hex()}.{self.tokens}" + ("" if self.rows is None else f".{self.rows}")
 
     @classmethod
     def of(cls, key: str) -> Place:
-        block_hash, _, tokens = key.partition(".")
-        return cls(bytes.fromhex(block_hash), int(tokens))  # raises ValueError for what is no key
+        block_hash, tokens, *rows = key.split(".", 2)  # raises ValueError for what is no key, as all of this
+        return cls(bytes.fromhex(block_hash), int(tokens), int(rows[0]) if rows else None)
 
 
 @dataclass
@@ -65,7 +73,8 @@ class SeenPrompts:
 
 
 class KnownContexts:
-    """By the hash of the last block, the least recently used first.
+    """By the hash of the last block, the least recently used first. A conversation and a context of whole rows that end
+    with the same block are never known at once.
 
     Args:
         most: grains that a packet may take.
@@ -80,8 +89,10 @@ class KnownContexts:
     def __len__(self) -> int:
         return len(self._known)
 
-    def __contains__(self, block_hash: object) -> bool:
-        return block_hash in self._known
+    def place(self, block_hash: bytes) -> Place | None:
+        """What is known that ends with a block."""
+        known = self._known.get(block_hash)
+        return None if known is None else known.place
 
     @property
     def oldest(self) -> Known:
@@ -95,27 +106,34 @@ class KnownContexts:
 
     def look_up(self, place: Place, ids: Sequence[int]) -> Known:
         """A context of a request with the tokens ``ids``, as the newest profile has it."""
-        return self._describe(place, self.catalogue.find(ids, place.tokens), self.catalogue.version)
+        profiled = self.catalogue.find(ids, place.tokens) if place.rows is None else ""
+        return self._describe(place, profiled, self.catalogue.version)
 
     def left(self, place: Place, option: Option) -> Known | None:
         """A context as an earlier process left it. Its tokens are not known before it is used. None: the plugin has no
         such packets."""
-        if self.catalogue.way(place.key, place.tokens, option) is None:
+        is_of_conversation = option.method == CONVERSATION
+        if is_of_conversation == (place.rows is None) or self._way(place, option) is None:
             return None
         return self._describe(place, held=option)
 
     def fitting(self, place: Place, method: str, nbytes: int, ids: Sequence[int]) -> tuple[Known, Option | None]:
         """A context of which another server has a packet, and the most of it that would be stored here."""
-        known = self._known.get(place.block_hash) or self.look_up(place, ids)
+        known = self._known.get(place.block_hash)
+        if known is None or known.place != place:
+            known = self.look_up(place, ids)
         good = [option for option in known.context.options if option.quality >= self._floor]
         fit = [option for option in good if option.method == method and option.nbytes <= nbytes]
         return known, max(fit, key=lambda option: option.nbytes, default=None)
 
     def way(self, place: Place, option: Option) -> Way:
         """How an option of a known context is encoded."""
-        way = self.catalogue.way(place.key, place.tokens, option)
+        way = self._way(place, option)
         assert way is not None  # no others are stored
         return way
+
+    def _way(self, place: Place, option: Option) -> Way | None:
+        return self.catalogue.way(place.key, place.most_rows, option)
 
     def used(self, place: Place, ids: Sequence[int]) -> Context | None:
         """A context was used. Returns it if the placement should hear what it costs now, or what a profile says."""
@@ -143,7 +161,10 @@ class KnownContexts:
 
     def _describe(self, place: Place, profiled: str = "", version: int = 0, held: Option | None = None) -> Known:
         """What a context may be stored as, also as what an earlier process ``held``. Costs are those of now."""
-        options = self.catalogue.options(place.key, place.tokens, profiled, self._rates.to_load)
+        if place.rows is None:
+            options = self.catalogue.options(place.key, place.tokens, profiled, self._rates.to_load)
+        else:
+            options = [self.catalogue.as_it_is(place.key, place.rows, self._rates.to_load)]
         options = [option for option in options if self._grains.needed(option.nbytes) <= self._most]
         if held is not None and not any(held.same_bytes(option) for option in options):
             options.append(held)

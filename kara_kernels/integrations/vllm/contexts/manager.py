@@ -116,15 +116,18 @@ class ContextManager:
         return Place(hashes[blocks - 1], blocks * self.block_size)
 
     def admit(
-        self, hashes: Sequence[bytes], prompt_tokens: int, local: int, forced: Forced | None = None
-    ) -> Admission | None:
+        self, hashes: Sequence[bytes], prompt_tokens: int, local: int, forced: Forced | None = None,
+        conversations: bool = False,
+    ) -> Admission | None:  # fmt: skip
         """The longest stored context that a prompt begins with, if it is longer than the ``local`` tokens in the
         engine's own cache, and loading it takes less time than computing the rest of it. Or, ``forced``, one that has
-        a certain compression, whatever it takes."""
+        a certain compression, whatever it takes. ``conversations``: one of these, too."""
         local = 0 if forced is not None else local
         for blocks in range((prompt_tokens - 1) // self.block_size, local // self.block_size, -1):
-            place = Place(hashes[blocks - 1], blocks * self.block_size)
-            copy = self.keeper.get(place.key) if place.block_hash in self._known else None
+            place = self._known.place(hashes[blocks - 1])
+            if place is None or (place.rows is not None and not conversations):
+                continue
+            copy = self.keeper.get(place.key)
             if copy is None or self.transfers.is_resting(copy.tier):
                 continue
             way = self._known.way(place, copy.option)
@@ -188,8 +191,11 @@ class ContextManager:
         self, request_id: str, place: Place, blocks: Sequence[int], ids: Sequence[int], unjudged: int | None = None
     ) -> None:
         """The rows of a context have been computed, and stay in ``blocks`` until :meth:`forget_rows`. ``ids``: tokens
-        of the request. ``unjudged``: see :class:`FullRows`."""
-        now, key = self._clock(), place.key
+        of the request. ``unjudged``: see :class:`FullRows`. A conversation gives way to whole rows, and to one that is
+        stored."""
+        now, key, other = self._clock(), place.key, self._known.place(place.block_hash)
+        if place.rows is not None and other is not None and (other.rows is None or self.keeper.get(other.key)):
+            return
         self._rows[key] = FullRows(request_id, tuple(blocks), unjudged)
         if key in self.keeper:
             self.keeper.use(key, now, recomputed=True)
@@ -202,11 +208,17 @@ class ContextManager:
         self.keeper.add(known.context, now)
         self._remember(known)
 
-    def forget_rows(self, request_id: str) -> None:
-        """The request's blocks are about to be freed. Stores that run hold them; see
-        :meth:`.transfers.Transfers.storing`."""
+    def holds(self, request_id: str) -> bool:
+        """Whether stores of the request's rows run, or may still begin."""
+        waiting = any(rows.request_id == request_id for rows in self._rows.values())
+        return waiting or bool(self.transfers.storing(request_id))
+
+    def forget_rows(self, request_id: str, *, but_due: bool = False) -> None:
+        """The request's blocks are freed when nothing :meth:`holds` them. ``but_due``: what waits for room may go on,
+        but for rows that queries rank, which are gone with the request."""
         for key, rows in list(self._rows.items()):
-            if rows.request_id == request_id:
+            waits = but_due and rows.unjudged is None and self.keeper.is_due(key)
+            if rows.request_id == request_id and not waits:
                 del self._rows[key]
                 self.keeper.forget_rows(key)
 
@@ -279,8 +291,7 @@ class ContextManager:
         if transfer.source is not None:
             self.transfers.start(transfer)
             return
-        request_id, blocks, unjudged = self._rows[target.key]
-        place = Place.of(target.key)
+        (name, blocks, unjudged), place = self._rows[target.key], Place.of(target.key)
         way = self._known.way(place, target.option)
         if needs_queries(way.method) and unjudged is None:
             self.counts["refused",] += 1
@@ -288,8 +299,8 @@ class ContextManager:
             self.keeper.finish(transfer, False)
             return
         self.counts["stored", target.option.method, f"{target.option.ratio:.2f}"] += 1
-        scorer, sections = way.scorer, way.step.sections
-        job = Store(0, request_id, target.key, place.tokens, blocks, (), way.form, scorer, sections, unjudged or 0)
+        what = way.form, way.scorer, way.step.sections, unjudged or 0
+        job = Store(0, name, target.key, place.most_rows, blocks, (), *what)
         self.transfers.start(transfer, job)
 
     def _renew(self, place: Place, ids: Sequence[int]) -> None:
@@ -305,7 +316,10 @@ class ContextManager:
         self.keeper.change(context)
 
     def _remember(self, known: Known) -> None:
-        """A new context is known. The one that was not used for longest may have to go."""
+        """A new context is known. One that ends with the same block has to go, and perhaps the oldest."""
+        other = self._known.place(known.place.block_hash)
+        if other is not None and other != known.place:
+            self._forget(other)
         self._known.add(known)
         if len(self._known) > SEEN:
             self._forget(self._known.oldest.place)

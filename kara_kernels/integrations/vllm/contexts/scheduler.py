@@ -62,8 +62,19 @@ class WithContexts(_Mixin):
         that knows two lengths can do that, and others have no such packets."""
         assert not dropped
 
+    def may_compress(self, request: Request) -> bool:
+        """Whether windows may compress a request: it has not opted out of them."""
+        return False
+
+    def left_of(self, request_id: str, written: int, tokens: int) -> int | None:
+        """How many of a request's first rows hold what windows left of its first ``tokens`` tokens, of which
+        ``written`` have been computed. None: all of them have rows, or a window reaches further."""
+        return None
+
     def update_from_output(self, *args: Any) -> Any:
         outputs = super().update_from_output(*args)
+        for name in self.connector.contexts.let_go():
+            self._free_blocks(self.requests[name])
         for of_client in outputs.values():
             for output in of_client.outputs:
                 if output.new_token_ids:

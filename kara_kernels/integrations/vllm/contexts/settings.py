@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from kara_kernels.values import check_choice, check_count, check_number
+from kara_kernels.values import check_choice, check_count, check_flag, check_number
 
 GIB = 2**30
 SCORERS = ("kara_sampled", "keydiff", "knorm")
@@ -19,9 +19,13 @@ METHODS = tuple(f"{scorer}/{form}" for scorer in ("none", *SCORERS) for form in 
 """What the plugin can store: all rows in their order (``"none"``) or the best of them, in a form."""
 
 
+CONVERSATION = "kara/exact"
+"""The rows that windows left of a whole text, as they are. Nobody asks for it: see :mod:`.conversations`."""
+
+
 def may_drop(method: str) -> bool:
     """Whether packets of a method hold the best rows first, so that they may be cut to fewer rows than tokens."""
-    return not method.startswith("none/")
+    return not method.startswith(("none/", "kara/"))
 
 
 def needs_queries(method: str) -> bool:
@@ -131,6 +135,8 @@ class ContextSettings:
     """The lowest tier, a store that servers share. May be given as a mapping."""
     trace: str | None = None
     """A file that gets a line of JSON for each event of a context."""
+    conversations: bool = False
+    """Whether the next turn goes on with the rows that windows left of a request."""
 
     def __post_init__(self) -> None:
         check_number("ram_gib", self.ram_gib, 1e-6, 2**20)
@@ -143,6 +149,7 @@ class ContextSettings:
         _check_methods(self.methods, self.profile)
         if self.trace is not None and (not isinstance(self.trace, str) or not self.trace):
             raise TypeError(f"trace: expected a file name, got {self.trace!r}")
+        check_flag("conversations", self.conversations)
         if self.disk is not None:
             _check_disk(self.disk)
         if self.remote is not None and not isinstance(self.remote, RemoteSettings):

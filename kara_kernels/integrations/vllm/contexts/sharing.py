@@ -78,8 +78,9 @@ class Sharing:
         return not lookup.late
 
     def used(self, key: str) -> None:
-        """A context has arrived in memory, or was used. Unless the store heard of that not long ago, it does."""
-        if not self.tier.is_fresh(key):
+        """A context has arrived in memory, or was used. Unless the store heard of that not long ago, it does. But
+        nobody could look for a conversation: no other server knows how many rows there are."""
+        if not self.tier.is_fresh(key) and Place.of(key).rows is None:
             self._due[key] = None
 
     def step(self) -> None:
