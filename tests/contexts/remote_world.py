@@ -211,7 +211,7 @@ class Server:
         stores, _ = self.step()
         for job in stores:
             self.encode(job)
-        self.manager.forget_rows("writer")
+        self.manager.rows.forget("writer")
 
     def rest(self) -> None:
         """Steps until nothing is left to do but loads."""

@@ -168,7 +168,7 @@ def test_a_damaged_packet_is_never_tried_again(ok: bool) -> None:
     some.load("second", admission, range(4))
     _, (load,) = some.step(0)
     some.ended(load.number, Ended(1, ok, 0.1, "" if ok else "damaged"))
-    some.forget_rows("first")
+    some.rows.forget("first")
     some.step(0)
     assert (some.admit(hashes("abcdef"), 6 * BLOCK, 0) is not None) == ok
     assert some.counts["jobs", "load", "damaged"] == (not ok)
@@ -178,7 +178,7 @@ def test_a_damaged_packet_is_never_tried_again(ok: bool) -> None:
 def test_nothing_is_stored_from_blocks_that_are_gone() -> None:
     some = manager()
     some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4), [])
-    some.forget_rows("first")
+    some.rows.forget("first")
     assert some.step(0) == ([], [])
     assert not some.transfers.busy
 
@@ -325,16 +325,16 @@ def test_blocks_are_held_for_what_may_still_be_stored() -> None:
     """Offered, but no step has planned it; stored; and never, where it finds no room."""
     some = manager()
     some.offer("first", conversation("abcd", 37), range(3), ())
-    assert some.holds("first")
+    assert some.rows.hold("first")
     (job,), _ = some.step(0)
-    some.forget_rows("first", but_due=True)
-    assert some.holds("first")
+    some.rows.forget("first", but_due=True)
+    assert some.rows.hold("first")
     some.ended(job.number, Ended(1, True, 0.1))
-    assert not some.holds("first")
+    assert not some.rows.hold("first")
     some.offer("huge", conversation("efgh", 10**4), range(3), ())
     some.step(0)
-    some.forget_rows("huge", but_due=True)
-    assert not some.holds("huge")
+    some.rows.forget("huge", but_due=True)
+    assert not some.rows.hold("huge")
 
 
 def test_what_waits_for_room_holds_its_blocks_until_it_is_given_up() -> None:
@@ -346,15 +346,15 @@ def test_what_waits_for_room_holds_its_blocks_until_it_is_given_up() -> None:
     some.rates.prefill = 1e3  # longer texts are worth more
     some.offer("second", conversation("efghijkl", 40), range(3), ())
     assert some.step(0) == ([], [])
-    some.forget_rows("second", but_due=True)
-    assert some.holds("second")
+    some.rows.forget("second", but_due=True)
+    assert some.rows.hold("second")
     some.keeper.finish(reading)
     (job,), _ = some.step(0)
     assert job.request_id == "second"
-    some.forget_rows("second")
-    assert some.holds("second")
+    some.rows.forget("second")
+    assert some.rows.hold("second")
     some.ended(job.number, Ended(1, True, 0.1))
-    assert not some.holds("second")
+    assert not some.rows.hold("second")
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ class Days(RuleBasedStateMachine):
             assert not job.grains or len(job.grains) == self.manager.grains.needed(job.nbytes)
         self.jobs.update({job.number: (job, self.workers) for job in (*stores, *loads)})
         for name in self.talked:
-            self.manager.forget_rows(name, but_due=True)
+            self.manager.rows.forget(name, but_due=True)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
@@ -471,12 +471,12 @@ class Days(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.requests)))
         text, blocks = self.requests[name]
         if name in self.talked:
-            if not self.manager.holds(name):
+            if not self.manager.rows.hold(name):
                 self.talked.remove(name)
                 del self.requests[name]
             return
         if 0 < dropped < BLOCK * len(text):
-            self.manager.forget_rows(name)
+            self.manager.rows.forget(name)
             rows = BLOCK * len(text) - dropped
             self.manager.offer(name, conversation(text, rows), blocks[: -(-rows // BLOCK)], ())
             self.talked.add(name)
@@ -484,7 +484,7 @@ class Days(RuleBasedStateMachine):
         storing = {n for n, (job, _) in self.jobs.items() if isinstance(job, Store) and job.request_id == name}
         assert set(self.manager.transfers.storing(name)) == storing
         if not storing:
-            self.manager.forget_rows(name)
+            self.manager.rows.forget(name)
             del self.requests[name]
 
     @invariant()
@@ -507,7 +507,7 @@ class Days(RuleBasedStateMachine):
         for _ in range(200):
             for name in list(self.requests):
                 if not self.manager.transfers.storing(name):
-                    self.manager.forget_rows(name)
+                    self.manager.rows.forget(name)
                     del self.requests[name]
             self.step()
             for number, (job, left) in self.jobs.items():

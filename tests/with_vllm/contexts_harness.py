@@ -157,7 +157,7 @@ class Server:
         held = sum(len(self.manager.transfers._held[copy.number]) for copy in copies)
         assert held == self.manager.grains.count - self.manager.grains.free
         half = self.connector.contexts
-        assert not any((half._asked, half._places, half._admitted, half._ended, half._silent, self.manager._rows))
+        assert not any((half._asked, half._places, half._admitted, half._ended, half._silent, self.manager.rows))
         assert not (half._conversations and half._conversations._names)
 
 

@@ -180,7 +180,7 @@ class SchedulerHalf:
         step = Step()
         for name in output.preempted_req_ids or ():
             step.flush += self.manager.transfers.storing(name)
-            self.manager.forget_rows(name)
+            self.manager.rows.forget(name)
             self._unjudged[name] = MOST  # it computes decoded tokens with its prompt
         for name, tokens in output.num_scheduled_tokens.items():
             place, ids = self._places.get(name, (None, ()))
@@ -198,7 +198,7 @@ class SchedulerHalf:
                 self.manager.offer(name, place, blocks, ids, computed if name in step.judged else None)
         step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
         for name in self._ended:
-            self.manager.forget_rows(name, but_due=not self._short)
+            self.manager.rows.forget(name, but_due=not self._short)
         self._short = False
         if self._sharing is not None:
             self._sharing.step()
@@ -218,7 +218,7 @@ class SchedulerHalf:
 
     def let_go(self) -> list[str]:
         """Requests that have ended, and whose blocks nothing reads any more. Each is named once."""
-        names = [name for name in self._ended if not self.manager.holds(name)]
+        names = [name for name in self._ended if not self.manager.rows.hold(name)]
         self._ended.difference_update(names)
         return names
 
@@ -234,10 +234,10 @@ class SchedulerHalf:
             self._asked, self._places, self._unjudged, self._admitted, self._entering, self._silent,
         ):  # fmt: skip
             of_request.pop(name, None)
-        self.manager.forget_rows(name)
+        self.manager.rows.forget(name)
         if self._conversations is not None:
             self._conversations.ended(request, self._blocks(name))
-        if held := self.manager.holds(name):
+        if held := self.manager.rows.hold(name):
             self._ended.add(name)
         return held, told
 

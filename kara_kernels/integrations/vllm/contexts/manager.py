@@ -20,6 +20,7 @@ from .jobs import Ended, Load, Store
 from .known import Known, KnownContexts, Place, SeenPrompts
 from .rates import Rates
 from .requests import Forced
+from .rows import FullRows, RowsAtHand
 from .settings import needs_queries
 from .transfers import RAM, LowerTier, Transfers
 
@@ -56,15 +57,6 @@ class Admission(NamedTuple):
         return self.way.step.nbytes
 
 
-class FullRows(NamedTuple):
-    """Where the rows of a context lie as they were computed."""
-
-    request_id: str
-    blocks: Sequence[int]
-    unjudged: int | None
-    """The first tokens, whose queries the request has not computed. None: no queries are recorded."""
-
-
 class ContextManager:
     """Decides for one engine.
 
@@ -96,7 +88,7 @@ class ContextManager:
         most = staging or grains.count  # grains of a packet: it must be able to pass through
         self._known = KnownContexts(catalogue, grains, most, floor, self.rates)
         self._seen = SeenPrompts(SEEN)
-        self._rows: dict[str, FullRows] = {}
+        self.rows = RowsAtHand(self.keeper, self.transfers.storing)
         self.closed = ClosedTiers(self.keeper, self._tiers, self.counts)
         self._stepped: tuple[float, int] = (clock(), 0)
         self.gauges = Gauges(self.keeper, self._tiers, self.rates, catalogue, clock)
@@ -190,13 +182,14 @@ class ContextManager:
     def offer(
         self, request_id: str, place: Place, blocks: Sequence[int], ids: Sequence[int], unjudged: int | None = None
     ) -> None:
-        """The rows of a context have been computed, and stay in ``blocks`` until :meth:`forget_rows`. ``ids``: tokens
+        """The rows of a context have been computed, and stay in ``blocks`` until
+        ``rows`` forget them. ``ids``: tokens
         of the request. ``unjudged``: see :class:`FullRows`. A conversation gives way to whole rows, and to one that is
         stored."""
         now, key, other = self._clock(), place.key, self._known.place(place.block_hash)
         if place.rows is not None and other is not None and (other.rows is None or self.keeper.get(other.key)):
             return
-        self._rows[key] = FullRows(request_id, tuple(blocks), unjudged)
+        self.rows[key] = FullRows(request_id, tuple(blocks), unjudged)
         if key in self.keeper:
             self.keeper.use(key, now, recomputed=True)
             self._renew(place, ids)
@@ -207,20 +200,6 @@ class ContextManager:
             return
         self.keeper.add(known.context, now)
         self._remember(known)
-
-    def holds(self, request_id: str) -> bool:
-        """Whether stores of the request's rows run, or may still begin."""
-        waiting = any(rows.request_id == request_id for rows in self._rows.values())
-        return waiting or bool(self.transfers.storing(request_id))
-
-    def forget_rows(self, request_id: str, *, but_due: bool = False) -> None:
-        """The request's blocks are freed when nothing :meth:`holds` them. ``but_due``: what waits for room may go on,
-        but for rows that queries rank, which are gone with the request."""
-        for key, rows in list(self._rows.items()):
-            waits = but_due and rows.unjudged is None and self.keeper.is_due(key)
-            if rows.request_id == request_id and not waits:
-                del self._rows[key]
-                self.keeper.forget_rows(key)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -291,7 +270,7 @@ class ContextManager:
         if transfer.source is not None:
             self.transfers.start(transfer)
             return
-        (name, blocks, unjudged), place = self._rows[target.key], Place.of(target.key)
+        (name, blocks, unjudged), place = self.rows[target.key], Place.of(target.key)
         way = self._known.way(place, target.option)
         if needs_queries(way.method) and unjudged is None:
             self.counts["refused",] += 1
@@ -326,5 +305,5 @@ class ContextManager:
 
     def _forget(self, place: Place) -> None:
         self._known.remove(place)
-        self._rows.pop(place.key, None)
+        self.rows.pop(place.key, None)
         self.keeper.remove(place.key)
