@@ -123,7 +123,7 @@ def test_each_form_takes_its_own_time_to_load() -> None:
     assert rates.to_load("int8", 100) == some.gauges()["load_row_seconds", "int8"] * 100 == pytest.approx(100 * mean)
     rates.see_load("int4", 9 * mean)
     assert some.seconds(0, admission.way) == pytest.approx(4 * BLOCK * mean)
-    assert some.seconds(0, admission.way._replace(form="int4")) == pytest.approx(9 * 4 * BLOCK * mean)
+    assert some.seconds(0, admission.way._replace(method="none/int4")) == pytest.approx(9 * 4 * BLOCK * mean)
     assert rates.to_load("fp8", 1) == pytest.approx(9 * mean)  # the slowest, until one was loaded
     rates.fade("fp8", "ram")
     assert rates.to_load("fp8", 1) < rates.to_load("int4", 1) == pytest.approx(9 * mean)
@@ -208,7 +208,7 @@ def test_what_is_read_slowly_is_computed() -> None:
     some = manager(16, lower=[(Tier("disk", 10**6, 1e9), Disk(region, 512))])
     some.transfers.read_costs.append(("disk", 1.0))
     some.step(0)
-    way = Way("int8", header("", 64, "int8").steps[-1])
+    way = Way("none/int8", header("", 64, "none/int8").steps[-1])
     assert some.seconds(0, way, "disk") == way.step.nbytes
     assert some.seconds(0, way, "ram") == 0
 

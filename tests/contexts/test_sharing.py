@@ -325,7 +325,7 @@ def test_a_context_that_was_offered_before_is_admitted_when_it_is_found() -> Non
     world.b.manager.offer("x", place_of("abcd"), range(4), ())
     (job,), _ = world.b.step()
     world.b.encode(job, ok=False)
-    world.b.manager.forget_rows("x")
+    world.b.manager.rows.forget("x")
     world.b.rest()
     assert world.b.tier_of("abcd") is None
     world.b.look("abcd")
@@ -378,7 +378,7 @@ class Days(RuleBasedStateMachine):
         if admission is None:
             server.manager.offer(name, place, range(len(text)), ())
             self.step_of(server)
-            server.manager.forget_rows(name)
+            server.manager.rows.forget(name)
         elif not server.manager.transfers.is_loading(admission.packet):
             server.manager.load(name, admission, range(admission.place.tokens // BLOCK))
             server.manager.used(admission.place, admission.tier, ())
