@@ -246,6 +246,18 @@ def test_conversations_are_not_shared() -> None:
     assert world.b.tier_of("abcd") is None
 
 
+def test_whole_rows_that_another_server_has_win() -> None:
+    world = World()
+    world.shared("abcd")
+    world.b.manager.offer("writer", place_of("abcd")._replace(rows=40), range(3), ())
+    (job,), _ = world.b.step()
+    world.b.encode(job)
+    world.b.look("abcd")
+    assert world.b.tier_of("abcd") == REMOTE
+    assert world.b.manager.keeper.get(job.context) is None
+    assert world.b.load("abcd") == "a"
+
+
 def test_what_finds_no_room_in_memory_goes_to_the_store() -> None:
     """Room for a few packets in memory, and for all in the store."""
     world = World(grains=4 * 9)

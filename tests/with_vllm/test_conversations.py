@@ -227,6 +227,21 @@ def test_an_aborted_request_leaves_nothing(both):
     both.assert_nothing_leaks()
 
 
+def test_a_request_whose_rows_are_not_written_leaves_nothing(both, monkeypatch):
+    """It may end by a token of a step in flight, after it was preempted."""
+    ended = both.half._conversations.ended
+
+    def unwritten(request, blocks):
+        request.num_computed_tokens = request.num_tokens - 2
+        ended(request, blocks)
+
+    monkeypatch.setattr(both.half._conversations, "ended", unwritten)
+    turn(both, "unwritten", [], prompts(60, seed=319)[0], 200)
+    assert both.engine.events_of("unwritten")
+    assert stored(both) == []
+    both.assert_nothing_leaks()
+
+
 def test_blocks_are_held_until_their_rows_are_stored(both, dense, monkeypatch):
     """Another request runs meanwhile, and is given other blocks."""
     first, question, other = prompts(80, 9, 200, seed=313)

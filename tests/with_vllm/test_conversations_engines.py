@@ -51,6 +51,11 @@ def test_a_restarted_server_goes_on_from_its_disk(model, dense, trace, tmp_path)
         assert both.manager.counts["hits", "disk"] == 1
         assert two.rows[0][2].shape[2] == place.rows
         dense.assert_equal(both.engine, [two], compressions=1)
+        both.server.rest()
+        both.manager.keeper.placement.resize("ram", 0)
+        both.scheduler.schedule()
+        both.server.rest()
+        assert both.manager.keeper.get(place.key).tier == "disk"
         both.assert_nothing_leaks()
     with serving_both(model, trace, TAILED, {**contexts, "conversations": False}) as both:
         assert stored(both) == []

@@ -106,8 +106,7 @@ class KnownContexts:
 
     def look_up(self, place: Place, ids: Sequence[int]) -> Known:
         """A context of a request with the tokens ``ids``, as the newest profile has it."""
-        profiled = self.catalogue.find(ids, place.tokens) if place.rows is None else ""
-        return self._describe(place, profiled, self.catalogue.version)
+        return self._describe(place, self.catalogue.find(ids, place.tokens), self.catalogue.version)
 
     def left(self, place: Place, option: Option) -> Known | None:
         """A context as an earlier process left it. Its tokens are not known before it is used. None: the plugin has no
