@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-CONTEXT_QUERIES = 128  # rank the rows of a whole context where not all of its queries can be kept,
-CONTEXT_WINDOW = 256  # in windows of so many rows
+CONTEXT_QUERIES = 128  # rank the rows of a whole context where not all of its queries can be kept
 MAX_WINDOW = 4096  # the selection kernel keeps a row in registers, and 4096 is the largest that does not spill
 
 

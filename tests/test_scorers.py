@@ -15,7 +15,7 @@ import torch
 from kara_kernels import LookAhead, scorers
 from kara_kernels.ops import rank_rows
 from kara_kernels.options import Scoring
-from kara_kernels.scorers import NAMED, Repetition, Rows, named, published
+from kara_kernels.scorers import NAMED, Repetition, Rows, named, own, published
 
 LAYERS, HEADS, GROUP, DIM, VALUES, TOTAL = 2, 2, 3, 6, 3, 14
 Scores = list[list[list[float]]]  # [L][H][length]
@@ -153,7 +153,7 @@ class Text:
     Of ``TOTAL`` tokens the newest 9 have queries. Rows 6 to 11 are scored, so two make a tail.
     """
 
-    first_query, start, length, scale, window = TOTAL - 9, 6, 6, 0.7, 4096
+    first_query, start, length, scale, window, step = TOTAL - 9, 6, 6, 0.7, 4096, 1
 
     def __init__(self, seed: int = 0, *, rotated: int = 4, interleaved: bool = False) -> None:
         chance = random.Random(seed)
@@ -338,14 +338,14 @@ def expected_attention(text: Text, layer: int, head: int) -> list[float]:
     return [(x + 0.01) * norm(text.values[layer][head][j]) for x, j in zip(found, text.span, strict=True)]
 
 
-def kara(text: Text, layer: int, head: int, power: int = 2) -> list[float]:
+def kara(text: Text, layer: int, head: int, power: int = 2, step: int = 1) -> list[float]:
     count = -(-text.length // text.window)
     ends = [text.start + text.length * i // count for i in range(count + 1)]
     found = []
     for first, last in itertools.pairwise(ends):
         rows = [
             softmax([text.scale * dot(text.turn(q, text.length), key) for key in text.keys[layer][head][first:last]])
-            for t in range(text.first_query, TOTAL) for q in text.query[layer][t][head]
+            for t in range(text.first_query + step - 1, TOTAL, step) for q in text.query[layer][t][head]
         ]  # fmt: skip
         for place, j in enumerate(range(first, last)):
             norm_of_value = norm(text.values[layer][head][j])
@@ -357,10 +357,14 @@ def kara_mean(text: Text, layer: int, head: int) -> list[float]:
     return kara(text, layer, head, power=1)
 
 
+def kara_sampled(text: Text, layer: int, head: int) -> list[float]:
+    return kara(text, layer, head, power=1, step=text.step)
+
+
 ORACLES = {
-    "kara": kara, "kara_mean": kara_mean, "compactor": compactor, "expected_attention": expected_attention,
-    "kvzip": kvzip, "snapkv": snapkv, "keydiff": keydiff, "knorm": knorm, "h2o": h2o, "tova": tova, "rkv": rkv,
-    "chunkkv": chunkkv,
+    "kara": kara, "kara_mean": kara_mean, "kara_sampled": kara_sampled, "compactor": compactor,
+    "expected_attention": expected_attention, "kvzip": kvzip, "snapkv": snapkv, "keydiff": keydiff, "knorm": knorm,
+    "h2o": h2o, "tova": tova, "rkv": rkv, "chunkkv": chunkkv,
 }  # fmt: skip
 
 
@@ -377,6 +381,9 @@ def test_scores_are_those_of_plain_python(name: str, narrow: bool, monkeypatch: 
                                 ("CHUNK", 4), ("COMPACTOR_CHUNK", 4), ("SLICE_ELEMENTS", 1)):  # fmt: skip
             monkeypatch.setattr(published, constant, value)
     text, window = Text(3, interleaved=narrow, rotated=6 if narrow else 4), {}
+    if narrow and name == "kara_sampled":
+        monkeypatch.setattr(own, "CONTEXT_QUERIES", 4)
+        text.step = 3  # of nine queries
     if narrow and name == "kara":
         text.window = 4
         window = {"window": 4}
@@ -467,7 +474,7 @@ def test_options_of_the_own_score() -> None:
 
 
 def test_every_scorer_names_its_paper() -> None:
-    without = {"kara", "kara_mean", "random_shared"}
+    without = {"kara", "kara_mean", "kara_sampled", "random_shared"}
     for name, scorer in NAMED.items():
         assert scorer.__doc__
         assert ("arXiv" in " ".join(scorer.__doc__.split())) == (name not in without), name

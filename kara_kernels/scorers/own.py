@@ -11,11 +11,12 @@ from torch import Tensor
 from ..checks import check_window
 from ..ops import score_window
 from ..options import Scoring
-from ..values import CONTEXT_QUERIES, CONTEXT_WINDOW, MAX_WINDOW
+from ..values import CONTEXT_QUERIES, MAX_WINDOW
 from .rows import Rows
 
 
-def kara(    rows: Rows, *, query: Any = None, scoring: Scoring = Scoring(), look_ahead: bool = True,  # noqa: B008, frozen
+def kara(
+    rows: Rows, *, query: Any = None, scoring: Scoring = Scoring(), look_ahead: bool = True,  # noqa: B008, frozen
     query_rows: Tensor | None = None, window: int = MAX_WINDOW,
 ) -> Tensor:  # fmt: skip
     """This library's score with the recommended options, from queries turned ahead by the number of scored rows.
@@ -35,35 +36,24 @@ def kara(    rows: Rows, *, query: Any = None, scoring: Scoring = Scoring(), loo
         query_rows: int32 ``[1, N]``, as in :func:`kara_kernels.ops.score_window`.
         window: the longest window, ``1..4096`` rows.
     """
+    device = rows.keys.device
+    query = list(rows.query.flatten(2, 3)[:, None]) if query is None else query
+    ahead = rows.ahead(rows.length, device) if look_ahead and rows.ahead is not None else None
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
     windows = -(-rows.length // check_window(window))
-    ends = [rows.length * i // windows for i in range(windows + 1)]
-    judge = _Judge(rows, query, scoring, look_ahead, query_rows)
-    return torch.cat([judge(*ends[i : i + 2]) for i in range(windows)], -1)
+    ends = [rows.start + rows.length * i // windows for i in range(windows + 1)]
 
-
-class _Judge:
-    """Scores one window after the other by the same queries."""
-
-    def __init__(self, rows: Rows, query: Any, scoring: Scoring, look_ahead: bool, query_rows: Tensor | None) -> None:
-        self._rows, self._scoring, self._query_rows = rows, scoring, query_rows
-        self._query = list(rows.query.flatten(2, 3)[:, None]) if query is None else query
-        device = rows.keys.device
-        self._ahead = rows.ahead(rows.length, device) if look_ahead and rows.ahead is not None else None
-        self._zero = torch.zeros(1, dtype=torch.int32, device=device)
-
-    def __call__(self, first: int, last: int) -> Tensor:
-        """``[L, H, last - first]`` of these of the scored rows."""
-        rows, scoring, at = self._rows, self._scoring, self._rows.start
+    def score(first: int, last: int) -> Tensor:
         keys, values = (  # one block as long as the window
-            [layer[:, at + first : at + last].transpose(0, 1)[None] for layer in of_all]
-            for of_all in (rows.keys, rows.values)
+            [layer[:, first:last].transpose(0, 1)[None] for layer in of_all] for of_all in (rows.keys, rows.values)
         )
         return score_window(
-            self._query, keys, self._zero[None], self._zero, last - first, scale=rows.scale,
-            attention=scoring.attention, reduction=scoring.reduction, redundancy=scoring.redundancy,
-            v_cache=None if scoring.value_norm is False else values, look_ahead=self._ahead,
-            query_rows=self._query_rows,
+            query, keys, zero[None], zero, last - first, scale=rows.scale, attention=scoring.attention,
+            reduction=scoring.reduction, redundancy=scoring.redundancy,
+            v_cache=None if scoring.value_norm is False else values, look_ahead=ahead, query_rows=query_rows,
         )[:, 0]  # fmt: skip
+
+    return torch.cat([score(*ends[i : i + 2]) for i in range(windows)], -1)
 
 
 def kara_mean(rows: Rows) -> Tensor:
@@ -74,18 +64,10 @@ def kara_mean(rows: Rows) -> Tensor:
 
 
 def kara_sampled(rows: Rows) -> Tensor:
-    """:func:`kara_mean` as an engine can afford it: by at most 128 queries, in windows of 256 rows.
+    """:func:`kara_mean` by at most 128 queries, the last of every ``ceil(N / 128)``.
 
-    The queries are the last of every ``ceil(N / 128)``. An engine records so many while it computes a prompt. The last
-    window overlaps the one before it, so that all are as long and a GPU compiles one kernel for contexts of any length.
-    ``rows.query`` may hold any of the context's queries, in their order.
+    An engine records so many while it computes a prompt. ``rows.query`` may hold any of the context's queries, in their
+    order.
     """
     stride = -(-rows.query.shape[1] // CONTEXT_QUERIES)
-    if stride > 1:
-        rows = replace(rows, query=rows.query[:, stride - 1 :: stride])
-    judge = _Judge(rows, None, Scoring(reduction="mean"), True, None)
-    window, found = min(rows.length, CONTEXT_WINDOW), []
-    for first in range(0, rows.length, window):
-        last = min(first + window, rows.length)
-        found.append(judge(last - window, last)[..., first - last :])
-    return torch.cat(found, -1)
+    return kara_mean(replace(rows, query=rows.query[:, stride - 1 :: stride]) if stride > 1 else rows)

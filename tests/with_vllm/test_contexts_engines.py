@@ -404,7 +404,7 @@ def random_days(small, most=700):
         ({"contexts": {"profile": ""}}, "contexts: profile: expected a path, got ''"),
         ({"contexts": {"profile": "README.md"}}, "contexts: profile: README.md: expected a profile, got "),
         ({"contexts": {"methods": "none/int8"}}, "contexts: methods: expected a list of one or more, got 'none/int8'"),
-        ({"contexts": {"methods": ["knorm/int8"]}}, "contexts: methods: expected one of 'none/int8', "),
+        ({"contexts": {"methods": ["snapkv/int8"]}}, "contexts: methods: expected one of 'none/int8', "),
         ({"contexts": {"methods": ["none/int4"]}}, "expected none/int8 or none/exact among them without a profile"),
         ({"contexts": 3}, "contexts: expected an object of settings, got int"),
         ({"contexts": {}, "kara": {"windw": 1}}, "kara: windw: expected one of "),

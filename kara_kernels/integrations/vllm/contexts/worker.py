@@ -21,7 +21,6 @@ from kara_kernels.contexts.codec import decode, encode
 from kara_kernels.contexts.packet import Packet, PacketError, read_packet
 from kara_kernels.contexts.ranking import Judges, ranked
 from kara_kernels.paged import PackedCache, PagedCache
-from kara_kernels.values import CONTEXT_WINDOW
 
 from .jobs import Ended, Load, Store
 from .settings import may_drop, needs_queries
@@ -67,8 +66,7 @@ class ContextWorker:
     def judge_by(self, judges: Judges, methods: Sequence[str]) -> None:
         """The engine records queries. Warms up what ranks rows."""
         self._judges = judges
-        cache, _ = self._unpacked(range(1, 2))
-        cache, table = self._unpacked(range(1, min(self._blocks, 2 + CONTEXT_WINDOW // cache.shape[1])))
+        cache, table = self._unpacked(range(1, min(self._blocks, 5)))
         for method in filter(may_drop, methods):
             ranked(cache, table, method.partition("/")[0], judges.blank, judges)
 
