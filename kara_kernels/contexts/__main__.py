@@ -215,7 +215,7 @@ def _profiler(options: argparse.Namespace, say: Callable[[str, float], None]) ->
             "model": digest_of(model), "settings": asdict(settings), "sources": _sources(),
             "cosines": embed is not None,
         },
-        "model": str(options.model), "device": _device(options.device), "torch": torch.__version__,
+        "model": Path(options.model).name, "device": _device(options.device), "torch": torch.__version__,
         "transformers": transformers.__version__,
     }  # fmt: skip
     return Profiler(model, tokenizer, settings, ahead=find_look_ahead(model), embed=embed, say=say), about
