@@ -150,15 +150,21 @@ def test_sources_are_told_by_the_counters_that_grew() -> None:
         assert report.source_of(before, after) == source
 
 
-def test_the_fixed_method_is_the_hardest_that_is_good_enough_in_the_mean() -> None:
+def test_the_fixed_compression_is_the_hardest_that_is_good_enough_in_the_mean() -> None:
     def context(key: str, kl: float) -> ProfiledContext:
-        ways = [("none/int8", 200, 0.0), ("none/int8", 100, kl), ("none/int4", 100, kl)]
-        measured = [Measured(method, 1, 0.3, nbytes, 0.0, 64, loss, 1.0) for method, nbytes, loss in ways]
+        ways = [(3, 200, 64, 0.001), (2, 100, 64, kl), (1, 50, 32, 4 * kl)]
+        measured = [
+            Measured("kara_sampled/int8", sections, nbytes / 400, nbytes, 0.0, rows, loss, 1.0)
+            for sections, nbytes, rows, loss in ways
+        ]
         return ProfiledContext(key, "", 64, 1.0, 0.1, ("?",), tuple(measured))
 
     profile = Profile("", {}, (), {"a": context("a", 0.01), "b": context("b", 0.03)})
-    assert profiling.fixed_method(profile, 0.97) == "none/int4"  # 0.98 in the mean
-    assert profiling.fixed_method(profile, 0.99) == "none/int8"
+    found = [profiling.fixed_step(profile, floor) for floor in (0.9, 0.97, 0.99, 1.0)]
+    assert [step.sections for step in found] == [1, 2, 3, 3]  # 0.92 and 0.98 in the mean
+    assert profiling.described(found[0], 64) == "50% of the rows in 12% of the bytes"
+    for key, kept in profiling.only(profile, found[1]).contexts.items():
+        assert kept.measured == (profile.contexts[key].measured[1],)
 
 
 @pytest.mark.parametrize(

@@ -7,28 +7,30 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from kara_kernels.contexts.profile import Profile
+from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext
 
 from .. import DemoError
 from ..screen import Advance
 from .documents import Document
 
-METHODS = ("none/int8", "none/int4")
+METHOD = "kara_sampled/int8"
+"""Rows best first, so that it can be cut to fewer bits and to fewer rows."""
 
 
 def profiled(
     model: str, held: Sequence[Document], folder: Path, answer_tokens: int, threads: int, advance: Advance
 ) -> Profile:
-    """Measures what fewer bits cost each document. Only the fact that no request asks for is asked for."""
+    """Measures what fewer bits and rows cost each document. Only the fact that no request asks for is asked for."""
     lines = [{"text": each.text, "name": each.name, "queries": each.queries[:1]} for each in held]
     (folder / "contexts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     path = folder / "profile.json"
     path.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "kara_kernels.contexts", "profile", model, str(folder / "contexts.jsonl"),
-        "-o", str(path), "--methods", ",".join(METHODS), "--tokens", str(len(held[0].ids)),
+        "-o", str(path), "--methods", METHOD, "--tokens", str(len(held[0].ids)),
         "--answer-tokens", str(answer_tokens), "--cache-dtype", "float32", "--threads", str(threads),
     ]  # fmt: skip
     said = []
@@ -42,11 +44,29 @@ def profiled(
     return Profile.load(path)
 
 
-def fixed_method(profile: Profile, floor: float) -> str:
-    """The hardest method whose quality is at least ``floor`` in the mean over documents."""
-    for method in reversed(METHODS):
-        measured = [[m for m in context.measured if m.method == method] for context in profile.contexts.values()]
-        qualities = [max(some, key=lambda m: m.nbytes).quality("likelihood") for some in measured]
+def fixed_step(profile: Profile, floor: float) -> Measured:
+    """The hardest compression whose quality is at least ``floor`` in the mean over documents, as measured for one of
+    them. All documents are as long."""
+    contexts = list(profile.contexts.values())
+    for step in sorted(contexts[0].measured, key=lambda measured: measured.nbytes):
+        qualities = [_of(context, step).quality("likelihood") for context in contexts]
         if sum(qualities) / len(qualities) >= floor:
-            return method
-    return METHODS[0]
+            break
+    return step
+
+
+def only(profile: Profile, step: Measured) -> Profile:
+    """A profile that allows nothing else."""
+    contexts = {
+        key: replace(context, measured=(_of(context, step),)) for key, context in profile.contexts.items()
+    }  # fmt: skip
+    return replace(profile, contexts=contexts)
+
+
+def described(step: Measured, tokens: int) -> str:
+    """What a compression leaves of a context, in words."""
+    return f"{step.rows / tokens:.0%} of the rows in {step.ratio:.0%} of the bytes"
+
+
+def _of(context: ProfiledContext, step: Measured) -> Measured:
+    return next(each for each in context.measured if each.sections == step.sections)

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from kara_kernels.integrations.vllm.contexts.settings import SAFEST
+
 from ..machine import share_of_others, usable_cores
 from ..model import packaged_model, row_bytes
 from ..screen import Screen
@@ -17,7 +19,7 @@ from . import report
 from .chosen import chosen
 from .documents import Asked, Document, asked, documents, requests
 from .load import Client
-from .profiling import fixed_method, profiled
+from .profiling import METHOD, described, fixed_step, only, profiled
 
 SHARE = 1 / 6  # of all contexts, uncompressed: what fits in memory
 STAGING = 3 / 4  # of the memory holds contexts; the rest is for those that pass between disk and GPU
@@ -46,17 +48,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     with screen.phase(phases, "profile", options.contexts, "documents") as advance:
         profile = profiled(model, held, options.work, ANSWER_TOKENS, threads, advance)
-    fixed = fixed_method(profile, options.floor)
+    step = fixed_step(profile, options.floor)
+    only(profile, step).save(options.work / "fixed.json")
+    fixed = described(step, options.tokens)
     shared = {
         "ram_gib": SHARE * options.contexts * whole / STAGING / GIB, "alpha": options.alpha,
         "disk": {"path": str(options.work / "store"), "gib": 1.25 * options.contexts * whole / GIB},
     }  # fmt: skip
-    with_profile = {"profile": str(options.work / "profile.json")}
     sides: dict[str, dict[str, Any] | None] = {
         "computed": None,
         "whole": shared | {"methods": ["none/exact"], "half_life": RECENT},
-        "fixed": shared | with_profile | {"methods": [fixed], "half_life": RECENT, "floor": 0.0},
-        "kara": shared | with_profile | {"floor": options.floor},
+        "fixed": shared
+        | {"profile": str(options.work / "fixed.json"), "methods": [METHOD], "half_life": RECENT, "floor": 0.0},
+        "kara": shared
+        | {"profile": str(options.work / "profile.json"), "methods": [SAFEST, METHOD], "floor": options.floor},
     }
     found = {}
     for side, contexts in sides.items():
@@ -82,7 +87,7 @@ def _settings(options: argparse.Namespace, model: str, threads: int, contexts: d
     return Settings(
         model=model, blocks=POOLED * -(-longest // options.block_size) + 1, block_size=options.block_size,
         max_model_len=longest, max_requests=2, dtype="float32", eager=True, cpu=not torch.cuda.is_available(),
-        threads=threads, contexts=contexts,
+        threads=threads, contexts=contexts, kara={"default": "off"} if contexts and "profile" in contexts else None,
     )  # fmt: skip
 
 
