@@ -18,6 +18,7 @@ from kara_kernels.contexts.directory import Copy
 from kara_kernels.contexts.packet import Header
 from kara_kernels.contexts.utility import Option, Tier
 from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
+from kara_kernels.integrations.vllm.contexts.closed import PAUSE
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
@@ -201,6 +202,19 @@ def test_steps_measure_how_long_a_token_takes() -> None:
         now[0] = at
         some.step(tokens)
     assert some.rates.prefill == pytest.approx(0.8 * 1 / 100 + 0.2 * 2 / 200)  # 8 tokens say nothing
+
+
+def test_a_tier_that_fails_again_while_it_is_closed_was_closed_once() -> None:
+    """A failure may be heard of twice: of the store, and of the job."""
+    some = manager(16, lower=[(Tier("disk", 10**6, 1e9), Disk({}, 512))])
+    for now in (0.0, 1.0, 2.0):
+        some.closed.settle({"disk"}, now)
+    assert some.counts["closed", "disk"] == 1
+    assert "disk" in some.closed
+    some.closed.settle(set(), 2.0 + PAUSE)
+    assert "disk" not in some.closed
+    some.closed.settle({"disk"}, 3.0 + PAUSE)
+    assert some.counts["closed", "disk"] == 2
 
 
 def test_what_is_read_slowly_is_computed() -> None:

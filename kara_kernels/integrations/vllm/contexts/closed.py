@@ -29,8 +29,8 @@ class ClosedTiers:
             self._keeper.placement.resize(name, tier.capacity - tier.reserve)
         while unwritable:
             name = unwritable.pop()
+            self._counts["closed", name] += name not in self.until  # several failures are heard of one after the other
             self.until[name] = now + PAUSE
-            self._counts["closed", name] += 1
             self.fit(name)
 
     def fit(self, name: str) -> None:
