@@ -95,7 +95,7 @@ class Ledger:
             of_sequence.pop(request_id, None)
 
     def dropped(self, request_id: str) -> int:
-        """Logical minus physical length; 0 for a sequence that was never compressed or is unknown."""
+        """Logical minus physical length; 0 for an unknown sequence, and one with all rows."""
         state = self._states.get(request_id)
         return self._admitted.get(request_id, 0) if state is None else state.dropped
 

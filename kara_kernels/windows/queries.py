@@ -151,6 +151,7 @@ class QueryRing:
     def _marks_of_context(
         self, request_id: str, first: int, count: int, context: int, offset: int
     ) -> list[tuple[int, int]]:
+        """Tokens of the step whose queries of a context are recorded, and their rows."""
         stride, samples = spread(context, self.rows)
         begin, end = (min(computed // stride, samples) for computed in (first, first + count))
         if begin < end:

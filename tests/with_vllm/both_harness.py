@@ -1,5 +1,6 @@
 """An engine with windows and contexts: what its requests were admitted with, and which of its plans met a store."""
 
+import time
 from collections import defaultdict
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,6 +26,10 @@ class Left(NamedTuple):
     values: torch.Tensor
     tokens: int
     by: str
+
+
+def slowly(transfer, seconds):
+    return lambda job: (time.sleep(seconds), transfer(job))
 
 
 def client_of(name):
@@ -156,6 +161,17 @@ class Both:
 
         manager.allocate_slots = lambda *args, **kwargs: None
         self.scheduler._preempt_request = preempted
+
+    def abort_some(self, draw):
+        """A request whose rows are loaded, if there is one, else one that runs."""
+        names = [x.request_id for x in self.scheduler.kv_holding_waiting or self.scheduler.running]
+        if names:
+            self.engine.abort(client_of(draw.choice(names)))
+
+    def take_longer(self, monkeypatch, **seconds):
+        """Lets ``store`` and ``load`` of the worker take so many seconds more."""
+        for job, more in seconds.items():
+            monkeypatch.setattr(self.server.worker, f"_{job}", slowly(getattr(self.server.worker, f"_{job}"), more))
 
     def assert_nothing_leaks(self):
         self.server.assert_nothing_leaks()

@@ -39,3 +39,10 @@ def dense(model):
 @pytest.fixture
 def trace(tmp_path):
     return tmp_path / "trace.jsonl"
+
+
+@pytest.fixture
+def both(served_both):
+    """The engine of a module, with windows and contexts, whose own cache is empty."""
+    served_both.server.forget()
+    return served_both

@@ -32,12 +32,6 @@ def served_both(model, mode, tmp_path_factory):
         yield x
 
 
-@pytest.fixture
-def both(served_both):
-    served_both.server.forget()
-    return served_both
-
-
 def test_vllm_is_given_what_does_both(model, mode):
     with asynchronous() if mode == "asynchronous" else nullcontext():
         config = configure(model, None, additional_config={"kara": KARA, "contexts": ON})

@@ -1,7 +1,6 @@
 """Windows and contexts in engines of their own: two ranks, and random days compared with the dense model."""
 
 import random
-import time
 
 import pytest
 import torch
@@ -57,10 +56,6 @@ def drawn(seed):
     return draw, policy, options
 
 
-def slowly(transfer, seconds):
-    return lambda job: (time.sleep(seconds), transfer(job))
-
-
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("mode", MODES)
 def test_a_random_day(model, dense, trace, seed, mode, monkeypatch):
@@ -87,22 +82,16 @@ def test_a_random_day(model, dense, trace, seed, mode, monkeypatch):
 
         return event
 
-    def abort(both):
-        loading = [x.request_id for x in both.scheduler.kv_holding_waiting]
-        names = loading or [x.request_id for x in both.scheduler.running]
-        if names:
-            both.engine.abort(draw.choice(names).rsplit("-", 1)[0])
-
     events, step = {}, 0
     for name in range(24):
         step += draw.randrange(30)
         events[step] = arrive(name)
         if draw.random() < 0.3:
-            events[step + 1] = abort
+            events[step + 1] = lambda both: both.abort_some(draw)
         if draw.random() < 0.3:
             events[step + 2] = lambda both: both.server.llm.reset_prefix_cache()
     with serving_both(model, trace, policy, little, mode=mode, **options) as both:
-        worker, drops = both.server.worker, []
+        drops = []
         if seed % 2:
             other = random.Random(seed)
             allow(
@@ -110,8 +99,7 @@ def test_a_random_day(model, dense, trace, seed, mode, monkeypatch):
             )
         admit = both.scheduler._ledger.admit
         both.scheduler._ledger.admit = lambda name, dropped: (drops.append(dropped), admit(name, dropped))
-        for job, seconds in (("_store", 0.4), ("_load", 0.05)):
-            monkeypatch.setattr(worker, job, slowly(getattr(worker, job), seconds))
+        both.take_longer(monkeypatch, store=0.4, load=0.05)
         served = both.drive(events)
         both.assert_nothing_leaks()
         counts = both.manager.counts

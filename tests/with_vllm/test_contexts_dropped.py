@@ -30,12 +30,6 @@ def served_both(model, request, tmp_path_factory):
         yield both
 
 
-@pytest.fixture
-def both(served_both):
-    served_both.server.forget()
-    return served_both
-
-
 def store(both, name, document, method="keydiff/int8", rows=68):
     allow(both, [document], lambda: method, lambda steps: [step for step in steps if step.rows == rows])
     both.store(name, document + QUESTIONS[0], TOKENS)

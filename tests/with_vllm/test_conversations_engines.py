@@ -1,7 +1,6 @@
 """Conversations in engines of their own: windows without a tail, restarts, ranks, and random days."""
 
 import random
-import time
 
 import pytest
 import torch
@@ -82,10 +81,6 @@ def test_two_tensor_parallel_ranks(model, trace):
     assert said[0] == said[1]
 
 
-def slowly(transfer, seconds):
-    return lambda job: (time.sleep(seconds), transfer(job))
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_random_day_of_conversations(model, dense, trace, seed, mode, monkeypatch):
@@ -118,24 +113,17 @@ def test_a_random_day_of_conversations(model, dense, trace, seed, mode, monkeypa
 
         return event
 
-    def abort(both):
-        loading = [x.request_id for x in both.scheduler.kv_holding_waiting]
-        names = loading or [x.request_id for x in both.scheduler.running]
-        if names:
-            both.engine.abort(draw.choice(names).rsplit("-", 1)[0])
-
     events, step = {}, 0
     for name in range(28):
         step += draw.randrange(120)
         events[step] = arrive(name)
         if draw.random() < 0.15:
-            events[step + 1] = abort
+            events[step + 1] = lambda both: both.abort_some(draw)
         if draw.random() < 0.5:
             events[step + 2] = lambda both: both.server.llm.reset_prefix_cache()
     with serving_both(model, trace, policy, little, mode=mode, **options) as both:
         both.dense = dense
-        for job, seconds in (("_store", 0.05), ("_load", 0.02)):
-            monkeypatch.setattr(both.server.worker, job, slowly(getattr(both.server.worker, job), seconds))
+        both.take_longer(monkeypatch, store=0.05, load=0.02)
         served = both.drive(events)
         both.assert_nothing_leaks()
         dense.assert_equal(both.engine, served.values(), compressions=0)
