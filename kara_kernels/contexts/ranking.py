@@ -23,6 +23,8 @@ class Judges(NamedTuple):
     """``[L, 1, H*G, D]``, as queries are; for a warm-up."""
     ahead: Callable[[int, torch.device], LookAhead] | None
     """See :class:`~kara_kernels.scorers.Rows`."""
+    scale: float
+    """Of the model's logits."""
 
 
 @torch.inference_mode()
@@ -43,6 +45,6 @@ def ranked(cache: PagedCache, table: Tensor, scorer: str, queries: Tensor | None
             query = keys.new_empty(1, 0, heads, 1, dim)
         else:
             query = queries[layer : layer + 1].unflatten(2, (heads, -1))
-        ahead = None if judges is None else judges.ahead
-        order.append(rank_rows(named(scorer)(Rows(query, keys, values, 0, tokens, dim**-0.5, ahead=ahead))))
+        ahead, scale = (None, dim**-0.5) if judges is None else (judges.ahead, judges.scale)
+        order.append(rank_rows(named(scorer)(Rows(query, keys, values, 0, tokens, scale, ahead=ahead))))
     return torch.cat(order)

@@ -147,9 +147,9 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         worker.warm_up([*self._settings.methods, *[CONVERSATION] * self._settings.conversations])
         self._worker = WorkerHalf(worker)
 
-    def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any) -> None:
+    def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any, scale: float) -> None:
         """Called once, by a model runner that records queries. See :class:`~kara_kernels.contexts.ranking.Judges`."""
-        self._worker.worker.judge_by(Judges(of_context, blank, ahead), self._settings.methods)
+        self._worker.worker.judge_by(Judges(of_context, blank, ahead, scale), self._settings.methods)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self._worker.flush(kv_connector_metadata)

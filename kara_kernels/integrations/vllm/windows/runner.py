@@ -111,7 +111,8 @@ class KaraRunner(_Mixin):
         for policy in self.kara.policies:
             warm_up(self.kara_cache, self.kara_ring, policy, **self._kara_options())
         if has_kv_transfer_group() and hasattr(connector := get_kv_transfer_group(), "judge_by"):
-            connector.judge_by(self.kara_ring.of_context, self.kara_ring.blank, look_ahead_by(self.get_model()))
+            ahead, scale = look_ahead_by(self.get_model()), self._kara_options()["scale"]
+            connector.judge_by(self.kara_ring.of_context, self.kara_ring.blank, ahead, scale)
 
     def _attention_layers(self) -> dict[str, Any]:
         """The attention layers in model order. Raises an error that names the first one that is not plain attention."""
