@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..checks import slices
 from ..paged import WORDS, Layers
 from ..payload import PayloadLayout, Section
-from ..payload_arguments import Caches, PayloadArguments, check_gather, check_scatter, stored_channels, unsigned
+from ..payload_arguments import Caches, PayloadArguments, check_gather, check_scatter, stored_channels, stored_places
+
+TOGETHER = 2**18  # elements that are moved together: enough for few calls, and few enough for a core's cache
 
 
 def gather_rows(
@@ -47,14 +50,11 @@ def gather_kind(a: PayloadArguments, kind: str) -> None:
 @torch.no_grad()
 def scatter(a: PayloadArguments) -> None:
     """Writes the rows of an exact payload by checked arguments."""
-    scatter_kind(a, "rows")
-
-
-def scatter_kind(a: PayloadArguments, kind: str) -> None:
-    """Writes the rows of the sections of ``kind`` into the pool."""
-    for section, arrays in of_kind(a, kind):
-        for half, _ in pools_of(a):
-            put_rows(a, section, half, slice(None), arrays[half])
+    target = Target(a)
+    for half, _ in pools_of(a):
+        rows = grades_of(a, "rows", half)
+        for lanes in target.lanes:
+            target.put(half, lanes, target.ordered(joined(rows, lanes), 0, lanes))
 
 
 def of_kind(a: PayloadArguments, kind: str) -> Iterator[tuple[Section, dict[str, Tensor]]]:
@@ -79,23 +79,79 @@ def pools_of(a: PayloadArguments) -> Iterator[tuple[str, Layers]]:
 
 def rows_of(a: PayloadArguments, section: Section, layer: int, half: str, pool: Tensor) -> Tensor:
     """The rows of a section out of ``pool``, ``[H, r, D]``, with the kept channels of K."""
-    places = None if a.rows is None else a.rows[layer, :, section.first : section.first + section.rows]
-    found = _words(pool)[_cells(a, section, places)]
+    if a.rows is None:
+        places = torch.arange(section.first, section.first + section.rows, device=pool.device)[None]
+    else:
+        places = a.rows[layer, :, section.first : section.first + section.rows].long()
+    found = _words(pool)[_cells(a, pool.shape[2], places)]
     if half == "k" and a.channels is not None:
         found = found.gather(-1, a.channels[layer].long()[:, None].expand(-1, section.rows, -1))
     return found.view(pool.dtype)
 
 
-def put_rows(a: PayloadArguments, section: Section, half: str, layers: slice, found: Tensor) -> None:
-    """Writes ``found [L, H, r, D]`` into the pools of some layers. Dropped channels of K become zero."""
-    words = _words(found)
-    if half == "k" and a.layout.channels is not None:
-        kept = stored_channels(a)[layers].long()[:, :, None].expand(-1, -1, section.rows, -1)
-        words = words.new_zeros(*words.shape[:3], a.layout.dim).scatter_(-1, kept, words)
-    places = None if a.to_front else unsigned(section.of(a.payload)["index"][layers])
-    block, row, head = _cells(a, section, places)
-    for i, pool in enumerate(dict(pools_of(a))[half].tensors[layers]):
-        _words(pool)[(block, row, head) if places is None else (block[i], row[i], head)] = words[i]
+def grades_of(a: PayloadArguments, kind: str, name: str) -> list[Tensor]:
+    """An array of every section of a kind that the payload has, each ``[L*H, ...]``."""
+    return [arrays[name].flatten(0, 1) for _, arrays in of_kind(a, kind) if name in arrays]
+
+
+def joined(grades: list[Tensor], lanes: slice) -> Tensor:
+    """An array of all grades, ``[lanes, rows, ...]``."""
+    return torch.cat([grade[lanes] for grade in grades], 1)
+
+
+class Target:
+    """Where the rows of a payload go. A lane is one head of one layer.
+
+    If the context's rows are all there, or go to the front, they are put in the context's order and then fill blocks:
+    on a CPU, rows one by one take four times as long, and pools may have the tokens of a channel side by side.
+    """
+
+    def __init__(self, a: PayloadArguments) -> None:
+        plan, self._a, self._rows = a.layout, a, a.layout.rows_in(a.sections)
+        self.lanes = list(slices(plan.layers * plan.heads, max(1, TOGETHER // (self._rows * plan.dim))))
+        self._places = None if a.to_front else stored_places(a).flatten(0, 1).long()
+        self._order = None
+        if self._places is not None and self._rows == plan.tokens:
+            rows = torch.arange(plan.tokens, device=a.payload.device).expand_as(self._places)
+            self._order = torch.empty_like(self._places).scatter_(1, self._places, rows)
+
+    def ordered(self, x: Tensor, dim: int, lanes: slice) -> Tensor:
+        """The payload's rows ``dim + 1`` of the lanes ``dim``, in the context's order if all are there. ``x`` may have
+        room behind its rows."""
+        if self._order is None:
+            return x.narrow(dim + 1, 0, self._rows)
+        count, room = x.shape[dim : dim + 2]
+        index = self._order[lanes] + room * torch.arange(count, device=x.device)[:, None]
+        return x.flatten(dim, dim + 1).index_select(dim, index.flatten()).unflatten(dim, index.shape)
+
+    def put(self, half: str, lanes: slice, found: Tensor) -> None:
+        """Writes ``found [lanes, r, D]``, the first rows of the payload or what ``ordered`` returned. Dropped channels
+        of K become zero."""
+        a, words, (count, rows, _) = self._a, _words(found), found.shape
+        if half == "k" and a.layout.channels is not None:
+            kept = stored_channels(a).flatten(0, 1)[lanes].long()[:, None].expand(-1, rows, -1)
+            words = words.new_zeros(count, rows, a.layout.dim).scatter_(-1, kept, words)
+        places = None if self._order is not None and rows == a.layout.tokens else self._places
+        pools, heads, first = dict(pools_of(a))[half], a.layout.heads, lanes.start
+        while first < lanes.stop:
+            layer, head = divmod(first, heads)
+            of_layer = slice(first, min(lanes.stop, first - head + heads))
+            pool = _words(pools[layer])[:, :, head : head + of_layer.stop - first]
+            some = words[first - lanes.start : of_layer.stop - lanes.start]
+            if places is None:
+                self._fill(pool, some)
+            else:
+                pool[_cells(a, pool.shape[2], places[of_layer, :rows])] = some
+            first = of_layer.stop
+
+    def _fill(self, pool: Tensor, words: Tensor) -> None:
+        """Writes ``words [H, r, D]`` into the first blocks of the context in ``pool [B, P, H, D]``."""
+        page, rows = pool.shape[1], words.shape[1]
+        full, blocks = rows // page, self._a.block_table[: -(-rows // page)].long()
+        whole, rest = words.split([full * page, rows % page], 1)
+        pool.index_copy_(0, blocks[:full], whole.unflatten(1, (full, page)).permute(1, 2, 0, 3))
+        if rows % page:
+            pool[:, : rows % page].index_copy_(0, blocks[full:], rest.transpose(0, 1)[None])
 
 
 def _words(x: Tensor) -> Tensor:
@@ -103,16 +159,10 @@ def _words(x: Tensor) -> Tensor:
     return x.view(WORDS[x.element_size()])
 
 
-def _cells(a: PayloadArguments, section: Section, places: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Block, row in it and head of each row of a section, to index a pool with; they broadcast to
-    ``[H, r]``, or to ``[L, H, r]`` as ``places`` do: of the rows in the context; None: in the payload's order."""
-    if places is None:
-        token = torch.arange(section.first, section.first + section.rows, device=a.block_table.device)[None]
-    else:
-        token = places.long()
+def _cells(a: PayloadArguments, heads: int, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Block, row in it and head of the context's rows ``places [H, r]``, or ``[1, r]``, to index a pool with."""
     page = a.cache.shape[1]
-    head = torch.arange(a.layout.heads, device=token.device)[:, None]
-    return a.block_table[token // page].long(), token % page, head
+    return a.block_table[places // page].long(), places % page, torch.arange(heads, device=places.device)[:, None]
 
 
 def write_lists(a: PayloadArguments) -> None:

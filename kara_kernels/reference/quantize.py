@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ..payload import GROUP, LEVELS, PayloadLayout
 from ..payload_arguments import LOSSY, Caches, PayloadArguments, check_gather, check_scatter
-from .gather import gather_kind, halves, of_kind, pools_of, put_rows, rows_of, scatter_kind, write_lists
+from .gather import Target, gather_kind, grades_of, halves, joined, of_kind, pools_of, rows_of, write_lists
 
 FP8 = torch.float8_e4m3fn
-TOGETHER = 2**18  # elements that are decoded together: enough for few calls, and few enough for a CPU's cache
 LEAST = 2.0**-126  # steps below it count as none, because some devices flush such numbers to zero
 
 
@@ -60,54 +59,68 @@ def quantize(a: PayloadArguments) -> None:
 @torch.no_grad()
 def dequantize(a: PayloadArguments) -> None:
     """Writes the rows of a payload by checked arguments."""
-    plan, residuals = a.layout, _residuals(a)
-    scatter_kind(a, "exact")
-    for section, arrays in of_kind(a, "rows"):
-        for half, pools in pools_of(a):
-            several = max(1, TOGETHER // (plan.heads * section.rows * pools[0].shape[-1]))
-            for first in range(0, len(pools), several):
-                layers = slice(first, first + several)
-                found = arrays[half][layers]
-                if plan.form == "fp8":
-                    found = _rounded(found.float(), plan.dtype)
-                else:
-                    residual = residuals.get((half, section.grade))
-                    codes = _codes(found, None if residual is None else residual[layers])
-                    restored = _restored_keys if half == "k" else _restored_values
-                    found = restored(plan, *codes, arrays[f"{half}_bounds"][layers].float())
-                put_rows(a, section, half, layers, found)
+    plan, target = a.layout, Target(a)
+    for half, _ in pools_of(a):
+        stored, residuals = grades_of(a, "rows", half), grades_of(a, "residual", half)
+        bounds = [] if plan.form == "fp8" else grades_of(a, "rows", f"{half}_bounds")
+        for lanes in target.lanes:
+            found = joined(stored, lanes)
+            if plan.form == "fp8":
+                found = target.ordered(_floats(plan, found), 0, lanes)
+            else:
+                restored, dim = (_restored_keys, 1) if half == "k" else (_restored_values, 0)
+                found = restored(plan, *_codes(found, residuals, lanes), joined(bounds, lanes).float())
+                found = target.ordered(found, dim, lanes).movedim(0, -1 if dim else 0)
+            target.put(half, lanes, _rounded(found, plan.dtype))
+        for exact in grades_of(a, "exact", half):
+            target.put(half, slice(0, len(exact)), exact)
 
 
-def _codes(upper: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes of even and of odd channels, each plus 8, so that a byte holds them."""
-    if residual is None:
-        return (upper << 4) | 8, (upper & 0xF0) | 8
-    return (upper << 4) | ((residual & 15) ^ 8), (upper & 0xF0) | ((residual >> 4) ^ 8)
+def _codes(upper: Tensor, residuals: list[Tensor], lanes: slice) -> tuple[Tensor, Tensor, int]:
+    """Codes of even and of odd channels, and what was added to each, so that a byte holds them."""
+    even, odd = upper * 16, upper & 0xF0  # a shift of bytes takes twice the time of a product
+    if not residuals:
+        return even, odd, 0
+    some = [grade[lanes] for grade in residuals]
+    held = sum(grade.shape[1] for grade in some)
+    if held < upper.shape[1]:
+        some.append(torch.zeros_like(upper[:, held:]))
+    bits = torch.cat(some, 1).bitwise_xor_(0x88)
+    return even.bitwise_or_(bits & 15), odd.bitwise_or_(bits.bitwise_right_shift_(4)), 8
 
 
-def _restored_values(plan: PayloadLayout, even: Tensor, odd: Tensor, bounds: Tensor) -> Tensor:
-    """Rows of V, ``[L, H, r, D]``, of bounds ``[L, H, r, 2]``."""
+def _floats(plan: PayloadLayout, x: Tensor) -> Tensor:
+    """``x [lanes, r, D]`` in float32, behind room for exact rows."""
+    found = torch.empty(len(x), plan.exact_rows + x.shape[1], x.shape[2], device=x.device)
+    found[:, plan.exact_rows :] = x
+    return found
+
+
+def _restored_values(plan: PayloadLayout, even: Tensor, odd: Tensor, added: int, bounds: Tensor) -> Tensor:
+    """Rows of V, ``[lanes, r, D]``, of bounds ``[lanes, r, 2]``, behind room for exact rows."""
     pairs = (odd.short() << 8).bitwise_or_(even)  # two bytes at a time, in the order of the channels
-    return _rounded(_restored(pairs.view(torch.uint8).float(), bounds[..., :1], bounds[..., 1:]), plan.dtype)
+    rows = _floats(plan, pairs.view(torch.uint8))
+    _restore(rows[:, plan.exact_rows :], added, bounds.permute(2, 0, 1))
+    return rows
 
 
-def _restored_keys(plan: PayloadLayout, even: Tensor, odd: Tensor, bounds: Tensor) -> Tensor:
-    """Rows of K, ``[L, H, r, D]``, of bounds ``[L, H, groups, 2, D]``. Until the end they lie as planes, one of each
-    channel, with room for whole groups."""
-    layers, heads, groups, _, dim = bounds.shape
-    planes = bounds.new_empty(dim, layers, heads, groups * GROUP)
-    rows = planes[..., : even.shape[-2]]
-    rows[0::2], rows[1::2] = even.permute(3, 0, 1, 2), odd.permute(3, 0, 1, 2)
-    low, high = bounds.permute(3, 4, 0, 1, 2)[..., None]
-    _restored(planes.unflatten(-1, (groups, GROUP)), low, high)
-    if plan.rotate:
-        planes = _rotated(planes, plan.run).mul_(2.0 ** -_halvings(plan)[1])
-    return _rounded(planes, plan.dtype)[..., : even.shape[-2]].permute(1, 2, 3, 0).contiguous()
+def _restored_keys(plan: PayloadLayout, even: Tensor, odd: Tensor, added: int, bounds: Tensor) -> Tensor:
+    """K as planes, one of each channel, ``[D, lanes, r]``, of bounds ``[lanes, groups, 2, D]``, behind room for exact
+    rows and with room for whole groups."""
+    lanes, groups, _, dim = bounds.shape
+    planes = bounds.new_empty(dim, lanes, plan.exact_rows + groups * GROUP)
+    rows = planes[..., plan.exact_rows :]
+    rows[0::2, :, : even.shape[1]], rows[1::2, :, : even.shape[1]] = even.permute(2, 0, 1), odd.permute(2, 0, 1)
+    _restore(rows.unflatten(-1, (groups, GROUP)), added, bounds.permute(2, 3, 0, 1))
+    return _rotated(planes, plan.run).mul_(2.0 ** -_halvings(plan)[1]) if plan.rotate else planes
 
 
-def _restored(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Elements in place of their codes plus 8."""
-    return torch.add(low, x.sub_(8).mul_(_step(low, high)), out=x)
+def _restore(x: Tensor, added: int, bounds: Tensor) -> None:
+    """Puts elements in place of their codes. ``bounds`` are two to each ``x[..., :]``."""
+    low, high = bounds.contiguous()[..., None]
+    if added:
+        x.sub_(added)
+    torch.add(low, x.mul_(_step(low, high)), out=x)
 
 
 def hadamard(x: Tensor, run: int) -> Tensor:
@@ -119,14 +132,17 @@ def hadamard(x: Tensor, run: int) -> Tensor:
 
 def _rotated(x: Tensor, run: int) -> Tensor:
     """The same of planes ``[D, ...]``, which are overwritten. Sums of whole planes take half the time of sums of
-    neighbours."""
-    spare, distance = torch.empty_like(x), 1
-    while distance < run:
-        pairs, found = x.unflatten(0, (-1, 2, distance)), spare.unflatten(0, (-1, 2, distance))
-        torch.add(pairs[:, 0], pairs[:, 1], out=found[:, 0])
-        torch.sub(pairs[:, 0], pairs[:, 1], out=found[:, 1])
-        x, spare, distance = spare, x, 2 * distance
-    return x
+    neighbours. Sums go to the first half of a run and differences to the second, so that the next pairs are neighbours
+    again and the last round leaves all in order."""
+    half, buffers = run // 2, (x, torch.empty_like(x))
+    runs = [planes.unflatten(0, (-1, run)) for planes in buffers]
+    pairs = [(planes[:, 0::2], planes[:, 1::2]) for planes in runs]
+    found = [(planes[:, :half], planes[:, half:]) for planes in runs]
+    rounds = run.bit_length() - 1
+    for i in range(rounds):
+        torch.add(*pairs[i % 2], out=found[1 - i % 2][0])
+        torch.sub(*pairs[i % 2], out=found[1 - i % 2][1])
+    return buffers[rounds % 2]
 
 
 def _halvings(plan: PayloadLayout) -> tuple[int, int]:
