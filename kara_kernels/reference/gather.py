@@ -36,15 +36,12 @@ def scatter_rows(
 @torch.no_grad()
 def gather(a: PayloadArguments) -> None:
     """Writes an exact payload by checked arguments."""
-    gather_kind(a, "rows")
+    grades = list(of_kind(a, "rows"))
+    for layer, half, pool in halves(a):
+        rows = rows_of(a, layer, half, pool)
+        for section, arrays in grades:
+            arrays[half][layer] = rows[:, section.first : section.first + section.rows]
     write_lists(a)
-
-
-def gather_kind(a: PayloadArguments, kind: str) -> None:
-    """Copies the rows of the sections of ``kind``."""
-    for section, arrays in of_kind(a, kind):
-        for layer, half, pool in halves(a):
-            arrays[half][layer] = rows_of(a, section, layer, half, pool)
 
 
 @torch.no_grad()
@@ -77,16 +74,23 @@ def pools_of(a: PayloadArguments) -> Iterator[tuple[str, Layers]]:
         yield "v", a.cache.v
 
 
-def rows_of(a: PayloadArguments, section: Section, layer: int, half: str, pool: Tensor) -> Tensor:
-    """The rows of a section out of ``pool``, ``[H, r, D]``, with the kept channels of K."""
-    if a.rows is None:
-        places = torch.arange(section.first, section.first + section.rows, device=pool.device)[None]
-    else:
-        places = a.rows[layer, :, section.first : section.first + section.rows].long()
-    found = _words(pool)[_cells(a, pool.shape[2], places)]
+def rows_of(a: PayloadArguments, layer: int, half: str, pool: Tensor) -> Tensor:
+    """The payload's rows out of ``pool``, ``[H, R, D]``, with the kept channels of K."""
+    words, (_, page, heads, _), rows = _words(pool), pool.shape, a.layout.rows
+    if a.rows is not None and rows < a.layout.tokens:
+        found = words[_cells(a, heads, a.rows[layer].long())]
+    else:  # whole blocks, in half the time
+        found = words.index_select(0, a.block_table[: -(-rows // page)]).permute(2, 0, 1, 3).flatten(1, 2)
+        found = found[:, :rows] if a.rows is None else in_order(found, 0, a.rows[layer])
     if half == "k" and a.channels is not None:
-        found = found.gather(-1, a.channels[layer].long()[:, None].expand(-1, section.rows, -1))
+        found = found.gather(-1, a.channels[layer].long()[:, None].expand(-1, rows, -1))
     return found.view(pool.dtype)
+
+
+def in_order(x: Tensor, dim: int, order: Tensor) -> Tensor:
+    """``x [..., n, r, ...]`` with rows ``order [n, R]`` of ``dim + 1`` for each index of ``dim``."""
+    index = order + x.shape[dim + 1] * torch.arange(len(order), device=x.device)[:, None]
+    return x.flatten(dim, dim + 1).index_select(dim, index.flatten()).unflatten(dim, index.shape)
 
 
 def grades_of(a: PayloadArguments, kind: str, name: str) -> list[Tensor]:
@@ -120,9 +124,7 @@ class Target:
         room behind its rows."""
         if self._order is None:
             return x.narrow(dim + 1, 0, self._rows)
-        count, room = x.shape[dim : dim + 2]
-        index = self._order[lanes] + room * torch.arange(count, device=x.device)[:, None]
-        return x.flatten(dim, dim + 1).index_select(dim, index.flatten()).unflatten(dim, index.shape)
+        return in_order(x, dim, self._order[lanes])
 
     def put(self, half: str, lanes: slice, found: Tensor) -> None:
         """Writes ``found [lanes, r, D]``, the first rows of the payload or what ``ordered`` returned. Dropped channels

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..payload import GROUP, LEVELS, PayloadLayout
 from ..payload_arguments import LOSSY, Caches, PayloadArguments, check_gather, check_scatter
-from .gather import Target, gather_kind, grades_of, halves, joined, of_kind, pools_of, rows_of, write_lists
+from .gather import Target, grades_of, halves, joined, of_kind, pools_of, rows_of, write_lists
 
 FP8 = torch.float8_e4m3fn
 LEAST = 2.0**-126  # steps below it count as none, because some devices flush such numbers to zero
@@ -34,26 +34,38 @@ def dequantize_rows(
 @torch.no_grad()
 def quantize(a: PayloadArguments) -> None:
     """Writes a payload by checked arguments."""
-    plan, residuals = a.layout, _residuals(a)
-    gather_kind(a, "exact")
-    for section, arrays in of_kind(a, "rows"):
-        for layer, half, pool in halves(a):
-            x = rows_of(a, section, layer, half, pool).float()
-            if plan.form == "fp8":
-                arrays[half][layer] = x.clamp(-448.0, 448.0).to(FP8)
-                continue
-            if half == "k" and plan.rotate:
-                x = hadamard(x, plan.run) * 2.0 ** -_halvings(plan)[0]
-            bounds = arrays[f"{half}_bounds"][layer]
-            bounds.copy_(_ranges(x, half))
-            low, high = _of_elements(bounds.float(), half, section.rows)
-            step = _step(low, high)
-            codes = ((x - low) / torch.where(step > 0, step, 1.0)).clamp(0, LEVELS).round().int()
-            upper = (codes + 8) >> 4
-            arrays[half][layer] = _pack(upper)
-            if (half, section.grade) in residuals:
-                residuals[half, section.grade][layer] = _pack(codes - 16 * upper)
+    plan, exact, grades = a.layout, list(of_kind(a, "exact")), list(of_kind(a, "rows"))
+    residuals = {(half, s.grade): arrays[half] for s, arrays in of_kind(a, "residual") for half in arrays}
+    for layer, half, pool in halves(a):
+        rows = rows_of(a, layer, half, pool)
+        for section, arrays in (*exact, *grades):
+            x = rows[:, section.first : section.first + section.rows]
+            if section.kind == "exact":
+                arrays[half][layer] = x
+            elif plan.form == "fp8":
+                arrays[half][layer] = x.float().clamp(-448.0, 448.0).to(FP8)
+            else:
+                x = x.float()
+                if half == "k" and plan.rotate:
+                    x = hadamard(x, plan.run) * 2.0 ** -_halvings(plan)[0]
+                codes = _coded(x, half, arrays[f"{half}_bounds"][layer])
+                arrays[half][layer] = _pack((codes + 8) >> 4)
+                if (half, section.grade) in residuals:
+                    residuals[half, section.grade][layer] = _pack(codes & 15)
     write_lists(a)
+
+
+def _coded(x: Tensor, half: str, bounds: Tensor) -> Tensor:
+    """Codes of ``x [H, r, D]`` in ``0..LEVELS``, a byte each. Its ranges are written to ``bounds``."""
+    bounds.copy_(_ranges(x, half))
+    low, high = bounds.float().unbind(-1 if half == "v" else -2)
+    step = _step(low, high)
+    divisor = torch.where(step > 0, step, 1.0)
+    if half == "v":
+        low, divisor = low[..., None], divisor[..., None]
+    else:
+        low, divisor = (some.repeat_interleave(GROUP, 1)[:, : x.shape[1]] for some in (low, divisor))
+    return x.sub(low).div_(divisor).clamp_(0, LEVELS).round_().int().byte()
 
 
 @torch.no_grad()
@@ -158,11 +170,6 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _residuals(a: PayloadArguments) -> dict[tuple[str, int], Tensor]:
-    """Residual codes by half and grade."""
-    return {(half, s.grade): arrays[half] for s, arrays in of_kind(a, "residual") for half in arrays}
-
-
 def _ranges(x: Tensor, half: str) -> Tensor:
     """Least and greatest of ``x [H, r, D]``: of each channel in ``GROUP`` rows for K, ``[H, groups, 2, D]``; of each
     row for V, ``[H, r, 2]``. Zeros are +0, because both zeros are equally small."""
@@ -173,19 +180,12 @@ def _ranges(x: Tensor, half: str) -> Tensor:
     return torch.where(bounds == 0, 0.0, bounds)
 
 
-def _of_elements(bounds: Tensor, half: str, rows: int) -> tuple[Tensor, ...]:
-    """Both bounds as tensors that broadcast with ``[..., H, r, D]``."""
-    if half == "v":
-        return bounds[..., :1], bounds[..., 1:]
-    return tuple(bound.repeat_interleave(GROUP, -2)[..., :rows, :] for bound in bounds.unbind(-2))
-
-
 def _step(low: Tensor, high: Tensor) -> Tensor:
     step = (high - low) / LEVELS
     return torch.where(step >= LEAST, step, 0.0)
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """uint8 ``[..., D/2]`` of the lower four bits, the lower dimension in the low half."""
-    nibbles = (codes & 15).to(torch.uint8)
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+def _pack(nibbles: Tensor) -> Tensor:
+    """uint8 ``[..., D/2]`` of ``[..., D]`` in 0..15, the lower dimension in the low half."""
+    pairs = nibbles.view(torch.int16)
+    return (pairs | pairs >> 4).byte()
