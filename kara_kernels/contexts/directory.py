@@ -55,8 +55,8 @@ class Directory:
     meet a lack of room or a copy in use return None or False, and then nothing has changed.
 
     Args:
-        tiers: from the fastest to the slowest. Their ``reserve`` is left to promotions, so that a context can always
-            be brought up from below while the rest is pinned.
+        tiers: from the fastest to the slowest. Their ``reserve`` is left to packets that are new or come up from below,
+            so that these find room before others have left.
 
     Attributes:
         counts: how many transfers and copies went which way, by name.
@@ -76,6 +76,11 @@ class Directory:
     def __len__(self) -> int:
         return sum(entry.home is not None for entry in self._entries.values())
 
+    def is_arriving(self, key: str) -> bool:
+        """Whether a packet of the context is being written."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.arriving is not None
+
     def get(self, key: str) -> Copy | None:
         """The copy to read, or None if nothing of the context can be read now."""
         entry = self._entries.get(key)
@@ -93,7 +98,7 @@ class Directory:
         check_choice("tier", tier, tuple(self._tiers))
         entry = self._entries.get(key)
         writing = entry is not None and entry.arriving is not None
-        if writing or not self._has_room(tier, check_option(option).nbytes, promotion=False):
+        if writing or not self._has_room(tier, check_option(option).nbytes):
             return None
         return self._begin(None, key, tier, option)
 
@@ -105,8 +110,8 @@ class Directory:
         if tier == home.tier:
             raise ValueError(f"tier: expected another tier than that of the copy, got {tier!r}")
         option = check_prefix(home, home.option if option is None else option)
-        up = self._rank[tier] < self._rank[home.tier]
-        if entry.arriving is not None or (home.readers and not up) or not self._has_room(tier, option.nbytes, up):
+        down = self._rank[tier] > self._rank[home.tier]
+        if entry.arriving is not None or (home.readers and down) or not self._has_room(tier, option.nbytes, down):
             return None
         home.readers += 1
         return self._begin(home, key, tier, option)
@@ -209,7 +214,7 @@ class Directory:
         strays = dict(found)
         for copy in copies:
             at, size = (copy.tier, copy.number), copy.option.nbytes
-            if copy.tier in self._tiers and found.get(at) == size and self._has_room(copy.tier, size, promotion=True):
+            if copy.tier in self._tiers and found.get(at) == size and self._has_room(copy.tier, size):
                 self._entries[copy.key] = _Entry(copy)
                 self._used[copy.tier] += size
                 del strays[at]
@@ -223,9 +228,9 @@ class Directory:
             raise ValueError(f"key: expected a stored context, got {key!r}")
         return entry, entry.home
 
-    def _has_room(self, tier: str, nbytes: int, promotion: bool) -> bool:
+    def _has_room(self, tier: str, nbytes: int, down: bool = False) -> bool:
         place = self._tiers[tier]
-        return self._used[tier] + nbytes <= place.capacity - (0 if promotion else place.reserve)
+        return self._used[tier] + nbytes <= place.capacity - (place.reserve if down else 0)
 
     def _begin(self, source: Copy | None, key: str, tier: str, option: Option) -> Transfer:
         target = Copy(key, tier, option, self._number)

@@ -26,11 +26,13 @@ class Keeper:
     :meth:`work` again.
 
     Args:
-        tiers: from the fastest to the slowest. A ``reserve`` lets full tiers exchange contexts.
+        tiers: from the fastest to the slowest. A ``reserve`` lets full tiers exchange contexts, and take new ones
+            while others are on their way down.
         options: of :class:`~kara_kernels.contexts.place.Placement`.
 
     Attributes:
-        counts: of the directory, and ``given_up``: moves that the plan took back because nothing could make room.
+        counts: of the directory, and ``given_up``: moves that the plan took back because nothing could make room, or
+            rows were gone before.
     """
 
     def __init__(self, tiers: Sequence[Tier], **options: Any) -> None:
@@ -103,6 +105,13 @@ class Keeper:
             self._due[key] = None
         return arrived
 
+    def put_off(self, transfer: Transfer) -> None:
+        """Ends a transfer that could not begin. The plan stays as it is, and :meth:`work` tries again."""
+        assert transfer.target is not None
+        self.directory.finish(transfer, False)
+        self._running -= 1
+        self._due[transfer.target.key] = None
+
     def erasable(self) -> list[Copy]:
         """Copies whose bytes nobody needs; see :meth:`Directory.erasable`."""
         return self.directory.erasable()
@@ -154,6 +163,8 @@ class Keeper:
 
     def _try(self, key: str) -> tuple[bool, Transfer | None]:
         """One step of a context towards its plan. Returns whether nothing is left to start, and what has started."""
+        if self.directory.is_arriving(key):
+            return False, None  # what can be read now says nothing about what can be read then
         tier, option = self.placement.where(key) if key in self.placement else (None, None)
         home = self.directory.get(key)
         if tier is None or option is None:
@@ -167,6 +178,7 @@ class Keeper:
             transfer = self.directory.store(key, option, tier)
             return transfer is not None, transfer
         self._tell(key)
+        self.counts["given_up"] += 1
         return True, None
 
     def _tell(self, key: str) -> None:

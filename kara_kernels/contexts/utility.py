@@ -29,8 +29,8 @@ class Tier:
         capacity: bytes.
         bandwidth: bytes per second from this tier to the GPU.
         latency: seconds before the first byte arrives.
-        reserve: bytes of ``capacity`` that only promotions to this tier may use, 0..capacity. Without it, two full
-            tiers could never exchange anything.
+        reserve: bytes of ``capacity`` that no plan fills, 0..capacity. Packets that are new or come up from below may
+            use them until others have left. Without it, two full tiers could never exchange anything.
     """
 
     name: str

@@ -20,6 +20,7 @@ from kara_kernels.contexts.utility import Option, Tier
 from kara_kernels.integrations.vllm import watched
 from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.grains import Grains
+from kara_kernels.integrations.vllm.contexts.jobs import Ended
 from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
 from kara_kernels.integrations.vllm.contexts.trace import watch
 from kara_kernels.payload import EXACT_ROWS
@@ -103,15 +104,15 @@ def test_packets_of_fewer_rows_say_nothing_about_those_of_all(tmp_path: Path) ->
     assert [option.quality for option in found] == [math.exp(-kl) for kl in LOSSES]
 
 
-def dropping(tokens: int, ids: Sequence[int] = IDS[:TOKENS]) -> Profile:
+def dropping(tokens: int, ids: Sequence[int] = IDS[:TOKENS], method: str = "keydiff/int8") -> Profile:
     """Half of the rows with four bits, three quarters of them, and all with half of them fine."""
-    steps = header("", tokens, "keydiff/int8").steps
+    steps = header("", tokens, method).steps
     chosen = [
         min((step for step in steps if step.finer == steps[0].finer), key=lambda step: abs(step.rows - share * tokens))
         for share in (0.5, 0.75)
     ] + [next(step for step in steps if step.finer >= tokens // 2)]
     found = tuple(
-        Measured("keydiff/int8", step.sections, step.ratio, step.nbytes, 0.1, step.rows, kl, 1.0)
+        Measured(method, step.sections, step.ratio, step.nbytes, 0.1, step.rows, kl, 1.0)
         for step, kl in zip(chosen, (0.09, 0.05, 0.01), strict=True)
     )
     (key,) = keys_of(ids, [len(ids)])
@@ -153,6 +154,30 @@ def test_an_engine_that_cannot_drop_rows_knows_no_such_packets(tmp_path: Path) -
     for option in options(able, IDS, TOKENS):
         assert able.way("a key", TOKENS, option) is not None
         assert unable.way("a key", TOKENS, option) is None
+
+
+def test_rows_that_cannot_be_ranked_again_displace_nothing(tmp_path: Path) -> None:
+    """Of two contexts, one was cut to fit. It is asked for again and again, out of the engine's own cache: its rows are
+    at hand, but a larger packet of them needs their queries."""
+    method = "kara_sampled/int8"
+    dropping(TOKENS, method=method).save(tmp_path / "p")
+    some = manager(110, methods=[method], profile=str(tmp_path / "p"))
+    for name in "ab":
+        some.offer(name, Place(hashes(64 * name)[-1], TOKENS), range(64), IDS, 0)
+        (job,), _ = some.step(0)
+        some.ended(job.number, Ended(1, True, 0.1))
+        some.step(0)
+        some.rows.forget(name)
+    sizes = {copy.key: copy.option.nbytes for copy in some.keeper.directory.copies()}
+    assert sorted(sizes.values()) == [38 * 512, 66 * 512]
+    place = Place.of(min(sizes, key=lambda key: sizes[key]))
+    for _ in range(9):
+        some.offer("again", place, range(64), IDS)
+        assert some.step(0) == ([], [])
+        some.rows.forget("again")
+    assert {copy.key: copy.option.nbytes for copy in some.keeper.directory.copies()} == sizes
+    assert some.counts["refused",] == some.counts["moves", "given_up"] == 0
+    assert some.keeper.placement.hits(place.key) > 9
 
 
 def test_the_longest_profiled_prefix_is_found(tmp_path: Path) -> None:

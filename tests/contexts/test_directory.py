@@ -117,18 +117,26 @@ def test_deletion_hides_at_once_and_frees_later() -> None:
     assert (directory.used("ram"), directory.used("disk")) == (4, 0)
 
 
-def test_a_tier_full_of_pinned_contexts_still_takes_a_promotion() -> None:
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_tier_full_of_pinned_contexts_still_takes_a_promotion_or_a_new_packet(is_new: bool) -> None:
     directory = Directory([RAM, DISK])
     stored(directory, "a")
     stored(directory, "b", HALF)
     for key in "ab":
         directory.pin(key)
     stored(directory, "c", tier="disk")
-    assert directory.store("d", HALF, "ram") is None
-    move = directory.move("c", "ram")
+    move = directory.store("d", FULL, "ram") if is_new else directory.move("c", "ram")
     assert move is not None
     assert directory.finish(move)
     assert directory.used("ram") == 20
+    assert directory.store("e", HALF, "ram") is None
+
+
+def test_a_reserve_takes_nothing_that_moves_down() -> None:
+    directory = Directory([Tier("ram", 20, 10.0), Tier("disk", 20, 1.0, reserve=13)])
+    stored(directory, "a")
+    assert directory.move("a", "disk") is None
+    assert directory.move("a", "disk", HALF) is not None
 
 
 def test_bad_requests_are_refused_and_change_nothing() -> None:
@@ -263,7 +271,7 @@ class Traffic(RuleBasedStateMachine):
     @initialize(capacity=st.tuples(*[st.integers(4, 16)] * 3), reserve=st.integers(0, 4))
     def start(self, capacity: tuple[int, int, int], reserve: int) -> None:
         names = ("ram", "ssd", "disk")
-        self.reserve = {name: reserve if name == "ram" else 0 for name in names}
+        self.reserve = {name: 0 if name == "disk" else reserve for name in names}
         self.capacity = dict(zip(names, capacity, strict=True))
         self.rank = {name: i for i, name in enumerate(names)}
         self.tiers = [Tier(n, self.capacity[n], 1.0, reserve=self.reserve[n]) for n in names]
@@ -284,9 +292,9 @@ class Traffic(RuleBasedStateMachine):
     def stored(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from(sorted(self.home)))
 
-    def room(self, tier: str, promotion: bool) -> int:
+    def room(self, tier: str, down: bool = False) -> int:
         used = sum(size for name, size in self.bytes.values() if name == tier)
-        return self.capacity[tier] - used - (0 if promotion else self.reserve[tier])
+        return self.capacity[tier] - used - (self.reserve[tier] if down else 0)
 
     def begin(self, transfer: Transfer | None, key: str, tier: str, size: int, granted: bool) -> None:
         assert (transfer is not None) == granted
@@ -300,7 +308,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(key=KEYS, tier=TIERS, size=SIZES)
     def store(self, key: str, tier: str, size: int) -> None:
-        granted = key not in self.writing and size <= self.room(tier, promotion=False)
+        granted = key not in self.writing and size <= self.room(tier)
         self.begin(self.directory.store(key, packet(size), tier), key, tier, size, granted)
 
     @precondition(lambda self: self.home)
@@ -314,7 +322,7 @@ class Traffic(RuleBasedStateMachine):
                 self.directory.move(key, tier)
             return
         size, up = max(1, held - less), self.rank[tier] < self.rank[here]
-        granted = key not in self.writing and (up or not self.readers[number]) and size <= self.room(tier, up)
+        granted = key not in self.writing and (up or not self.readers[number]) and size <= self.room(tier, not up)
         transfer = self.directory.move(key, tier, packet(size))
         self.begin(transfer, key, tier, size, granted)
         if transfer is not None:

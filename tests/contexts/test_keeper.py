@@ -57,6 +57,7 @@ def test_without_rows_nothing_is_encoded_and_the_plan_hears_of_it() -> None:
     some.forget_rows("a")
     assert some.work() == []
     assert some.placement.where("a") == (None, None)
+    assert some.counts["given_up"] == 1
     some.use("a", 1.0, recomputed=True)
     assert len(some.work()) == 1
 
@@ -107,6 +108,34 @@ def test_room_is_made_before_it_is_needed() -> None:
     assert sizes == [5, 5]
     assert some.counts["cut"] == 1
     assert some.directory.used("ram") == 10
+
+
+def test_a_packet_that_is_cut_while_it_is_written_is_cut_when_it_has_arrived() -> None:
+    """It is told from one that was lost: its rows are gone, and nothing of it can be read yet."""
+    some = keeper(Tier("ram", 10, 100.0))
+    some.add(context("a", 10, 5))
+    (first,) = some.work()
+    some.forget_rows("a")
+    some.add(context("b", 5))
+    assert some.work() == []
+    assert some.placement.where("a") == ("ram", context("a", 10, 5).options[1])
+    some.finish(first)
+    carry_out(some)
+    assert [home and home.option.nbytes for home in map(some.get, "ab")] == [5, 5]
+    assert some.counts["evict"] == some.counts["given_up"] == 0
+
+
+def test_a_reserve_takes_what_is_new_while_room_is_made() -> None:
+    """Full rows are soon gone, and to write another context to a disk takes a while."""
+    some = keeper(Tier("ram", 15, 100.0, reserve=5), DISK)
+    for key in "ab":
+        some.add(context(key, 5))
+        carry_out(some)
+        some.forget_rows(key)
+    some.add(context("c", 5), hits=2.0)
+    began = {transfer.target.key: transfer.target.tier for transfer in some.work() if transfer.target is not None}
+    assert sorted(began.values()) == ["disk", "ram"]
+    assert began["c"] == "ram"
 
 
 def waiting() -> tuple[Keeper, Transfer]:
@@ -272,6 +301,13 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     def finish(self, data: st.DataObject, ok: bool) -> None:
         self.end(self.running.pop(data.draw(st.integers(0, len(self.running) - 1))), ok)
+
+    @precondition(lambda self: any(transfer.source is None for transfer in self.running))
+    @rule(data=st.data())
+    def put_off(self, data: st.DataObject) -> None:
+        transfer = data.draw(st.sampled_from([transfer for transfer in self.running if transfer.source is None]))
+        self.running.remove(transfer)
+        self.keeper.put_off(transfer)
 
     def end(self, transfer: Transfer, ok: bool) -> None:
         target = transfer.target

@@ -21,7 +21,7 @@ from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.closed import PAUSE
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
-from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
+from kara_kernels.integrations.vllm.contexts.manager import Admission, ContextManager, Place
 from kara_kernels.integrations.vllm.contexts.settings import CONVERSATION, may_drop
 from kara_kernels.integrations.vllm.contexts.trace import watch
 
@@ -42,10 +42,13 @@ def header(key: str, tokens: int, method: str) -> Header:
     return Header("a model", key, layout, scorer if places else "")
 
 
-def manager(grains: int = 64, workers: int = 1, profile: str | None = None, **options: Any) -> ContextManager:
+def manager(
+    grains: int = 64, workers: int = 1, profile: str | None = None, methods: Sequence[str] = ("none/int8",),
+    **options: Any,
+) -> ContextManager:  # fmt: skip
     given = {"alpha": 100.0, "floor": 0.9, "half_life": 100.0, "min_tokens": 2 * BLOCK} | options
     region = Grains(grains, 512)
-    catalogue = Catalogue(header, region, profile=profile, conversations=True)
+    catalogue = Catalogue(header, region, methods, profile, any(map(may_drop, methods)), conversations=True)
     some = ContextManager(
         grains=region, block_size=BLOCK, workers=workers, catalogue=catalogue, clock=lambda: 0.0, **given
     )  # type: ignore[arg-type]
@@ -259,6 +262,56 @@ def test_contexts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch
     some.step(0)
     assert some.grains.count - some.grains.free == sum(len(grains) for grains in some.transfers._held.values())
     assert len(some.transfers._held) == 2
+
+
+def carry_out(some: ContextManager, disk: Disk, jobs: Sequence[Store]) -> None:
+    """Stores, and what the disk has to do."""
+    for job in jobs:
+        disk.region.update({grain: (job.context, i) for i, grain in enumerate(job.grains)})
+        some.ended(job.number, Ended(1, True, 0.1))
+    for number in list(disk.jobs):
+        disk.end(number, True)
+    some.step(0)
+
+
+@pytest.mark.parametrize(("method", "size", "fit"), [("none/exact", 17, 4), ("none/int8", 11, 6)])
+def test_contexts_that_come_one_after_the_other_are_all_stored(method: str, size: int, fit: int) -> None:
+    """Their requests end with the step that computes them, so rows are gone before another context has been written to
+    the disk."""
+    disk, names, now = Disk({}, 512), "abcdefghijkl", [0.0]
+    some = manager(92, lower=[(Tier("disk", 10**6, 1e9), disk)], methods=[method], half_life=1.0)
+    some._clock = lambda: now[0]
+    for name in names:
+        some.offer(name, Place(hashes(8 * name)[-1], 8 * BLOCK), range(8), [])
+        (job,), _ = some.step(8 * BLOCK)
+        assert len(job.grains) == size
+        some.rows.forget(name)
+        carry_out(some, disk, [job])
+        now[0] += 2.0
+    tiers = [copy.tier for copy in some.keeper.directory.copies()]
+    assert tiers == ["disk"] * (len(names) - fit) + ["ram"] * fit
+    assert some.grains.count - some.grains.free == fit * size
+    assert not some.counts["moves", "given_up"]
+
+
+def test_a_store_waits_for_what_passes_through_as_long_as_its_rows_are_there() -> None:
+    disk = Disk({}, 512)
+    some = manager(48, lower=[(Tier("disk", 10**6, 1e9), disk)], half_life=1.0)
+    for name in "abcd":  # eleven grains each, and 36 hold three of them
+        some.offer(name, Place(hashes(8 * name)[-1], 8 * BLOCK), range(8), [])
+        carry_out(some, disk, some.step(0)[0])
+    (low,) = (copy for copy in some.keeper.directory.copies() if copy.tier == "disk")
+    way = some._known.way(Place.of(low.key), low.option)
+    some.load("reader", Admission(Place.of(low.key), way, low.number, low.tier), range(8))
+    some._clock = lambda: 9.0
+    some.offer("e", Place(hashes(8 * "e")[-1], 8 * BLOCK), range(8), [])
+    assert some.step(0)[0] == []
+    for number in list(disk.jobs):
+        disk.end(number, True)
+    (store,), (load,) = some.step(0)
+    assert (store.request_id, load.context) == ("e", low.key)
+    assert not some.counts["moves", "given_up"]
+    assert sum(n for (what, *_), n in some.counts.items() if what == "stored") == 5
 
 
 def conversation(text: str, rows: int) -> Place:
@@ -535,7 +588,7 @@ class Days(RuleBasedStateMachine):
                 break
         else:
             raise AssertionError("something never ends")
-        assert self.manager.transfers._staged == 0
+        assert self.manager.transfers._staged == self.manager.keeper._running == 0
         kept = {"ram": 0, "disk": 0}
         for copy in self.manager.keeper.directory.copies():
             count = self.manager.grains.needed(copy.option.nbytes)
@@ -544,6 +597,7 @@ class Days(RuleBasedStateMachine):
             assert [where[grain] for grain in held] == [(copy.key, i) for i in range(count)]
             kept[copy.tier] += count
         assert self.manager.grains.count - self.manager.grains.free == kept["ram"]
+        assert kept["ram"] <= self.manager.grains.count - self.manager.transfers.staging
         assert sum(map(len, self.disk.copies.values())) == kept["disk"]
 
 

@@ -20,12 +20,13 @@ OK, FAILED = Ended(1, True, 0.5), Ended(1, False, 0.5, "damaged")
 
 
 class World:
-    """Four grains to stage and eight to store, and a disk."""
+    """Four grains to stage and eight to store, and a disk. What is new or comes up may take all of them."""
 
     def __init__(self) -> None:
         self.region: dict[int, tuple[str, int]] = {}
         self.disk = Disk(self.region, GRAIN)
-        self.keeper = Keeper([Tier("ram", 8 * GRAIN, 1e9), Tier("disk", 100 * GRAIN, 1e8)], alpha=1.0)
+        ram = Tier("ram", 12 * GRAIN, 1e9, reserve=4 * GRAIN)
+        self.keeper = Keeper([ram, Tier("disk", 100 * GRAIN, 1e8)], alpha=1.0)
         self.directory, self.grains = self.keeper.directory, Grains(12, GRAIN)
         self.some = Transfers(self.keeper, self.grains, 1, defaultdict(float), [self.disk], 4)
 
@@ -86,11 +87,13 @@ def test_a_store_to_a_disk_passes_through_staging_grains() -> None:
     assert world.grains.free == 12
 
 
-def test_a_store_that_finds_no_staging_grains_fails() -> None:
+def test_a_store_that_finds_no_staging_grains_is_put_off() -> None:
     world = World()
     world.store("a", "disk")
     second = world.store("b", "disk")
     assert second.done
+    assert world.keeper.is_due("b")
+    assert world.keeper._running == 1
     assert len(world.begun()) == 1
     assert world.grains.free == 8
     world.clean()
@@ -143,6 +146,44 @@ def test_loads_wait_for_staging_grains() -> None:
     world.disk.end(number, True)
     (second,) = world.begun()
     assert second.context == "b"
+
+
+def test_what_passes_through_waits_while_its_grains_hold_what_is_new() -> None:
+    world = World()
+    world.stored("a", "disk")
+    copies = [world.stored(key, "ram") for key in "bcd"]
+    assert world.grains.free == 0
+    world.load("a")
+    assert not world.disk.jobs
+    assert world.store("e", "disk").done
+    world.clean()
+    move = world.move("b", "disk", WHOLE)
+    world.disk.end(next(iter(world.disk.jobs)), True)
+    world.some.step()
+    world.clean()
+    assert move.source is copies[0]
+    assert world.grains.free == 4
+    world.some.step()
+    assert [kind for kind, *_ in world.disk.jobs.values()] == ["read"]
+
+
+def test_what_is_new_is_put_off_and_what_comes_up_waits_while_others_pass_through() -> None:
+    world = World()
+    world.stored("a", "disk")
+    for key in "bc":
+        world.stored(key, "ram")
+    world.store("d", "disk")
+    assert world.store("e", "ram").done
+    world.clean()
+    world.move("a", "ram", WHOLE)
+    assert not world.disk.jobs
+    (job,) = world.begun()
+    world.region.update({grain: ("d", i) for i, grain in enumerate(job.grains)})
+    world.some.reported(job.number, OK)
+    world.disk.end(job.number, True)
+    world.some.step()
+    assert [kind for kind, *_ in world.disk.jobs.values()] == ["read"]
+    assert world.grains.free == 0
 
 
 def test_what_was_cut_gives_back_its_last_grains() -> None:

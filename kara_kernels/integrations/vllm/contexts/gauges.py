@@ -29,7 +29,7 @@ class Gauges:
             self._utilities = now, self._keeper.placement.utilities(now)
         return {
             **{("bytes", tier.name): self._keeper.directory.used(tier.name) for tier in self._tiers},
-            **{("capacity_bytes", tier.name): tier.capacity for tier in self._tiers},
+            **{("capacity_bytes", tier.name): tier.capacity - tier.reserve for tier in self._tiers},
             **{("utility", tier): value for tier, value in self._utilities[1].items()},
             ("stored_now",): len(self._keeper.directory),
             ("prefill_token_seconds",): self._rates.prefill,

@@ -67,7 +67,7 @@ class ContextManager:
         floor: the least quality that a context may be stored with.
         min_tokens: shorter contexts are left alone.
         lower: tiers below shared memory, from the fastest to the slowest. A quarter of the grains is then set aside
-            for what passes through.
+            for what passes through, or comes while others are written.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ContextManager:
         self.counts: defaultdict[tuple[str, ...], float] = defaultdict(float)
         """What happened, by a name and labels; see :mod:`.stats`."""
         staging = grains.count // 4 if lower else 0
-        ram = Tier(RAM, (grains.count - staging) * grains.nbytes, 1e10)
+        ram = Tier(RAM, grains.count * grains.nbytes, 1e10, reserve=staging * grains.nbytes)
         self._tiers = [ram, *(tier for tier, _ in lower)]
         self.keeper = Keeper(self._tiers, alpha=alpha, half_life=half_life)
         self.transfers = Transfers(self.keeper, grains, workers, self.counts, [place for _, place in lower], staging)
@@ -191,7 +191,7 @@ class ContextManager:
             return
         self.rows[key] = FullRows(request_id, tuple(blocks), unjudged)
         if key in self.keeper:
-            self.keeper.use(key, now, recomputed=True)
+            self.keeper.use(key, now, recomputed=self.rows[key].may_replace(self.keeper.get(key)))
             self._renew(place, ids)
             return
         known = self._known.look_up(place, ids)
@@ -277,10 +277,10 @@ class ContextManager:
             self.keeper.forget_rows(target.key)
             self.keeper.finish(transfer, False)
             return
-        self.counts["stored", target.option.method, f"{target.option.ratio:.2f}"] += 1
         what = way.form, way.scorer, way.step.sections, unjudged or 0
         job = Store(0, name, target.key, place.most_rows, blocks, (), *what)
-        self.transfers.start(transfer, job)
+        if self.transfers.start(transfer, job):
+            self.counts["stored", target.option.method, f"{target.option.ratio:.2f}"] += 1
 
     def _renew(self, place: Place, ids: Sequence[int]) -> None:
         if (context := self._known.used(place, ids)) is not None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kara_kernels.contexts.directory import Copy
 from kara_kernels.contexts.keeper import Keeper
+
+from .settings import needs_queries
 
 
 class FullRows(NamedTuple):
@@ -15,6 +18,11 @@ class FullRows(NamedTuple):
     blocks: Sequence[int]
     unjudged: int | None
     """The first tokens, whose queries the request has not computed. None: no queries are recorded."""
+
+    def may_replace(self, copy: Copy | None) -> bool:
+        """Whether the context may be encoded anew. Without queries, others would make room for a packet like ``copy``
+        that cannot be encoded."""
+        return copy is None or self.unjudged is not None or not needs_queries(copy.option.method)
 
 
 class RowsAtHand(dict[str, FullRows]):

@@ -3,7 +3,8 @@
 A transfer has at most two phases. ``encode`` (GPU to grains) or ``read`` (lower tier to grains) brings bytes into
 memory, ``write`` (to a lower tier) or ``decode`` (to the GPU) takes them out. A packet that lies in memory, or is to
 lie there, needs only one. Bytes that only pass through lie in staging grains, of which a share is set aside, so that
-full memory never keeps a packet on a lower tier. Pure Python, in the scheduler's process.
+full memory never keeps a packet on a lower tier. No plan fills these, but packets that are new or come up may lie in
+them until others have left. Pure Python, in the scheduler's process.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Transfers:
     """Carries out what a keeper has begun.
 
     Args:
-        staging: grains for bytes that pass through. The tier of shared memory has the others.
+        staging: grains for bytes that pass through: the reserve of shared memory.
         workers: that report the end of each job.
         counts: of what happens, by name and labels.
 
@@ -99,7 +100,7 @@ class Transfers:
         self._lower = {tier.name: tier for tier in lower}
         self._held: dict[int, list[int]] = {}  # of each copy: its grains, or on a lower tier their places in it
         self._running: dict[int, Running] = {}
-        self._waiting: list[int] = []  # for staging grains
+        self._waiting: list[int] = []  # for grains
         self._staged = self._numbers = 0
 
     @property
@@ -114,13 +115,14 @@ class Transfers:
     def is_loading(self, packet: str) -> bool:
         return any(running.packet == packet for running in self._running.values())
 
-    def start(self, transfer: Transfer, job: Store | Load | None = None, packet: str = "") -> None:
-        """Begins a transfer. A store that finds no staging grains fails, because its rows will be gone; others wait."""
+    def start(self, transfer: Transfer, job: Store | Load | None = None, packet: str = "") -> bool:
+        """Begins a transfer. Those that find no grains wait, but for a store, whose rows may be gone by then: it is put
+        off. Returns whether it was not."""
         source, target = transfer.source, transfer.target
         if target is not None and target.tier != RAM and self._lower[target.tier].has(target):
             self._lay(target)
             self._finish(transfer)
-            return
+            return True
         phases = []
         if source is None or source.tier != RAM:
             phases.append("encode" if source is None else "read")
@@ -134,9 +136,12 @@ class Transfers:
         if self._take(self._running[number]):
             self._begin(number)
         elif source is None:
-            self._fail(number)
+            del self._running[number]
+            self.keeper.put_off(transfer)
+            return False
         else:
             self._waiting.append(number)
+        return True
 
     def offer(self, key: str, tier: str) -> None:
         """Writes a packet to a lower tier, too, if it lies in memory. Until then it stays there."""
@@ -153,7 +158,7 @@ class Transfers:
         return tier in self._lower and self._lower[tier].resting
 
     def step(self) -> None:
-        """Hears of lower tiers, and begins what has waited for staging grains."""
+        """Hears of lower tiers, and begins what has waited for grains."""
         for tier in self._lower.values():
             for number, ok, seconds in tier.ended():
                 running = self._running[number]
@@ -219,7 +224,7 @@ class Transfers:
             self._lower[copy.tier].erase(copy, held)
 
     def _take(self, running: Running) -> bool:
-        """Finds the grains that the bytes of a transfer pass through. False: no staging grains are free."""
+        """Finds the grains that the bytes of a transfer pass through. False: too few are free."""
         source, target = running.transfer.source, running.transfer.target
         copy = target or source
         assert copy is not None
@@ -231,7 +236,8 @@ class Transfers:
             if running.staged and self._staged + count > self.staging:
                 return False
             taken = self.grains.take(count * self.grains.nbytes)
-            assert taken is not None  # the directory has counted those of the tier, and we those for staging
+            if taken is None:  # packets in memory and bytes that pass through share the reserve
+                return False
             running.grains = taken
             self._staged += count if running.staged else 0
         if target is not None:
