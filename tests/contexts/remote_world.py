@@ -189,6 +189,12 @@ class Server:
         self.sharing.step()
         return jobs
 
+    def reset(self) -> bool:
+        """vLLM's caches are reset."""
+        no_load_runs = self.manager.reset()
+        self.sharing.reset()
+        return no_load_runs
+
     def encode(self, job: Store, ok: bool = True) -> None:
         for i, grain in enumerate(job.grains):
             self.rows[grain] = grain_of(job.context, i, self.name)

@@ -424,6 +424,78 @@ def test_what_waits_for_room_holds_its_blocks_until_it_is_given_up() -> None:
     assert not some.rows.hold("second")
 
 
+def test_a_reset_forgets_what_is_stored_and_drops_what_is_under_way() -> None:
+    some = manager()
+    before = stored(some, "abcd")
+    copy = some.keeper.get(before.context)
+    some.offer("second", Place(hashes("efgh")[-1], 4 * BLOCK), range(4), [])
+    (job,), _ = some.step(0)
+    some.offer("third", Place(hashes("ijkl")[-1], 4 * BLOCK), range(4), [])  # no step has planned it
+    some.offer("huge", Place(hashes("m" * 400)[-1], 400 * BLOCK), range(400), [])  # refused, but its rows are there
+    assert some.reset()
+    assert some.counts["resets",] == 1
+    assert not some.rows
+    assert some.rows.hold("second")  # until its store has ended
+    assert some.admit(hashes("abcdx"), 5 * BLOCK, 0) is None
+    assert some.grains.count - some.grains.free == len(job.grains)
+    some.ended(job.number, Ended(1, True, 0.1))
+    assert not some.rows.hold("second")
+    assert some.step(0) == ([], [])
+    assert some.keeper.directory.copies() == []
+    assert len(some.keeper.placement) == len(some._known) == 0
+    assert some.grains.free == some.grains.count
+    assert stored(some, "abcd").number > before.number
+    admission = some.admit(hashes("abcdx"), 5 * BLOCK, 0)
+    assert copy is not None
+    assert admission is not None
+    assert admission.copy > copy.number  # blocks of the old packet are never taken for its own
+
+
+def test_what_waits_for_room_is_not_stored_after_a_reset() -> None:
+    some = manager(8)
+    some.offer("first", conversation("abcd", 37), range(3), ())
+    (job,), _ = some.step(0)
+    some.ended(job.number, Ended(1, True, 0.1))
+    reading = some.keeper.load(job.context)
+    some.rates.prefill = 1e3  # longer texts are worth more
+    some.offer("second", conversation("efghijkl", 40), range(3), ())
+    assert some.step(0) == ([], [])
+    assert some.rows.hold("second")
+    assert some.reset()
+    assert not some.rows.hold("second")
+    some.keeper.finish(reading)
+    assert some.step(0) == ([], [])
+    assert some.grains.free == some.grains.count
+
+
+def test_a_reset_says_whether_a_request_waits_for_old_rows() -> None:
+    """Their grains stay as they are until then."""
+    some = manager()
+    stored(some, "abcd")
+    admission = some.admit(hashes("abcdx"), 5 * BLOCK, 0)
+    assert admission is not None
+    some.load("second", admission, range(4))
+    _, (load,) = some.step(0)
+    assert not some.reset()
+    assert some.admit(hashes("abcdx"), 5 * BLOCK, 0) is None
+    some.step(0)
+    assert some.grains.count - some.grains.free == len(load.grains)
+    some.ended(load.number, Ended(1, True, 0.1))
+    some.step(0)
+    assert some.grains.free == some.grains.count
+    assert some.reset()
+
+
+def test_a_tier_that_is_closed_for_good_never_opens() -> None:
+    some = manager(16, lower=[(Tier("disk", 10**6, 1e9), Disk({}, 512))])
+    some.closed.close("disk")
+    some.closed.settle({"disk"}, 1.0)  # it may have failed at last
+    some.closed.settle(set(), 3.0 + PAUSE)
+    assert "disk" in some.closed
+    assert not some.counts["closed", "disk"]
+    assert some.keeper.placement._market.capacity == [12 * 512, 0]
+
+
 @pytest.mark.parametrize(
     ("place", "method", "is_taken"),
     [
@@ -443,7 +515,7 @@ def test_a_conversation_that_was_left_is_known_by_its_name_and_its_method(
 
 class Days(RuleBasedStateMachine):
     """Requests of a few documents come, are admitted, preempted and end, and some leave a conversation; jobs end in any
-    order, and some fail."""
+    order, and some fail. Now and then, everything is forgotten."""
 
     @initialize(grains=st.integers(0, 60), workers=st.integers(1, 2), disk=st.sampled_from([0, 20, 1000]))
     def start(self, grains: int, workers: int, disk: int) -> None:
@@ -453,7 +525,7 @@ class Days(RuleBasedStateMachine):
         self.manager, self.workers = manager(grains, workers, lower=lower), workers
         self.requests: dict[str, tuple[str, list[int]]] = {}  # text and blocks
         self.jobs: dict[int, tuple[Store | Load, int]] = {}  # and workers that have not reported
-        self.blocks = self.names = 0
+        self.blocks = self.names = self.oldest = 0  # oldest: the first copy that may be stored
         self.talked: set[str] = set()  # requests that have ended, and may be storing a conversation
         self.told: dict[str, tuple[str, Option]] = {}  # what is stored, as a trace has it
         watch(self.manager, self.hear)
@@ -554,10 +626,19 @@ class Days(RuleBasedStateMachine):
             self.manager.rows.forget(name)
             del self.requests[name]
 
+    @rule(now=st.integers(0, 4))
+    def reset(self, now: int) -> None:
+        if now == 0:
+            loads = [x for x in self.manager.transfers._running.values() if isinstance(x.job, Load)]
+            assert self.manager.reset() == (not loads)
+            assert not self.told
+            self.oldest = self.manager.keeper.directory._number
+
     @invariant()
     def judge(self) -> None:
         if hasattr(self, "manager"):
             for copy in self.manager.keeper.directory.copies():
+                assert copy.number >= self.oldest
                 place = Place.of(copy.key)
                 assert self.manager._known.place(place.block_hash) == place
             assert 0 <= self.manager.transfers._staged <= self.manager.transfers.staging

@@ -128,6 +128,86 @@ def test_a_store_that_is_gone_is_a_miss_and_a_counter() -> None:
     assert world.b.tier_of("abcd") == REMOTE
 
 
+def test_after_a_reset_a_server_leaves_the_store_as_it_is() -> None:
+    """It neither looks up, nor reads, nor writes, whatever is stored and used, and however long it lives."""
+    world = World()
+    world.shared("abcd")
+    world.b.look("abcd")
+    assert world.b.reset()
+    there = dict(world.store.values)
+    world.store.commands.clear()
+    for _ in range(3):
+        world.b.look("abcd")
+        assert world.b.tier_of("abcd") is None
+        world.b.store("abcd")
+        world.b.store("efgh")
+        world.b.rest()
+        assert [world.b.tier_of(text) for text in ("abcd", "efgh")] == ["ram", "ram"]
+        assert world.b.load("abcd") == "b"
+        world.b.sharing.used(place_of("efgh").key)
+        assert world.b.sharing.busy
+        world.b.rest()
+        assert not world.b.sharing.busy
+        world.clock.now += PAUSE + 1
+        assert world.b.reset()
+    assert not world.store.commands
+    assert world.store.values == there
+    assert not any(n for (name, *_), n in world.b.manager.counts.items() if name in ("closed", "store_errors"))
+    assert world.a.load("abcd") == "a"
+    assert world.a.manager.counts["jobs", "write", "ok"] == 1
+
+
+def test_a_reset_drops_what_was_on_its_way_to_the_store_and_from_there() -> None:
+    world = World()
+    world.shared("abcd")
+    names = set(world.store.values)
+    world.b.store("efgh")
+    world.b.sharing.arrived("x", hashes("abcd?"), 5 * BLOCK, (), None)
+    world.b.step()
+    assert world.b.manager.transfers.offers == 1
+    (lookup, *_), *others = sorted(world.b.threads.waiting, key=lambda waiting: waiting[2][0] != world.b.tier._look)
+    world.b.threads.waiting = others
+    found = [(place_of("abcd"), world.manifest("abcd"))]
+    body, written = world.store.write, []
+
+    def write(name: str, value: bytes, seconds: int) -> None:
+        if not written:
+            lookup.set_result(found)
+            assert world.b.reset()
+        written.append(name)
+        body(name, value, seconds)
+
+    world.store.write = write  # type: ignore[assignment, method-assign]
+    world.b.rest()
+    assert len(written) == 1
+    assert set(world.store.values) == names
+    assert not world.b.sharing.is_looking("x", 0)
+    assert not any(key[0] == "lookups" for key in world.b.manager.counts)
+    assert world.b.tier_of("abcd") is None
+    assert not world.b.manager.transfers.busy
+    assert world.b.manager.grains.free == world.b.manager.grains.count
+
+
+def test_a_load_from_the_store_fails_at_a_reset() -> None:
+    world = World()
+    world.shared("abcd")
+    world.b.look("abcd")
+    admission = world.b.manager.admit(hashes("abcd?"), 5 * BLOCK, 0)
+    assert admission is not None
+    world.b.manager.load("reader", admission, range(4))
+    world.b.step()
+    world.store.commands.clear()
+    assert not world.b.reset()
+    _, (load,) = world.b.step()
+    assert not load.grains
+    assert world.b.decode(load, "a") is None
+    world.b.rest()
+    assert not world.store.commands
+    assert not world.b.manager.transfers.busy
+    assert world.b.manager.keeper.placement._market.capacity[-1] == 0
+    assert world.b.reset()
+
+
 def test_nothing_is_read_from_a_store_that_is_left_alone() -> None:
     world = World()
     world.shared("abcd")

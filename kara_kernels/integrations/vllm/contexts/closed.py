@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -30,10 +31,16 @@ class ClosedTiers:
         while unwritable:
             name = unwritable.pop()
             self._counts["closed", name] += name not in self.until  # several failures are heard of one after the other
-            self.until[name] = now + PAUSE
+            self.until[name] = max(now + PAUSE, self.until.get(name, 0.0))
             self.fit(name)
+
+    def close(self, name: str) -> None:
+        """Closes a tier for good. Nothing shall lie there."""
+        self.until[name] = math.inf
+        self.fit(name)
 
     def fit(self, name: str) -> None:
         """A closed tier has room for what it has, and no more."""
         if name in self.until:
-            self._keeper.placement.resize(name, self._keeper.directory.used(name))
+            used = 0 if self.until[name] == math.inf else self._keeper.directory.used(name)
+            self._keeper.placement.resize(name, used)

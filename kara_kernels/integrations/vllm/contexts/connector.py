@@ -129,6 +129,13 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, config: Any, types: Any, labels: list[str], engines: Any) -> ContextMetrics:
         return ContextMetrics(config, types, labels, engines)
 
+    def reset_cache(self) -> bool | None:
+        if self.contexts is None:  # in a worker, which keeps nothing
+            return None
+        if self._store is not None:
+            self._store.reset(self.contexts.manager)
+        return self.contexts.reset()
+
     def has_pending_block_frees(self) -> bool:
         return self.contexts.short_of_blocks()
 

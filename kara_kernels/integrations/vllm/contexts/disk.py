@@ -159,7 +159,8 @@ def _speed(folder: Path, share: float) -> tuple[float, float]:
 class DiskStore:
     """What one server has on a disk: a tier of packets, and a file that says what they are.
 
-    The file is written now and then, and when the server ends. What it does not name is deleted at the next start.
+    The file is written now and then, and when the server ends, but never after a :meth:`reset`. What it does not name
+    is deleted at the next start.
 
     Args:
         given: the setting ``disk``: ``path`` and ``gib``.
@@ -181,6 +182,7 @@ class DiskStore:
         self._file = self._slot.path / DIRECTORY
         self._about = {"model": name, "grain": grain, "row": view.shape[1], "workers": workers}
         self._saved, self._next = -1, 0.0  # the first is saved at once
+        self._was_reset = False
 
     def restore(self, manager: ContextManager) -> None:
         """Takes over what an earlier server left here."""
@@ -197,7 +199,7 @@ class DiskStore:
     def save(self, manager: ContextManager, at_once: bool = False) -> None:
         """Saves what has changed, at most every few seconds."""
         now, changes = time.monotonic(), sum(manager.keeper.counts.values())
-        if changes == self._saved or not (at_once or now >= self._next):
+        if self._was_reset or changes == self._saved or not (at_once or now >= self._next):
             return
         try:
             manager.keeper.save(self._file, self._about)
@@ -205,6 +207,16 @@ class DiskStore:
             manager.counts["saves_failed",] += 1
             logger.error("Kara's directory of contexts is not saved: %s", error)
         self._saved, self._next = changes, now + SECONDS
+
+    def reset(self, manager: ContextManager) -> None:
+        """The model's weights may be others from now on. A later server, which has those of the model's files, must not
+        find contexts of theirs. So the file is deleted, and not written any more."""
+        self._was_reset = True
+        try:
+            self._file.unlink(missing_ok=True)
+        except OSError as error:
+            manager.counts["saves_failed",] += 1
+            logger.error("Kara's directory of contexts is not deleted: %s", error)
 
     def close(self, manager: ContextManager) -> None:
         self.disk.shutdown()

@@ -241,6 +241,14 @@ class SchedulerHalf:
             self._ended.add(name)
         return held, told
 
+    def reset(self) -> bool:
+        """Forgets all contexts; see :class:`~.reset.Reset`. Waiting requests look for theirs in every step, so
+        they find nothing. Blocks that were held for what waits for room are let go."""
+        no_load_runs = self.manager.reset()
+        if self._sharing is not None:
+            self._sharing.reset()
+        return no_load_runs
+
     def _hit(self, request: Request, admission: Admission, seconds: float) -> None:
         """Tells who listens."""
         copy = self.manager.keeper.get(admission.place.key)

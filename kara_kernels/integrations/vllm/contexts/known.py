@@ -104,6 +104,12 @@ class KnownContexts:
     def remove(self, place: Place) -> None:
         del self._known[place.block_hash]
 
+    def clear(self) -> list[Place]:
+        """Forgets all, and returns them."""
+        places = [known.place for known in self._known.values()]
+        self._known.clear()
+        return places
+
     def look_up(self, place: Place, ids: Sequence[int]) -> Known:
         """A context of a request with the tokens ``ids``, as the newest profile has it."""
         return self._describe(place, self.catalogue.find(ids, place.tokens), self.catalogue.version)

@@ -20,6 +20,7 @@ from .jobs import Ended, Load, Store
 from .known import Known, KnownContexts, Place, SeenPrompts
 from .rates import Rates
 from .requests import Forced
+from .reset import Reset
 from .rows import FullRows, RowsAtHand
 from .settings import needs_queries
 from .transfers import RAM, LowerTier, Transfers
@@ -90,6 +91,7 @@ class ContextManager:
         self._seen = SeenPrompts(SEEN)
         self.rows = RowsAtHand(self.keeper, self.transfers.storing)
         self.closed = ClosedTiers(self.keeper, self._tiers, self.counts)
+        self.reset = Reset(self._known, self.keeper, self.transfers, self.rows, self.counts)
         self._stepped: tuple[float, int] = (clock(), 0)
         self.gauges = Gauges(self.keeper, self._tiers, self.rates, catalogue, clock)
 
@@ -182,8 +184,7 @@ class ContextManager:
     def offer(
         self, request_id: str, place: Place, blocks: Sequence[int], ids: Sequence[int], unjudged: int | None = None
     ) -> None:
-        """The rows of a context have been computed, and stay in ``blocks`` until
-        ``rows`` forget them. ``ids``: tokens
+        """The rows of a context have been computed, and stay in ``blocks`` until ``rows`` forget them. ``ids``: tokens
         of the request. ``unjudged``: see :class:`FullRows`. A conversation gives way to whole rows, and to one that is
         stored."""
         now, key, other = self._clock(), place.key, self._known.place(place.block_hash)

@@ -135,6 +135,13 @@ class RemoteTier:
             logger.error("Kara's remote tier is left alone for %d seconds: %s", PAUSE, why)
         self._rests_until = max(self._rests_until, self._clock() + PAUSE)
 
+    def leave(self) -> None:
+        """Leaves the store alone for good. What was under way fails, and what was not complete is deleted."""
+        if self._rests_until < math.inf:
+            logger.warning("Kara's remote tier is left until this server restarts, because vLLM's caches were reset")
+        self._rests_until = math.inf
+        self._over.extend(job for job in self._jobs.values() if job.end())
+
     def failed(self, error: StoreError, writing: bool) -> None:
         """Leaves the store alone, unless it only refused to be written, and can still be read: a full one, for
         example. The manager gives it nothing for a while."""

@@ -99,6 +99,13 @@ class Sharing:
             del self._due[key]
             transfers.offer(key, REMOTE)
 
+    def reset(self) -> None:
+        """This server's weights are no longer those that the store's name stands for. So it shares nothing until it
+        restarts. What lies in the store stays there, for servers that still have them."""
+        self._lookups.clear()
+        self.manager.closed.close(REMOTE)
+        self.tier.leave()
+
     def _longer(self, hashes: Sequence[bytes], prompt_tokens: int) -> list[Place]:
         """What a prompt may begin with, if that is longer than what is stored of it. The longest first."""
         found, size = [], self.manager.block_size

@@ -20,6 +20,7 @@ COUNTERS = {
     "below_floor": ((), "Times a new profile found a stored context below the floor."),
     "lookups": (("outcome",), "Questions to the remote tier: found, none, late, unfit for this server, failed."),
     "store_errors": (("what",), "Errors of the remote tier's store: slow, gone, refused, failed."),
+    "resets": ((), "Times everything stored was forgotten, because vLLM's caches were reset."),
     "slower": ((), "Times a stored context was computed because that was expected to be faster."),
     "jobs": (("job", "outcome"), "Stores and loads that ended, by outcome: ok, failed, damaged."),
     "job_seconds": (("job",), "Seconds that workers spent on stores and loads."),

@@ -107,6 +107,11 @@ class Transfers:
     def busy(self) -> bool:
         return bool(self._running)
 
+    @property
+    def loading(self) -> bool:
+        """Whether rows are on their way to requests."""
+        return any(isinstance(running.job, Load) for running in self._running.values())
+
     def storing(self, request_id: str) -> list[int]:
         """Jobs that read the request's blocks."""
         found = self._running.items()
