@@ -71,6 +71,7 @@ class Request:
     guarded: int | None = None  # keep of the next window, from the guard
     stopped: bool = False  # by the guard
     away: int = 0  # tokens of its context without rows, when it was admitted
+    came: int = 0  # rows that it was admitted with, out of a context with fewer rows than tokens
     loads: bool = False  # in this step
     recorded: list[int] = field(default_factory=list)  # positions whose queries the ring has seen
 
@@ -78,7 +79,7 @@ class Request:
         self.computed, self.blocks, self.frontier, self.windows, self.dropped = 0, [], self.prompt_len, 0, 0
         self.rows, self.looked_at, self.recorded = [[] for _ in range(lists)], set(), []
         self.looked_at_twice, self.squeezed = [set() for _ in range(lists)], 0
-        self.guarded, self.stopped, self.away, self.loads = None, False, 0, False
+        self.guarded, self.stopped, self.away, self.came, self.loads = None, False, 0, 0, False
 
     @property
     def decodes(self) -> bool:
@@ -445,19 +446,22 @@ class Engine:
 
     def _context(self, request: Request, hit: int) -> tuple[int, int]:
         """Tokens and rows of the stored context that a request begins with. Every fourth has one, some only of a part
-        that the prefix cache has, too, and does not need."""
+        that the prefix cache has, too, and does not need. One that was preempted may go on with what it decoded."""
         rng = random.Random(f"{request.name} {self.steps}")
-        if int(request.name) % 4 or request.prompt_len < 3:
+        known = request.prompt_len if rng.random() < 0.5 else len(request.text)  # longer: it was preempted
+        if int(request.name) % 4 or known < 3:
             return 0, 0
-        tokens = rng.randint(2, request.prompt_len - 1)
+        tokens = rng.randint(2, known - 1)
         return (tokens, rng.randint(1, tokens - 1)) if tokens > hit else (0, 0)
 
     def _admit(self, request: Request, count: int) -> None:
         """With other rows in each list, in any order."""
         rng = random.Random(f"{request.name} {count}")
         request.rows = [rng.sample(range(request.computed), count) for _ in range(self.lists)]
-        request.away = request.dropped = request.computed - count
-        request.frontier, request.loads = request.frontier - request.away, True
+        request.came, request.away = count, request.computed - count
+        request.dropped = request.away
+        request.frontier, request.loads = max(request.frontier, request.computed) - request.away, True
+        self.events["fewer rows than tokens, of those that were decoded"] += request.computed > request.prompt_len
         self.events["fewer rows than tokens"] += 1
         self.events["fewer rows than tokens, never compressed"] += not request.compress
 
@@ -655,7 +659,7 @@ class Engine:
             # The oldest possible window: the row before it is not available, or its query is not in the ring.
             before = start - 1
             assert (
-                before < max(request.prompt_len, policy.protected) - request.away
+                before < max(max(request.prompt_len, policy.protected) - request.away, request.came)
                 or rows[before] in request.looked_at
                 or before < self._first_owned(request) * page
                 or (policy.attention == "causal" and rows[before] not in request.recorded[-self.ring.rows :])
@@ -877,7 +881,8 @@ EXPECTED = (
     "urgent compression", "urgent compression of a shorter tail", "urgent compression to fewer tokens",
     "urgent compression of survivors", "urgent compression of a smaller window",
     "kept what the guard asked for", "stopped by the guard", "fewer rows than tokens",
-    "fewer rows than tokens, never compressed", "compression behind fewer rows than tokens",
+    "fewer rows than tokens, never compressed",
+    "fewer rows than tokens, of those that were decoded", "compression behind fewer rows than tokens",
 )  # fmt: skip
 
 

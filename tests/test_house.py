@@ -21,8 +21,9 @@ OF_CONTEXTS = (
 )  # fmt: skip
 # Only a new operation may raise this limit, by its own lines (operations and payloads 1,267, packets 250, the profile
 # 897, placement 944, scorers 281, stores and their commands 456; decoding in fewer passes on a CPU: 18, and into
-# whole blocks, and encoding out of them: 45; ranking the rows of a paged cache: 26).
-MOST_OF_CONTEXTS = 4185
+# whole blocks, and encoding out of them: 45; ranking the rows of a paged cache: 26; new contexts in the reserve of a
+# full tier: 11).
+MOST_OF_CONTEXTS = 4196
 # The code for windows had 2,436 lines after the rearrangement, whose goal was 2,200. Only a new operation may raise
 # this limit, by its own lines (queries in four bits: 221; rings of them, fp8 queries and looking ahead: 215; windows
 # and keeps of single sequences: 18; compressing early and while recomputing: 43; dry runs, losses and the guard: 129;

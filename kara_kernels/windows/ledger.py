@@ -69,7 +69,7 @@ class Ledger:
         Args:
             request_id: its name.
             prompt_len: tokens that are never compressed. If ``policy.protected`` is larger, it counts instead.
-            computed: tokens served by the prefix cache or out of a context, whose queries were not recorded.
+            computed: tokens whose queries were not recorded. If some have no rows (:meth:`admit`), none is compressed.
             window, keep: the sequence's own, instead of the policy's.
 
         Raises:
@@ -82,7 +82,7 @@ class Ledger:
             check_count("query_rows", self.query_rows, policy.query_rows, 2**31 - 1)
         self._planned.pop(request_id, None)
         dropped = self._admitted.pop(request_id, 0)
-        frontier = max(prompt_len, policy.protected) - dropped
+        frontier = max(prompt_len, policy.protected, computed if dropped else 0) - dropped
         self._states[request_id] = Running(
             self._started, policy, policy is not self.policy, max(prompt_len, computed), frontier, squeezed=frontier,
             dropped=dropped,

@@ -129,7 +129,7 @@ def test_ordered_rows_may_be_dropped_as_far_as_a_profile_has_measured(tmp_path: 
     """Also of a context that is a little longer, of which at least as large a share is kept."""
     dropping(TOKENS).save(tmp_path / "p")
     methods = ("none/int8", "keydiff/int8")
-    catalogue = Catalogue(header, Grains(640, 64), methods, str(tmp_path / "p"), drops=True)
+    catalogue = Catalogue(header, Grains(640, 64), methods, str(tmp_path / "p"), windows=True)
     measured_as = Profile.load(tmp_path / "p").contexts.popitem()[1].measured  # type: ignore[attr-defined]
     for tokens in (TOKENS, TOKENS + BLOCK, TOKENS * 10 // 9 // BLOCK * BLOCK):
         safe, *found = options(catalogue, IDS, tokens)
@@ -149,7 +149,7 @@ def test_ordered_rows_may_be_dropped_as_far_as_a_profile_has_measured(tmp_path: 
 def test_an_engine_that_cannot_drop_rows_knows_no_such_packets(tmp_path: Path) -> None:
     """An earlier process, or another server, may have stored them."""
     dropping(TOKENS).save(tmp_path / "p")
-    able = Catalogue(header, Grains(640, 64), ("keydiff/int8",), str(tmp_path / "p"), drops=True)
+    able = Catalogue(header, Grains(640, 64), ("keydiff/int8",), str(tmp_path / "p"), windows=True)
     unable = Catalogue(header, Grains(640, 64), profile=str(tmp_path / "p"))
     for option in options(able, IDS, TOKENS):
         assert able.way("a key", TOKENS, option) is not None
@@ -274,7 +274,7 @@ def test_an_admission_builds_no_header_again() -> None:
     before = len(built)
     assert before > 0
     for _ in range(3):
-        assert some.admit(hashes(ALICE + "x"), TOKENS + BLOCK, 0) is not None
+        assert some.admissions.find(hashes(ALICE + "x"), TOKENS + BLOCK, 0) is not None
     assert len(built) == before
 
 
@@ -289,7 +289,7 @@ def test_what_the_profile_allows_is_cut_where_room_is_short(tmp_path: Path) -> N
     stored(some, BOB, "bob", [7] * TOKENS)  # not in the profile
     assert held(some, BOB).nbytes == needed * 512  # type: ignore[union-attr]
     assert held(some, ALICE).nbytes == 23040  # type: ignore[union-attr]
-    admission = some.admit(hashes(ALICE + "x"), TOKENS + BLOCK, 0)
+    admission = some.admissions.find(hashes(ALICE + "x"), TOKENS + BLOCK, 0)
     assert admission is not None
     assert admission.nbytes <= held(some, ALICE).nbytes  # type: ignore[union-attr]
     assert some.counts["moves", "cut"] == 1
@@ -341,7 +341,7 @@ def test_what_is_left_by_another_process_stays_until_it_is_used(tmp_path: Path) 
         again.restore(tmp_path / "directory", lambda number, grains: True)
         again.step(0)
         assert held(again, ALICE) == smallest
-        admission = again.admit(hashes(ALICE + "x"), TOKENS + BLOCK, 0)
+        admission = again.admissions.find(hashes(ALICE + "x"), TOKENS + BLOCK, 0)
         assert admission is not None
         again.used(place, "disk", IDS)
         again.step(0)

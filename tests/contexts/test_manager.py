@@ -17,11 +17,12 @@ from kara_kernels import PayloadLayout
 from kara_kernels.contexts.directory import Copy
 from kara_kernels.contexts.packet import Header
 from kara_kernels.contexts.utility import Option, Tier
+from kara_kernels.integrations.vllm.contexts.admission import Admission
 from kara_kernels.integrations.vllm.contexts.catalogue import Catalogue, Way
 from kara_kernels.integrations.vllm.contexts.closed import PAUSE
 from kara_kernels.integrations.vllm.contexts.grains import Grains
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
-from kara_kernels.integrations.vllm.contexts.manager import Admission, ContextManager, Place
+from kara_kernels.integrations.vllm.contexts.manager import ContextManager, Place
 from kara_kernels.integrations.vllm.contexts.settings import CONVERSATION, may_drop
 from kara_kernels.integrations.vllm.contexts.trace import watch
 
@@ -48,7 +49,7 @@ def manager(
 ) -> ContextManager:  # fmt: skip
     given = {"alpha": 100.0, "floor": 0.9, "half_life": 100.0, "min_tokens": 2 * BLOCK} | options
     region = Grains(grains, 512)
-    catalogue = Catalogue(header, region, methods, profile, any(map(may_drop, methods)), conversations=True)
+    catalogue = Catalogue(header, region, methods, profile, windows=True)
     some = ContextManager(
         grains=region, block_size=BLOCK, workers=workers, catalogue=catalogue, clock=lambda: 0.0, **given
     )  # type: ignore[arg-type]
@@ -86,26 +87,26 @@ def test_the_longest_stored_context_is_admitted() -> None:
     for text in ("abc", "abcde"):
         stored(some, text)
     prompt = hashes("abcdefg")
-    found = some.admit(prompt, 7 * BLOCK, 0)
+    found = some.admissions.find(prompt, 7 * BLOCK, 0)
     assert found is not None
     assert found.place == Place(prompt[4], 5 * BLOCK)
     assert not found.exact
-    shorter = some.admit(hashes("abcxx"), 5 * BLOCK, BLOCK)
+    shorter = some.admissions.find(hashes("abcxx"), 5 * BLOCK, BLOCK)
     assert shorter is not None
     assert shorter.place.tokens == 3 * BLOCK
-    assert some.admit(prompt, 7 * BLOCK, 5 * BLOCK) is None  # the engine's own cache has as much
-    assert some.admit(hashes("abcde"), 5 * BLOCK, 3 * BLOCK) is None  # its last token must be computed
-    assert some.admit(hashes("xyz"), 3 * BLOCK, 0) is None
+    assert some.admissions.find(prompt, 7 * BLOCK, 5 * BLOCK) is None  # the engine's own cache has as much
+    assert some.admissions.find(hashes("abcde"), 5 * BLOCK, 3 * BLOCK) is None  # its last token must be computed
+    assert some.admissions.find(hashes("xyz"), 3 * BLOCK, 0) is None
 
 
 def test_what_loads_longer_than_it_computes_is_computed() -> None:
     some = manager()
     stored(some, "abcd")
     some.rates.see_load("int8", 1.0)
-    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
+    assert some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0) is None
     assert some.counts["slower",] == 1
     for _ in range(2000):  # costs may have changed, and only a load can tell
-        if some.admit(hashes("abcdef"), 6 * BLOCK, 0) is not None:
+        if some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0) is not None:
             break
     else:
         raise AssertionError("it was never tried again")
@@ -117,7 +118,7 @@ def test_each_form_takes_its_own_time_to_load() -> None:
     rates = some.rates
     assert rates.to_load("int8", 100) == 0  # nothing was loaded yet
     stored(some, "abcd")
-    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
+    admission = some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0)
     assert admission is not None
     for seconds in (0.1, 0.2):
         some.load("second", admission, range(4))
@@ -126,19 +127,19 @@ def test_each_form_takes_its_own_time_to_load() -> None:
     mean = (0.8 * 0.1 + 0.2 * 0.2) / (4 * BLOCK)
     assert rates.to_load("int8", 100) == some.gauges()["load_row_seconds", "int8"] * 100 == pytest.approx(100 * mean)
     rates.see_load("int4", 9 * mean)
-    assert some.seconds(0, admission.way) == pytest.approx(4 * BLOCK * mean)
-    assert some.seconds(0, admission.way._replace(method="none/int4")) == pytest.approx(9 * 4 * BLOCK * mean)
+    assert some.admissions.seconds(0, admission.way) == pytest.approx(4 * BLOCK * mean)
+    assert some.admissions.seconds(0, admission.way._replace(method="none/int4")) == pytest.approx(9 * 4 * BLOCK * mean)
     assert rates.to_load("fp8", 1) == pytest.approx(9 * mean)  # the slowest, until one was loaded
     rates.fade("fp8", "ram")
     assert rates.to_load("fp8", 1) < rates.to_load("int4", 1) == pytest.approx(9 * mean)
     (option,) = some.catalogue.options(admission.place.key, 4 * BLOCK, "", rates.to_load)
-    assert option.decode_seconds == some.seconds(0, admission.way)
+    assert option.decode_seconds == some.admissions.seconds(0, admission.way)
 
 
 def test_a_load_reads_the_grains_of_its_store() -> None:
     some = manager()
     store = stored(some, "abcd")
-    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
+    admission = some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0)
     assert admission is not None
     some.load("second", admission, [7, 8, 9, 4])
     _, (load,) = some.step(0)
@@ -155,9 +156,9 @@ def test_all_workers_must_succeed() -> None:
     some.offer("first", Place(hashes("abcd")[-1], 4 * BLOCK), range(4), [])
     (job,), _ = some.step(0)
     assert some.ended(job.number, Ended(2, True, 0.1)) is None
-    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
+    assert some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0) is None
     assert some.ended(job.number, Ended(1, False, 0.1, "full")) is job
-    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
+    assert some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0) is None
     assert some.counts["jobs", "store", "full"] == 1
     some.step(0)
     assert some.grains.free == some.grains.count
@@ -167,14 +168,14 @@ def test_all_workers_must_succeed() -> None:
 def test_a_damaged_packet_is_never_tried_again(ok: bool) -> None:
     some = manager()
     stored(some, "abcd")
-    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0)
+    admission = some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0)
     assert admission is not None
     some.load("second", admission, range(4))
     _, (load,) = some.step(0)
     some.ended(load.number, Ended(1, ok, 0.1, "" if ok else "damaged"))
     some.rows.forget("first")
     some.step(0)
-    assert (some.admit(hashes("abcdef"), 6 * BLOCK, 0) is not None) == ok
+    assert (some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0) is not None) == ok
     assert some.counts["jobs", "load", "damaged"] == (not ok)
     assert (some.grains.free == some.grains.count) == (not ok)
 
@@ -226,8 +227,8 @@ def test_what_is_read_slowly_is_computed() -> None:
     some.transfers.read_costs.append(("disk", 1.0))
     some.step(0)
     way = Way("none/int8", header("", 64, "none/int8").steps[-1])
-    assert some.seconds(0, way, "disk") == way.step.nbytes
-    assert some.seconds(0, way, "ram") == 0
+    assert some.admissions.seconds(0, way, "disk") == way.step.nbytes
+    assert some.admissions.seconds(0, way, "ram") == 0
 
 
 def test_contexts_that_could_not_pass_through_are_not_stored() -> None:
@@ -256,7 +257,7 @@ def test_contexts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch
         some.offer(text, Place(hashes(text)[-1], 2 * BLOCK), range(2), [])
         for job in some.step(0)[0]:
             some.ended(job.number, Ended(1, True, 0.1))
-    stored = [text for text in ("aa", "bb", "cc") if some.admit(hashes(text + "x"), 3 * BLOCK, 0)]
+    stored = [text for text in ("aa", "bb", "cc") if some.admissions.find(hashes(text + "x"), 3 * BLOCK, 0)]
     assert stored == ["aa", "cc"]
     assert len(some._known) == 2
     some.step(0)
@@ -336,14 +337,18 @@ def test_a_conversation_is_stored_as_it_is_and_admitted_by_those_who_may() -> No
     (job,), _ = some.step(0)
     assert (job.tokens, job.form, job.scorer, list(job.blocks)) == (37, "exact", "", [0, 1, 2])
     some.ended(job.number, Ended(1, True, 0.1))
-    assert some.admit(hashes("abcdef"), 6 * BLOCK, 0) is None
-    admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0, conversations=True)
+    assert some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0) is None
+    admission = some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0, conversations=True)
     assert admission is not None
     assert (admission.place, admission.way.method) == (conversation("abcd", 37), CONVERSATION)
     assert (admission.dropped, admission.way.step.rows, admission.exact) == (4 * BLOCK - 37, 37, False)
     some.used(admission.place, "ram", ())
-    assert some.admit(hashes("abcdef"), 6 * BLOCK, 4 * BLOCK, conversations=True) is None  # the pool has as much
-    assert some.admit(hashes("abcd"), 4 * BLOCK, 0, conversations=True) is None  # its last token must be computed
+    assert (
+        some.admissions.find(hashes("abcdef"), 6 * BLOCK, 4 * BLOCK, conversations=True) is None
+    )  # the pool has as much
+    assert (
+        some.admissions.find(hashes("abcd"), 4 * BLOCK, 0, conversations=True) is None
+    )  # its last token must be computed
 
 
 def test_who_may_not_go_on_finds_a_shorter_context_of_whole_rows() -> None:
@@ -352,7 +357,7 @@ def test_who_may_not_go_on_finds_a_shorter_context_of_whole_rows() -> None:
     some.offer("second", conversation("abcd", 37), range(3), ())
     some.ended(some.step(0)[0][0].number, Ended(1, True, 0.1))
     for may, tokens in ((False, 2 * BLOCK), (True, 4 * BLOCK)):
-        admission = some.admit(hashes("abcdef"), 6 * BLOCK, 0, conversations=may)
+        admission = some.admissions.find(hashes("abcdef"), 6 * BLOCK, 0, conversations=may)
         assert admission is not None
         assert admission.place.tokens == tokens
 
@@ -436,7 +441,7 @@ def test_a_reset_forgets_what_is_stored_and_drops_what_is_under_way() -> None:
     assert some.counts["resets",] == 1
     assert not some.rows
     assert some.rows.hold("second")  # until its store has ended
-    assert some.admit(hashes("abcdx"), 5 * BLOCK, 0) is None
+    assert some.admissions.find(hashes("abcdx"), 5 * BLOCK, 0) is None
     assert some.grains.count - some.grains.free == len(job.grains)
     some.ended(job.number, Ended(1, True, 0.1))
     assert not some.rows.hold("second")
@@ -445,7 +450,7 @@ def test_a_reset_forgets_what_is_stored_and_drops_what_is_under_way() -> None:
     assert len(some.keeper.placement) == len(some._known) == 0
     assert some.grains.free == some.grains.count
     assert stored(some, "abcd").number > before.number
-    admission = some.admit(hashes("abcdx"), 5 * BLOCK, 0)
+    admission = some.admissions.find(hashes("abcdx"), 5 * BLOCK, 0)
     assert copy is not None
     assert admission is not None
     assert admission.copy > copy.number  # blocks of the old packet are never taken for its own
@@ -472,12 +477,12 @@ def test_a_reset_says_whether_a_request_waits_for_old_rows() -> None:
     """Their grains stay as they are until then."""
     some = manager()
     stored(some, "abcd")
-    admission = some.admit(hashes("abcdx"), 5 * BLOCK, 0)
+    admission = some.admissions.find(hashes("abcdx"), 5 * BLOCK, 0)
     assert admission is not None
     some.load("second", admission, range(4))
     _, (load,) = some.step(0)
     assert not some.reset()
-    assert some.admit(hashes("abcdx"), 5 * BLOCK, 0) is None
+    assert some.admissions.find(hashes("abcdx"), 5 * BLOCK, 0) is None
     some.step(0)
     assert some.grains.count - some.grains.free == len(load.grains)
     some.ended(load.number, Ended(1, True, 0.1))
@@ -555,7 +560,7 @@ class Days(RuleBasedStateMachine):
         self.blocks += len(text)
         self.requests[name] = text, blocks
         place = self.manager.place(prompt, tokens, BLOCK * (len(text) - 1) if asked else None)
-        admission = self.manager.admit(prompt, tokens, BLOCK * local, conversations=asked)
+        admission = self.manager.admissions.find(prompt, tokens, BLOCK * local, conversations=asked)
         if admission is not None:
             assert asked or not admission.dropped
             assert BLOCK * local < admission.place.tokens < tokens

@@ -192,7 +192,7 @@ def test_a_load_from_the_store_fails_at_a_reset() -> None:
     world = World()
     world.shared("abcd")
     world.b.look("abcd")
-    admission = world.b.manager.admit(hashes("abcd?"), 5 * BLOCK, 0)
+    admission = world.b.manager.admissions.find(hashes("abcd?"), 5 * BLOCK, 0)
     assert admission is not None
     world.b.manager.load("reader", admission, range(4))
     world.b.step()
@@ -213,9 +213,9 @@ def test_nothing_is_read_from_a_store_that_is_left_alone() -> None:
     world.shared("abcd")
     world.b.look("abcd")
     world.b.tier.rest("gone", "on purpose")
-    assert world.b.manager.admit(hashes("abcd?"), 5 * BLOCK, 0) is None
+    assert world.b.manager.admissions.find(hashes("abcd?"), 5 * BLOCK, 0) is None
     world.clock.now = PAUSE + 1
-    assert world.b.manager.admit(hashes("abcd?"), 5 * BLOCK, 0) is not None
+    assert world.b.manager.admissions.find(hashes("abcd?"), 5 * BLOCK, 0) is not None
 
 
 @pytest.mark.parametrize("fault", ["refused", "gone"])
@@ -466,7 +466,7 @@ class Days(RuleBasedStateMachine):
             server.threads.run_all()
         if server.sharing.is_looking(name, 0):
             return  # it is aborted
-        admission = server.manager.admit(hashes(text + "?"), tokens, 0)
+        admission = server.manager.admissions.find(hashes(text + "?"), tokens, 0)
         if admission is None:
             server.manager.offer(name, place, range(len(text)), ())
             self.step_of(server)

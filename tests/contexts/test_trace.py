@@ -45,7 +45,7 @@ def test_what_cannot_be_loaded_is_named_and_dropped(tmp_path: Path, error: str) 
     some = manager()
     stored(some, "aabb")
     watch(some, Trace(str(path)))
-    admission = some.admit(hashes("aabbc"), 5 * BLOCK, 0)
+    admission = some.admissions.find(hashes("aabbc"), 5 * BLOCK, 0)
     assert admission is not None
     some.load("second", admission, range(4))
     _, (job,) = some.step(0)

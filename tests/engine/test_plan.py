@@ -267,6 +267,22 @@ def test_a_preempted_request_starts_anew() -> None:
     assert ledger.dropped("a") == 4
 
 
+def test_a_preempted_request_may_go_on_with_what_is_stored_of_it() -> None:
+    ledger = Ledger(small(), 4)
+    sequence = Decoding(ledger, prompt=6)
+    for _ in range(3):
+        sequence.until_planned()
+    dropped, length = ledger.dropped("a"), sequence.logical
+    ledger.forget("a")
+    ledger.admit("a", dropped)
+    ledger.start("a", 6, length)
+    sequence.logical = length
+    assert ledger.dropped("a") == dropped
+    assert ledger.uncompressed("a", length) == 0
+    plan = sequence.until_planned()
+    assert plan.window_start == length - dropped, "its rows are not compressed a second time"
+
+
 @pytest.mark.parametrize("again", [True, False])
 def test_a_plan_of_a_former_life_is_refused(again: bool) -> None:
     ledger = Ledger(small(), 4)

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,11 @@ class Left(NamedTuple):
 
 def slowly(transfer, seconds):
     return lambda job: (time.sleep(seconds), transfer(job))
+
+
+def left_by_itself(left, served):
+    """Whether a request was preempted, and went on with its own rows."""
+    return left.by == served.request_id
 
 
 def client_of(name):
@@ -125,13 +131,24 @@ class Both:
 
     def _known(self, served):
         rows = self._rows[served.request_id]
-        served.rows = {start: self._placed(x) if isinstance(x, Left) else x for start, x in rows.items()}
+        served.rows = {}
+        for start, x in rows.items():
+            if isinstance(x, Left):
+                x = self._placed(x, until=start if left_by_itself(x, served) else None)
+            served.rows[start] = x
         return served
 
-    def _placed(self, left):
-        """The rows of a conversation at the places of their tokens, as the trace of the request says that left it."""
-        served, count = self._known(self.served[left.by]), left.keys.shape[2]
-        held = self.dense.held(served, self.engine.events_of(left.by))
+    def _placed(self, left, until):
+        """Rows that windows left at the places of their tokens, as the trace of the request says that left them, when
+        its text had ``until`` tokens, or when it ended."""
+        events, count = self.engine.events_of(left.by), left.keys.shape[2]
+        if until is None:
+            served = self._known(self.served[left.by])
+        else:
+            events = [event for event in events if event["logical_len"] <= until]
+            whole = self.served[left.by]
+            served = replace(whole, recomputed=[start for start in whole.recomputed if start < until])
+        held = self.dense.held(served, events)
         places = held[:, :, :count]
         assert (places < left.tokens).all()
         assert (held[:, :, count:] >= left.tokens).all()
@@ -161,6 +178,10 @@ class Both:
 
         manager.allocate_slots = lambda *args, **kwargs: None
         self.scheduler._preempt_request = preempted
+
+    def lose_rows(self, monkeypatch):
+        """What windows left of preempted requests finds no room, so that their texts are computed again."""
+        monkeypatch.setattr(self.half, "_preempted", None)
 
     def abort_some(self, draw):
         """A request whose rows are loaded, if there is one, else one that runs."""

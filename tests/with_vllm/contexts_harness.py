@@ -42,7 +42,7 @@ class Server:
         self.scheduler = self.core.scheduler
         self.connector = self.scheduler.connector
         self.manager = self.connector.contexts.manager
-        self.manager.rates = self.manager._known._rates = SlowModel()
+        self.manager.rates = self.manager._known._rates = self.manager.admissions._rates = SlowModel()
         self._yield_between_steps()
         self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.shape = self.dense.config.num_hidden_layers, self.dense.config.num_key_value_heads, 32

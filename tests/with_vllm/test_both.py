@@ -125,7 +125,8 @@ def test_blocks_that_requests_share_under_a_packet_are_not_compressed(both, dens
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["computed first", "admitted first"])
-def test_a_preempted_request_is_admitted_and_compressed_again(both, dense, before):
+def test_a_preempted_request_is_admitted_and_compressed_again(both, dense, before, monkeypatch):
+    both.lose_rows(monkeypatch)
     (prompt,) = asking(9, seed=7 + before)
     if before:
         both.store("stored", prompt, 256)
@@ -146,7 +147,7 @@ def test_a_request_is_compressed_and_ends_while_its_context_waits_to_be_stored(b
     both.ask("undisturbed", prompt, own=False, context_tokens=256)
     both.server.forget()
     undisturbed = both.server.rows_of(prompt, 256)
-    both.manager._forget(both.server.place_of(prompt, 256))
+    both.manager.forget(both.server.place_of(prompt, 256))
     gate, store, met = threading.Event(), both.server.worker._store, both.met
     monkeypatch.setattr(both.server.worker, "_store", lambda job: store(job) if gate.wait(60) else None)
     served = both.ask("stored-late", prompt, 200, context_tokens=256)
@@ -163,6 +164,7 @@ def test_a_request_is_compressed_and_ends_while_its_context_waits_to_be_stored(b
 @pytest.mark.parametrize("after", ["arriving", "preemption"])
 def test_a_request_may_be_aborted_while_its_rows_are_loaded(both, monkeypatch, after):
     (prompt,) = asking(9, seed=12)
+    both.lose_rows(monkeypatch)
     both.store("stored", prompt, 256)
     gate, load, name = threading.Event(), both.server.worker._load, f"aborted-{after}"
     monkeypatch.setattr(both.server.worker, "_load", lambda job: load(job) if gate.wait(60) else None)
@@ -183,8 +185,9 @@ def test_a_request_may_be_aborted_while_its_rows_are_loaded(both, monkeypatch, a
     both.assert_nothing_leaks()
 
 
-def test_a_text_that_is_recomputed_reserves_the_blocks_that_it_will_need(both):
+def test_a_text_that_is_recomputed_reserves_the_blocks_that_it_will_need(both, monkeypatch):
     """Loads are given only blocks that nobody whose text is computed will need."""
+    both.lose_rows(monkeypatch)
     scheduler, held, reserved = both.scheduler, [], []
     schedule = scheduler.schedule
 

@@ -100,7 +100,8 @@ def test_windows_compress_what_follows_a_dropped_context(both, dense):
     both.assert_nothing_leaks()
 
 
-def test_a_preempted_request_is_admitted_with_fewer_rows_again(both, dense):
+def test_a_preempted_request_is_admitted_with_fewer_rows_again(both, dense, monkeypatch):
+    both.lose_rows(monkeypatch)
     document = prompts(TOKENS, seed=204)[0]
     store(both, "stored-preempted", document)
     served = both.drive(

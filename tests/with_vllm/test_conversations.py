@@ -26,7 +26,7 @@ def served_both(model, dense, request, tmp_path_factory):
 def both(served_both):
     served_both.server.forget()
     for known in list(served_both.manager._known._known.values()):
-        served_both.manager._forget(known.place)
+        served_both.manager.forget(known.place)
     return served_both
 
 
@@ -291,7 +291,7 @@ def test_a_conversation_that_finds_no_room_lets_go_of_its_blocks(both, monkeypat
     both.assert_nothing_leaks()
 
 
-def test_a_preempted_turn_goes_on_with_the_same_rows_again(both, dense):
+def test_a_preempted_turn_goes_on_with_its_rows(both, dense):
     first, question = prompts(80, 9, seed=315)
     _, text = turn(both, "back-0", [], first, 200)
     both.server.forget()
@@ -303,7 +303,7 @@ def test_a_preempted_turn_goes_on_with_the_same_rows_again(both, dense):
     )["back-1"]
     (start,) = served.recomputed
     assert [served.rows[when] is not None for when in (0, start)] == [True, True]
-    dense.assert_equal(both.engine, [served], compressions=3)
+    dense.assert_equal(both.engine, [served], compressions=2)
     last, _ = turn(both, "back-2", served.prompt + served.tokens, question, 60)
     assert last.rows[0][0].shape[2] == (len(served.prompt) + 259) // 32 * 32
     dense.assert_equal(both.engine, [last], compressions=0)

@@ -17,7 +17,7 @@ def test_a_window_that_reaches_the_last_block_leaves_nothing(model, dense, trace
         both.dense, lengths, whole = dense, (120, 129, 130, 132, 134, 150, 196), set()
         for length in lengths:
             for known in list(both.manager._known._known.values()):
-                both.manager._forget(known.place)
+                both.manager.forget(known.place)
             served, text = turn(both, f"length-{length}", [], first, length)
             end = max(event["logical_len"] for event in both.engine.events_of(served.request_id))
             tokens = (len(text) - 1) // 32 * 32

@@ -5,7 +5,7 @@ token. Windows begin behind the prompt. So no plan rewrites or frees what a stor
 whole from a request that has lost rows. A packet may have fewer rows than tokens. The ledger of windows then counts the
 others as dropped before the request is given blocks, and everything goes on from there as after a window.
 
-They meet on purpose when a request ends: what windows left may be stored as a conversation. Then windows say how many
+They meet on purpose when a request ends or is preempted: what windows left may be stored. Then windows say how many
 rows stand for how many tokens.
 """
 
@@ -27,6 +27,10 @@ class _WithBoth(WithContexts):
         output = super().schedule(*args, **kwargs)
         output.kara.contexts = output.kv_connector_metadata.judged
         return output
+
+    def _is_lost(self, plan: Any, output: Any) -> bool:
+        leaving = {job.request_id for job in output.kv_connector_metadata.leaving}
+        return plan.request_id not in leaving and super()._is_lost(plan, output)
 
     def may_compress(self, request: Request) -> bool:
         choice = self._choose(request)

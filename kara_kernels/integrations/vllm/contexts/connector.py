@@ -29,6 +29,7 @@ from .grains import Grains
 from .halves import Reports, SchedulerHalf, Step, WorkerHalf
 from .manager import ContextManager
 from .objects import ObjectStore
+from .preempted import Preempted
 from .region import open_region, part_of, shape
 from .remote import SLOWEST, RemoteTier, measured
 from .settings import CONVERSATION, RemoteSettings, context_settings_of, may_drop
@@ -55,6 +56,11 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self.contexts: Any = None  # the scheduler's half
         self._worker: Any = None  # the workers' half
 
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A store that never comes is a context that is computed again."""
+        return False
+
     # ---------------------------------------------------------------------------------------- in the scheduler
 
     def bind_scheduler(self, scheduler: Any) -> None:
@@ -72,10 +78,8 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             lower.append((tier, self._remote))
         grains = Grains(count, grain)
         header = functools.partial(header_of, config, 0)
-        catalogue = Catalogue(
-            header, grains, settings.methods, settings.profile, drops=can_begin_without(config),
-            conversations=settings.conversations,
-        )  # fmt: skip
+        windows = can_begin_without(config)
+        catalogue = Catalogue(header, grains, settings.methods, settings.profile, windows=windows)
         manager = ContextManager(
             grains=grains, block_size=config.cache_config.block_size, workers=workers,
             catalogue=catalogue, alpha=settings.alpha, floor=settings.floor, half_life=settings.half_life,
@@ -89,6 +93,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             manager,
             None if settings.remote is None else Sharing(manager, self._remote, wait=settings.remote.wait),
             Conversations(manager, scheduler) if settings.conversations else None,
+            Preempted(manager, scheduler) if windows else None,
             computed=lambda name: scheduler.requests[name].num_computed_tokens,
             blocks=lambda name: scheduler.kv_cache_manager.get_block_ids(name)[0],
             default=settings.default,
@@ -151,7 +156,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         rank = config.parallel_config.rank
         self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
-        worker.warm_up([*self._settings.methods, *[CONVERSATION] * self._settings.conversations])
+        worker.warm_up([*self._settings.methods, *[CONVERSATION] * can_begin_without(config)])
         self._worker = WorkerHalf(worker)
 
     def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any, scale: float) -> None:

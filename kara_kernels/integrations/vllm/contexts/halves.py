@@ -18,10 +18,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
+from .admission import Admission
 from .catalogue import Way
 from .conversations import Conversations
 from .jobs import Ended, Load, Store
-from .manager import GPU, Admission, ContextManager, Place
+from .manager import GPU, ContextManager, Place
+from .preempted import Preempted
 from .requests import Asked, asked_of
 from .scheduler import salt
 from .sharing import Sharing
@@ -39,6 +41,8 @@ class Step(KVConnectorMetadata):
     stores: list[Store] = field(default_factory=list)
     """After the step's forward pass, which may write their last rows."""
     loads: list[Load] = field(default_factory=list)
+    leaving: list[Store] = field(default_factory=list)
+    """Of requests that have lost their blocks: before the step, which may overwrite them."""
     flush: list[int] = field(default_factory=list)
     """Stores that must have ended before the step, because their blocks are overwritten by it."""
     judged: dict[str, int] = field(default_factory=dict)
@@ -79,17 +83,19 @@ class SchedulerHalf:
     Args:
         sharing: lookups and offers of a remote tier, if there is one.
         conversations: of requests that windows compress, if they are to be stored.
+        preempted: what windows left of preempted requests, if there are windows.
         computed: tokens of a request whose rows are written when the step that is being built begins.
         blocks: ids of a request's blocks.
     """
 
     def __init__(
-        self, manager: ContextManager, sharing: Sharing | None = None, conversations: Conversations | None = None, *,
+        self, manager: ContextManager, sharing: Sharing | None = None, conversations: Conversations | None = None,
+        preempted: Preempted | None = None, *,
         computed: Callable[[str], int], blocks: Callable[[str], list[int]], default: str,
     ) -> None:  # fmt: skip
         self.manager, self._computed, self._blocks, self._default = manager, computed, blocks, default
-        self._sharing, self._conversations = sharing, conversations
-        self._undecided: set[str] = set()  # requests that must ask again, because the remote tier has not answered
+        self._sharing, self._conversations, self._preempted = sharing, conversations, preempted
+        self._undecided: set[str] = set()  # requests that must ask again: the remote tier or a store has not answered
         self._asked: dict[str, Asked] = {}
         self._places: dict[str, tuple[Place, Sequence[int]]] = {}  # to be stored once computed, and the prompt's tokens
         self._unjudged: dict[str, int] = {}  # the tokens that requests had before their first step
@@ -141,8 +147,16 @@ class SchedulerHalf:
         if self._sharing is not None and self._sharing.is_looking(request.request_id, local):
             self._undecided.add(request.request_id)
             return None
+        if self._preempted is not None and (left := self._preempted.place(request)) is not None:
+            if self.manager.transfers.storing(request.request_id):  # its end has not been heard of
+                self._undecided.add(request.request_id)
+                return None
+            if (admission := self.manager.admissions.resume(left, local)) is not None:
+                return admission
         may_go_on = self._conversations is not None and request.request_id in self._conversations
-        return self.manager.admit(request.block_hashes, request.num_prompt_tokens, local, asked.forced, may_go_on)
+        return self.manager.admissions.find(
+            request.block_hashes, request.num_prompt_tokens, local, asked.forced, may_go_on
+        )
 
     def admit(self, request: Request, admission: Admission, source: str) -> None:
         """``source``: the tier of the packet, or ``GPU`` if its rows are in the engine's cache already."""
@@ -162,18 +176,25 @@ class SchedulerHalf:
     def allocated(self, request: Request, blocks: list[int]) -> None:
         """The request has blocks. It is called once more when they have been loaded."""
         source = self._entering.pop(request.request_id, None)
-        if source is None:
-            return
+        if source is not None:
+            self._enter(request, source, blocks)
+        if self._preempted is not None:
+            self._preempted.forget(request.request_id)
+
+    def _enter(self, request: Request, source: str, blocks: list[int]) -> None:
         admission = self._admitted[request.request_id]
         if source != GPU:
             count = -(-admission.way.step.rows // self.manager.block_size)
             self.manager.load(request.request_id, admission, blocks[:count])
+        if self._preempted is not None and admission.place == self._preempted.place(request):
+            self.manager.counts["resumed", source] += 1
+            return
         way, left = None if source == GPU else admission.way, request.num_tokens - admission.place.tokens
         if self._asked[request.request_id].forced is None:  # measuring a context is no use of it
             self.manager.used(admission.place, source, ids_of(request))
             if self._sharing is not None:
                 self._sharing.used(admission.place.key)
-            self._hit(request, admission, self.manager.seconds(left, way, source))
+            self._hit(request, admission, self.manager.admissions.seconds(left, way, source))
         self._expect(request, source, left, way)
 
     def build(self, output: Any) -> Step:
@@ -196,7 +217,14 @@ class SchedulerHalf:
             if admission is None or admission.exact:  # rows that lost something are not stored a second time
                 blocks = self._blocks(name)[: place.tokens // self.manager.block_size]
                 self.manager.offer(name, place, blocks, ids, computed if name in step.judged else None)
-        step.stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
+        if self._preempted is not None:
+            self._preempted.offer()
+        stores, step.loads = self.manager.step(output.total_num_scheduled_tokens)
+        for job in stores:
+            leaves = self._preempted is not None and job.request_id in self._preempted.leaving
+            (step.leaving if leaves else step.stores).append(job)
+        if self._preempted is not None:
+            self._preempted.gone()
         for name in self._ended:
             self.manager.rows.forget(name, but_due=not self._short)
         self._short = False
@@ -215,6 +243,12 @@ class SchedulerHalf:
         only waits for room to be stored is given up in this step."""
         self._short = True
         return bool(self._ended)
+
+    def preempted(self, request: Request) -> None:
+        """A request is about to lose its blocks."""
+        asked = self._asked[request.request_id]
+        if self._preempted is not None and asked.on and asked.forced is None and not request.resumable:
+            self._preempted.leaves(request, self._blocks(request.request_id))
 
     def let_go(self) -> list[str]:
         """Requests that have ended, and whose blocks nothing reads any more. Each is named once."""
@@ -235,6 +269,8 @@ class SchedulerHalf:
         ):  # fmt: skip
             of_request.pop(name, None)
         self.manager.rows.forget(name)
+        if self._preempted is not None:
+            self._preempted.forget(name)
         if self._conversations is not None:
             self._conversations.ended(request, self._blocks(name))
         if held := self.manager.rows.hold(name):
@@ -289,7 +325,7 @@ class SchedulerHalf:
 
     def _expect(self, request: Request, source: str, computed: int, way: Way | None = None) -> None:
         if not request.num_output_tokens:
-            predicted = self.manager.seconds(computed, way, source)
+            predicted = self.manager.admissions.seconds(computed, way, source)
             self._silent[request.request_id] = Silent(request.arrival_time, source, predicted)
 
 
@@ -301,7 +337,9 @@ class WorkerHalf:
         self._reports = Reports()
 
     def flush(self, step: Step) -> None:
-        self.worker.flush(step.flush)
+        for job in step.leaving:
+            self.worker.submit(job)
+        self.worker.flush([*step.flush, *(job.number for job in step.leaving)])
 
     def load(self, step: Step) -> None:
         for job in step.loads:

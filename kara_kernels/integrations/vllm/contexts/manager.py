@@ -6,20 +6,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from kara_kernels.contexts.directory import Copy, Transfer, read_snapshot
 from kara_kernels.contexts.keeper import Keeper
 from kara_kernels.contexts.utility import Context, Tier
 
-from .catalogue import Catalogue, Way
+from .admission import Admission, Admissions
+from .catalogue import Catalogue
 from .closed import ClosedTiers
 from .gauges import Gauges
 from .grains import Grains
 from .jobs import Ended, Load, Store
 from .known import Known, KnownContexts, Place, SeenPrompts
 from .rates import Rates
-from .requests import Forced
 from .reset import Reset
 from .rows import FullRows, RowsAtHand
 from .settings import needs_queries
@@ -28,34 +27,6 @@ from .transfers import RAM, LowerTier, Transfers
 GPU = "gpu"
 SEEN = 65_536  # block hashes that are remembered, to find what requests share
 MOVES = {"cut", "evict", "given_up"}  # of the keeper's counts
-
-
-class Admission(NamedTuple):
-    """A request whose context is stored."""
-
-    place: Place
-    way: Way
-    copy: int
-    tier: str
-
-    @property
-    def packet(self) -> str:
-        """Requests with the same one are given the same rows."""
-        return f"{self.way.method} {self.way.step.sections} {self.copy}"
-
-    @property
-    def exact(self) -> bool:
-        """Whether the packet lost nothing."""
-        return self.way.form == "exact" and not self.dropped
-
-    @property
-    def dropped(self) -> int:
-        """Tokens of the context that have no rows."""
-        return self.place.tokens - self.way.step.rows
-
-    @property
-    def nbytes(self) -> int:
-        return self.way.step.nbytes
 
 
 class ContextManager:
@@ -89,6 +60,9 @@ class ContextManager:
         most = staging or grains.count  # grains of a packet: it must be able to pass through
         self._known = KnownContexts(catalogue, grains, most, floor, self.rates)
         self._seen = SeenPrompts(SEEN)
+        self.admissions = Admissions(
+            self._known, self.keeper, self.transfers, catalogue, self.rates, self.counts, block_size
+        )  # fmt: skip
         self.rows = RowsAtHand(self.keeper, self.transfers.storing)
         self.closed = ClosedTiers(self.keeper, self._tiers, self.counts)
         self.reset = Reset(self._known, self.keeper, self.transfers, self.rows, self.counts)
@@ -108,35 +82,6 @@ class ContextManager:
         if blocks * self.block_size < max(1, self.min_tokens):
             return None
         return Place(hashes[blocks - 1], blocks * self.block_size)
-
-    def admit(
-        self, hashes: Sequence[bytes], prompt_tokens: int, local: int, forced: Forced | None = None,
-        conversations: bool = False,
-    ) -> Admission | None:  # fmt: skip
-        """The longest stored context that a prompt begins with, if it is longer than the ``local`` tokens in the
-        engine's own cache, and loading it takes less time than computing the rest of it. Or, ``forced``, one that has
-        a certain compression, whatever it takes. ``conversations``: one of these, too."""
-        local = 0 if forced is not None else local
-        for blocks in range((prompt_tokens - 1) // self.block_size, local // self.block_size, -1):
-            place = self._known.place(hashes[blocks - 1])
-            if place is None or (place.rows is not None and not conversations):
-                continue
-            copy = self.keeper.get(place.key)
-            if copy is None or self.transfers.is_resting(copy.tier):
-                continue
-            way = self._known.way(place, copy.option)
-            if forced is not None:
-                if copy.option.method == forced.method:
-                    way = self.catalogue.cut(place.key, place.tokens, way, forced.ratio)
-                    return Admission(place, way, copy.number, copy.tier)
-                continue
-            loading = self.seconds(0, way, copy.tier)
-            if self.rates.prefill and loading >= self.seconds(place.tokens - local):
-                self.counts["slower",] += 1
-                self.rates.fade(way.form, copy.tier)
-                continue
-            return Admission(place, way, copy.number, copy.tier)
-        return None
 
     def adopt(self, place: Place, tier: str, method: str, nbytes: int, ids: Sequence[int]) -> Copy | None:
         """Takes over a packet that another server has written to a tier, or as much of it as would be written here.
@@ -164,14 +109,6 @@ class ContextManager:
         self.counts["hit_tokens", source] += place.tokens
         self.keeper.use(place.key, self._clock())
         self._renew(place, ids)
-
-    def seconds(self, computed: int, way: Way | None = None, tier: str = RAM) -> float:
-        """What computing tokens, and loading a packet from a tier, is expected to take."""
-        computing = computed * self.rates.prefill
-        if way is None:
-            return computing
-        reading = way.step.nbytes * self.rates.read.get(tier, 0.0)
-        return computing + reading + self.rates.to_load(way.form, way.step.rows)
 
     def load(self, request_id: str, admission: Admission, blocks: Sequence[int]) -> None:
         """Begins a load into ``blocks``."""
@@ -299,12 +236,14 @@ class ContextManager:
         """A new context is known. One that ends with the same block has to go, and perhaps the oldest."""
         other = self._known.place(known.place.block_hash)
         if other is not None and other != known.place:
-            self._forget(other)
+            self.forget(other)
         self._known.add(known)
         if len(self._known) > SEEN:
-            self._forget(self._known.oldest.place)
+            self.forget(self._known.oldest.place)
 
-    def _forget(self, place: Place) -> None:
-        self._known.remove(place)
+    def forget(self, place: Place) -> None:
+        """Forgets a context, known or not."""
+        if self._known.place(place.block_hash) == place:
+            self._known.remove(place)
         self.rows.pop(place.key, None)
         self.keeper.remove(place.key)

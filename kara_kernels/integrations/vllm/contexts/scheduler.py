@@ -71,6 +71,11 @@ class WithContexts(_Mixin):
         ``written`` have been computed. None: all of them have rows, or a window reaches further."""
         return None
 
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        if not drop_stale_output:  # else the rows are not to be used again: the model's weights may have changed
+            self.connector.contexts.preempted(request)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
     def update_from_output(self, *args: Any) -> Any:
         outputs = super().update_from_output(*args)
         for name in self.connector.contexts.let_go():

@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 COUNTERS = {
     "hits": (("source",), "Requests admitted with rows of a packet: its tier, or gpu if they were there already."),
     "hit_tokens": (("source",), "Prompt tokens that were not computed for these requests."),
+    "resumed": (("source",), "Preempted requests that went on with the rows that windows had left of them."),
     "saves_failed": ((), "Times the directory of contexts on disk could not be written."),
     "closed": (("tier",), "Times a tier could not be written and was given nothing for a while."),
     "refused": ((), "Contexts that were not stored: one may not take so much memory, or nothing may be stored of it."),

@@ -158,8 +158,7 @@ class KaraScheduler(Scheduler):
             self._counts["urgent_compressions"] += len(urgent)
             plans += urgent
         output = super().schedule(*args, **kwargs)
-        # A request that vLLM preempts in this step has lost the blocks of its plan.
-        plans = [plan for plan in plans if self._ledger.windows(plan.request_id)]
+        plans = [plan for plan in plans if not self._is_lost(plan, output)]
         self._start(output)
         dropped = {name: n for name in output.num_scheduled_tokens if (n := self._ledger.dropped(name))}
         alone = {name for name in output.num_scheduled_tokens if self.requests[name].kara.own is None}
@@ -170,6 +169,10 @@ class KaraScheduler(Scheduler):
         self._counts[f"{would}tokens_dropped"] += sum(plan.physical_len - plan.new_len for plan in plans)
         self._counts[f"{would}blocks_freed"] += sum(len(plan.freed) for plan in plans)
         return output
+
+    def _is_lost(self, plan: Plan, output: SchedulerOutput) -> bool:
+        """Whether nobody will read what a plan leaves: vLLM has preempted its request in this step."""
+        return not self._ledger.windows(plan.request_id)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the size of a chunk. A preempted text is recomputed up to its next window only, so that
