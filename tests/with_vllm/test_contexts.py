@@ -1,10 +1,13 @@
 """Contexts in vLLM: what is admitted out of packets, against a dense model that is fed the rows of the same packets."""
 
 import random
+import time
 
 import pytest
 from contexts_harness import serving
 from harness import MODES, prompts
+
+from kara_kernels.integrations.vllm.contexts.halves import PAUSE
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -23,6 +26,21 @@ def test_rows_of_a_packet_answer_as_a_dense_model_with_them(server):
     assert server.manager.counts["hits", "ram"] == 1
     assert server.manager.counts["hits", "gpu"] == 2
     assert server.ask(document + questions[0], contexts=False) == exact
+    server.assert_nothing_leaks()
+
+
+def test_an_engine_that_computes_nothing_lets_a_load_run(server, monkeypatch):
+    """Instead of asking for its end all the time, on the core that it needs."""
+    (document,) = prompts(137, seed=5)
+    server.ask(document, context_tokens=128)
+    server.forget()
+    load, build, steps = server.worker._load, server.connector.contexts.build, []
+    monkeypatch.setattr(server.worker, "_load", lambda job: (time.sleep(0.5), load(job)))
+    monkeypatch.setattr(server.connector.contexts, "build", lambda output: (steps.append(output), build(output))[1])
+    began = time.perf_counter()
+    assert server.ask(document, context_tokens=128) == [server.judge(document, 128)]
+    idle = sum(not output.total_num_scheduled_tokens for output in steps)
+    assert 10 < idle < (time.perf_counter() - began) / PAUSE + 5
     server.assert_nothing_leaks()
 
 

@@ -60,6 +60,8 @@ def test_rows_of_the_old_weights_are_never_admitted(server):
 
 def test_what_is_being_stored_is_dropped(server, monkeypatch):
     """Of a request that runs, and loses its blocks by the reset."""
+    if server.core.batch_queue is not None:
+        pytest.skip("a step is always in flight while a store runs, and vLLM then resets nothing")
     (prompt,) = prompts(265, seed=401)
     gate, ended = held_back(monkeypatch, server, "_store"), server.manager.counts["jobs", "store", "ok"]
     add(server, "running", prompt, 20)
@@ -98,8 +100,9 @@ def test_while_rows_are_loaded_a_reset_fails(server, monkeypatch):
         server.llm.llm_engine.step()
     assert server.connector.reset_cache() is False
     assert not reset(server)
-    with pytest.raises(RuntimeError, match="waiting for remote KV transfer"):
-        reset(server, running=True)
+    if server.core.batch_queue is None:
+        with pytest.raises(RuntimeError, match="waiting for remote KV transfer"):
+            reset(server, running=True)
     gate.set()
     finish(server)
     assert not is_stored(server, prompt)

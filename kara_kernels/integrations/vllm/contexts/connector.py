@@ -177,7 +177,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.store(self._get_connector_metadata())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        return self._worker.results()
+        return self._worker.results(self._get_connector_metadata())
 
     def build_connector_worker_meta(self) -> Reports | None:
         return self._worker.report()

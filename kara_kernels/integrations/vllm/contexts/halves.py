@@ -32,12 +32,15 @@ from .worker import ContextWorker
 
 logger = init_logger("vllm.kara")
 MOST = 2**31 - 1
+PAUSE = 0.01  # seconds: what a request that arrives now may wait
 
 
 @dataclass
 class Step(KVConnectorMetadata):
     """Work that begins with one step of the engine."""
 
+    idle: bool = False
+    """The step computes nothing."""
     stores: list[Store] = field(default_factory=list)
     """After the step's forward pass, which may write their last rows."""
     loads: list[Load] = field(default_factory=list)
@@ -198,7 +201,7 @@ class SchedulerHalf:
         self._expect(request, source, left, way)
 
     def build(self, output: Any) -> Step:
-        step = Step()
+        step = Step(idle=not output.total_num_scheduled_tokens)
         for name in output.preempted_req_ids or ():
             step.flush += self.manager.transfers.storing(name)
             self.manager.rows.forget(name)
@@ -349,7 +352,11 @@ class WorkerHalf:
         for job in step.stores:
             self.worker.submit(job)
 
-    def results(self) -> KVConnectorTransferResults:
+    def results(self, step: Step) -> KVConnectorTransferResults:
+        """What has ended. An engine that computes nothing asks again at once. That would take the core, and Python's
+        lock, from the load that it waits for."""
+        if step.idle:
+            self.worker.wait_for_load(PAUSE)
         received, failed = set(), set()
         for job, ended in self.worker.ended():
             self._reports.ended[job.number] = ended

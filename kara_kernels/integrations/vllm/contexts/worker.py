@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import Any
 
@@ -84,6 +84,11 @@ class ContextWorker:
     def flush(self, numbers: Sequence[int]) -> None:
         """Waits until these jobs have ended. Those that were never submitted here are left out."""
         wait([self._running[number][1] for number in numbers if number in self._running])
+
+    def wait_for_load(self, seconds: float) -> None:
+        """Waits until a load has ended, if any runs."""
+        loads = [future for job, future in self._running.values() if isinstance(job, Load)]
+        wait(loads, seconds, FIRST_COMPLETED)
 
     def ended(self) -> list[tuple[Store | Load, Ended]]:
         """Jobs that ended since the last call."""
