@@ -17,6 +17,8 @@ CASES = [
     "test_equal.py::test_aborted_requests_leave_nothing[asynchronous]",
     "test_both.py::test_a_preempted_request_is_admitted_and_compressed_again[asynchronous-computed first]",
     "test_contexts_dropped.py::test_a_preempted_request_is_admitted_with_fewer_rows_again[asynchronous]",
+    "test_preempted.py::test_a_preempted_request_goes_on_with_its_rows[asynchronous-twice]",
+    "test_preempted.py::test_what_a_window_leaves_in_the_step_of_the_preemption_counts[synchronous]",
 ]
 
 
