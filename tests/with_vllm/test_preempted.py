@@ -171,3 +171,23 @@ def test_nobody_else_is_given_the_rows(both, dense):
     assert looked
     dense.assert_equal(both.engine, served.values(), compressions=1)
     both.assert_nothing_leaks()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_are_stored_before_others_overwrite_them(model, dense, trace, mode, monkeypatch):
+    """Blocks for two requests of four, and stores that take longer than steps."""
+    texts = prompts(90, 70, 110, 80, seed=440)
+    with serving_both(
+        model, trace, TAILED, ON, mode=mode, max_num_batched_tokens=64, num_gpu_blocks_override=20, max_model_len=512
+    ) as both:
+        both.dense = dense
+        both.take_longer(monkeypatch, store=0.2)
+        events = {
+            3 * i: lambda both, i=i, prompt=prompt: both.add(f"short {i}", prompt, 240)
+            for i, prompt in enumerate(texts)
+        }
+        served = both.drive(events)
+        assert resumed(both) >= 2
+        dense.assert_equal(both.engine, served.values(), compressions=1)
+        assert stored(both) == []
+        both.assert_nothing_leaks()
