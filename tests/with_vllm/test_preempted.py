@@ -42,9 +42,13 @@ def preempted(both, name, *steps, tokens=260, seed=0, before=lambda both: None, 
     return served, resumed(both) - count
 
 
-@pytest.mark.parametrize("steps", [(160,), (130, 210), (100, 112)], ids=["once", "twice", "soon"])
-def test_a_preempted_request_goes_on_with_its_rows(both, dense, steps):
-    served, count = preempted(both, f"on {steps}", *steps, seed=400 + len(steps))
+@pytest.mark.parametrize(
+    ("steps", "own"),
+    [((160,), ...), ((130, 210), ...), ((100, 112), ...), ((160,), {"keep": 20})],
+    ids=["once", "twice", "soon", "a part of a block"],
+)
+def test_a_preempted_request_goes_on_with_its_rows(both, dense, steps, own):
+    served, count = preempted(both, f"on {steps} {own}", *steps, seed=400 + len(steps), own=own)
     assert count == len(steps)
     for start in served.recomputed:
         keys, _, places = served.rows[start]
