@@ -335,9 +335,13 @@ class Engine:
             return request.window, policy.least_keep
         return policy.least_window, max(1, policy.least_keep * policy.least_window // policy.window)
 
+    def _protected(self, request: Request) -> int:
+        """Rows that are never compressed: of the prompt, or those that the request was admitted with."""
+        return max(max(request.prompt_len, self.policy.protected) - request.away, request.came)
+
     def _squeezable(self, request: Request) -> bool:
         """Whether compressing survivors once more would free a block."""
-        start = max(request.squeezed, self._first_owned(request) * self.page, request.prompt_len, self.policy.protected)
+        start = max(request.squeezed, self._first_owned(request) * self.page, self._protected(request))
         window, _ = self._least(request, request.frontier - start)
         keep = max(1, window * self.policy.least_keep // self.policy.keep)
         freed = len(request.blocks) - -(-(request.length - window + keep) // self.page)
@@ -659,7 +663,7 @@ class Engine:
             # The oldest possible window: the row before it is not available, or its query is not in the ring.
             before = start - 1
             assert (
-                before < max(max(request.prompt_len, policy.protected) - request.away, request.came)
+                before < self._protected(request)
                 or rows[before] in request.looked_at
                 or before < self._first_owned(request) * page
                 or (policy.attention == "causal" and rows[before] not in request.recorded[-self.ring.rows :])
@@ -702,8 +706,7 @@ class Engine:
             assert not window & twice, "a token is looked at three times"
             assert min(window) >= max(request.prompt_len, policy.protected), "the window swallows the prompt"
             before = start - 1
-            protected = max(request.prompt_len, policy.protected) - request.away
-            assert before < protected or rows[before] in twice or before < first_owned
+            assert before < self._protected(request) or rows[before] in twice or before < first_owned
         judges = recorded[-self._judges_of(request) :]
         assert plan.num_queries == len(judges) > 0
         assert plan.last_query * policy.query_stride == judges[-1]
