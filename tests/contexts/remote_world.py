@@ -178,7 +178,7 @@ class Server:
         lower: list[tuple[Tier, Any]] = [(Tier("disk", disk * GRAIN, 1e9), Shelf(self.rows))] if disk else []
         lower.append((Tier(REMOTE, CAPACITY, 1e9), self.tier))
         self.manager = ContextManager(
-            grains=region, block_size=BLOCK, workers=1, catalogue=Catalogue(header, region, windows=True),
+            grains=region, block_size=BLOCK, workers=1, catalogue=Catalogue(header, region, windows=True, left=True),
             clock=clock, alpha=100.0, floor=0.9, half_life=100.0, min_tokens=2 * BLOCK, lower=lower,
         )  # fmt: skip
         self.manager.rates.prefill = 1e-2

@@ -49,7 +49,7 @@ def manager(
 ) -> ContextManager:  # fmt: skip
     given = {"alpha": 100.0, "floor": 0.9, "half_life": 100.0, "min_tokens": 2 * BLOCK} | options
     region = Grains(grains, 512)
-    catalogue = Catalogue(header, region, methods, profile, windows=True)
+    catalogue = Catalogue(header, region, methods, profile, windows=True, left=True)
     some = ContextManager(
         grains=region, block_size=BLOCK, workers=workers, catalogue=catalogue, clock=lambda: 0.0, **given
     )  # type: ignore[arg-type]

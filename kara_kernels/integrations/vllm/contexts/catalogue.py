@@ -50,7 +50,8 @@ class Catalogue:
     Args:
         header: ``header(key, tokens, method)``: what packets of a context say.
         methods: those that may be used.
-        windows: whether requests may begin with fewer rows than tokens, as scorers or windows leave them.
+        windows: whether requests may begin with fewer rows than tokens.
+        left: whether they may begin with rows that windows left.
         profile: a file of ``python -m kara_kernels.contexts profile``, which need not exist yet. It is read again when
             it changes.
 
@@ -65,13 +66,13 @@ class Catalogue:
 
     def __init__(
         self, header: Callable[[str, int, str], Header], grains: Grains, methods: Sequence[str] = (SAFEST,),
-        profile: str | None = None, windows: bool = False,
+        profile: str | None = None, windows: bool = False, left: bool = False,
     ) -> None:  # fmt: skip
         self._header = functools.lru_cache(HEADERS)(header)  # one takes a quarter of a millisecond, and hits need it
         self._grains, self._methods = grains, tuple(methods)
         self.judges = any(needs_queries(method) for method in self._methods)
         self._known_methods = [method for method in METHODS if windows or not may_drop(method)]
-        self._known_methods += [CONVERSATION] * windows
+        self._known_methods += [CONVERSATION] * left
         self._file = None if profile is None else WatchedFile(profile)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kara-profile")
         self._reading: Future[Profile] | None = None

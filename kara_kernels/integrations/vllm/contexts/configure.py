@@ -105,6 +105,8 @@ def _refuse(config: Any) -> None:
     refused, settings = found_in(config, UNSUPPORTED), context_settings_of(config)
     if (dropping := [method for method in settings.methods if may_drop(method)]) and not can_begin_without(config):
         refused.append(f'{", ".join(dropping)} without windows that move rows ("kara": {{"default": "off"}})')
+    if settings.preempted and not can_begin_without(config):
+        refused.append('preempted without windows that move rows ("kara": {...}, and not "shadow")')
     if settings.conversations and not can_begin_without(config):
         refused.append('conversations without windows that move rows ("kara": {...}, and not "shadow")')
     if settings.remote is not None:

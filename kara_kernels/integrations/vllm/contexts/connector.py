@@ -79,7 +79,10 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         grains = Grains(count, grain)
         header = functools.partial(header_of, config, 0)
         windows = can_begin_without(config)
-        catalogue = Catalogue(header, grains, settings.methods, settings.profile, windows=windows)
+        catalogue = Catalogue(
+            header, grains, settings.methods, settings.profile, windows=windows,
+            left=settings.conversations or settings.preempted,
+        )  # fmt: skip
         manager = ContextManager(
             grains=grains, block_size=config.cache_config.block_size, workers=workers,
             catalogue=catalogue, alpha=settings.alpha, floor=settings.floor, half_life=settings.half_life,
@@ -93,7 +96,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             manager,
             None if settings.remote is None else Sharing(manager, self._remote, wait=settings.remote.wait),
             Conversations(manager, scheduler) if settings.conversations else None,
-            Preempted(manager, scheduler) if windows else None,
+            Preempted(manager, scheduler) if settings.preempted else None,
             computed=lambda name: scheduler.requests[name].num_computed_tokens,
             blocks=lambda name: scheduler.kv_cache_manager.get_block_ids(name)[0],
             default=settings.default,
@@ -156,7 +159,9 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         rank = config.parallel_config.rank
         self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
-        worker.warm_up([*self._settings.methods, *[CONVERSATION] * can_begin_without(config)])
+        worker.warm_up(
+            [*self._settings.methods, *[CONVERSATION] * (self._settings.conversations or self._settings.preempted)]
+        )
         self._worker = WorkerHalf(worker)
 
     def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any, scale: float) -> None:

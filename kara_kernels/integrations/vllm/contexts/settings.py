@@ -137,6 +137,8 @@ class ContextSettings:
     """A file that gets a line of JSON for each event of a context."""
     conversations: bool = False
     """Whether the next turn goes on with the rows that windows left of a request."""
+    preempted: bool = False
+    """Whether a preempted request goes on with the rows that windows left of it. Experimental."""
 
     def __post_init__(self) -> None:
         check_number("ram_gib", self.ram_gib, 1e-6, 2**20)
@@ -150,6 +152,7 @@ class ContextSettings:
         if self.trace is not None and (not isinstance(self.trace, str) or not self.trace):
             raise TypeError(f"trace: expected a file name, got {self.trace!r}")
         check_flag("conversations", self.conversations)
+        check_flag("preempted", self.preempted)
         if self.disk is not None:
             _check_disk(self.disk)
         if self.remote is not None and not isinstance(self.remote, RemoteSettings):
