@@ -96,9 +96,7 @@ class Directory:
         None: no room, or something is being written already."""
         check_name("key", key)
         check_choice("tier", tier, tuple(self._tiers))
-        entry = self._entries.get(key)
-        writing = entry is not None and entry.arriving is not None
-        if writing or not self._has_room(tier, check_option(option).nbytes):
+        if self.is_arriving(key) or not self._has_room(tier, check_option(option).nbytes):
             return None
         return self._begin(None, key, tier, option)
 

@@ -105,10 +105,9 @@ def _refuse(config: Any) -> None:
     refused, settings = found_in(config, UNSUPPORTED), context_settings_of(config)
     if (dropping := [method for method in settings.methods if may_drop(method)]) and not can_begin_without(config):
         refused.append(f'{", ".join(dropping)} without windows that move rows ("kara": {{"default": "off"}})')
-    if settings.preempted and not can_begin_without(config):
-        refused.append('preempted without windows that move rows ("kara": {...}, and not "shadow")')
-    if settings.conversations and not can_begin_without(config):
-        refused.append('conversations without windows that move rows ("kara": {...}, and not "shadow")')
+    for name in ("preempted", "conversations"):
+        if getattr(settings, name) and not can_begin_without(config):
+            refused.append(f'{name} without windows that move rows ("kara": {{...}}, and not "shadow")')
     if settings.remote is not None:
         refused += [f"{what} beside a remote tier" for what in _found_ambiguous(config)]
     if not config.cache_config.enable_prefix_caching:

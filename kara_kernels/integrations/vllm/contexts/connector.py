@@ -78,10 +78,9 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
             lower.append((tier, self._remote))
         grains = Grains(count, grain)
         header = functools.partial(header_of, config, 0)
-        windows = can_begin_without(config)
         catalogue = Catalogue(
-            header, grains, settings.methods, settings.profile, windows=windows,
-            left=settings.conversations or settings.preempted,
+            header, grains, settings.methods, settings.profile, windows=can_begin_without(config),
+            left=settings.keeps_left,
         )  # fmt: skip
         manager = ContextManager(
             grains=grains, block_size=config.cache_config.block_size, workers=workers,
@@ -159,9 +158,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         rank = config.parallel_config.rank
         self._region = open_region(config, self._settings, rank)
         worker = ContextWorker(cache, part_of(self._region, self._settings), model_of(config, rank))
-        worker.warm_up(
-            [*self._settings.methods, *[CONVERSATION] * (self._settings.conversations or self._settings.preempted)]
-        )
+        worker.warm_up([*self._settings.methods, *[CONVERSATION] * self._settings.keeps_left])
         self._worker = WorkerHalf(worker)
 
     def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any, scale: float) -> None:

@@ -86,7 +86,7 @@ class SchedulerHalf:
     Args:
         sharing: lookups and offers of a remote tier, if there is one.
         conversations: of requests that windows compress, if they are to be stored.
-        preempted: what windows left of preempted requests, if there are windows.
+        preempted: what windows left of preempted requests, if it is to be stored.
         computed: tokens of a request whose rows are written when the step that is being built begins.
         blocks: ids of a request's blocks.
     """

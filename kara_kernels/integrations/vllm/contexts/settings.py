@@ -140,6 +140,11 @@ class ContextSettings:
     preempted: bool = False
     """Whether a preempted request goes on with the rows that windows left of it. Experimental."""
 
+    @property
+    def keeps_left(self) -> bool:
+        """Whether what windows left is stored."""
+        return self.conversations or self.preempted
+
     def __post_init__(self) -> None:
         check_number("ram_gib", self.ram_gib, 1e-6, 2**20)
         check_number("alpha", self.alpha, 0, 1e9)
