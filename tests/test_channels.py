@@ -89,7 +89,7 @@ def test_the_kernel_agrees_with_the_reference(drawn: Any) -> None:
     a = check_channels(query, keys, table, tokens, 1)
     scores, exact = torch.full((len(keys), *keys[0].shape[2:]), math.nan), channel_scores(a)
 
-    def go(backend: str, room: torch.Tensor, q: Any, k: Any, t: torch.Tensor) -> None:
+    def go(room: torch.Tensor, q: Any, k: Any, t: torch.Tensor, backend: str) -> None:
         launch_channels(room, check_channels(q, k, t, tokens, 1))
 
     lent(go)(scores, query, keys, table, backend="triton") if ON_GPU else launch_channels(scores, a)

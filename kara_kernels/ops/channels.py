@@ -45,14 +45,15 @@ def channel_kernel(
         asked += x * x
     base = layer_pointer(k_ptr, k_table, stride_k_l, layer) + head * stride_k_h
     pool = PagedRows(base, block_table_ptr, 0, stride_k_b, stride_k_p)
+    FP8: tl.constexpr = K.fp8  # Triton 3.6 passes on no string that it takes out of a tuple
     held = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for first in range(0, tokens, BLOCK_R):
         token = first + offs_r
         block = tl.load(block_table_ptr + token // K.page, mask=token < tokens, other=0)
         row = row_pointer(pool, block, token % K.page, K)
         keys = tl.load(row[:, None] + offs_d[None, :], mask=(token < tokens)[:, None] & dims, other=0)
-        if K.fp8 is not None:
-            keys = fp8_to_float(keys, K.fp8, tl.float32)
+        if FP8 is not None:
+            keys = fp8_to_float(keys, FP8, tl.float32)
         keys = keys.to(tl.float32)
         held += keys * keys
     score = (tl.sum(asked, 0) / query_rows) * (tl.sum(held, 0) / tokens)

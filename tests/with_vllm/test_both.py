@@ -9,7 +9,7 @@ import pytest
 import torch
 from both_harness import serving_both
 from contexts_harness import ON
-from harness import KARA, MODES, asynchronous, configure, prompts
+from harness import KARA, MODES, ON_GPU, asynchronous, configure, prompts
 from prometheus_client import REGISTRY
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -34,7 +34,8 @@ def served_both(model, mode, tmp_path_factory):
 
 def test_vllm_is_given_what_does_both(model, mode):
     with asynchronous() if mode == "asynchronous" else nullcontext():
-        config = configure(model, None, additional_config={"kara": KARA, "contexts": ON})
+        options = {"async_scheduling": mode == "asynchronous"} if ON_GPU else {}
+        config = configure(model, None, additional_config={"kara": KARA, "contexts": ON}, **options)
         for _ in range(2):
             name = config.scheduler_config.scheduler_cls
             assert name == hook.SCHEDULERS_OF_BOTH[mode == "asynchronous"]

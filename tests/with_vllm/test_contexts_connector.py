@@ -90,7 +90,7 @@ PLACES = "--additional-config (contexts) and --kv-transfer-config (kv_connector_
     [
         (named({"floors": 1}), None, "contexts: floors: expected one of ram_gib, "),
         (named({"floor": 2}), None, "contexts: floor: expected 0..1, got 2"),
-        (named({"profile": "README.md"}), None, "contexts: profile: README.md: expected a profile, got "),
+        (named({"profile": __file__}), None, f"contexts: profile: {__file__}: expected a profile, got "),
         (named({"floor": 2}), {"kara": {}}, "contexts: floor: expected 0..1, got 2"),
         (named({}), {"kara": {"windw": 1}}, "kara: windw: expected one of "),
         (

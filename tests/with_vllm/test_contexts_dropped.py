@@ -56,24 +56,30 @@ def test_rows_of_a_dropped_context_never_get_the_hashes_of_its_tokens(both, dens
     both.assert_nothing_leaks()
 
 
-def held_when(both, *steps):
-    """Events that note how many blocks are taken, and what they will have noted."""
-    noted = []
-    return {step: lambda both: noted.append(both.engine.held_blocks) for step in steps}, noted
+def held_when(both, monkeypatch, said):
+    """Gets the number of blocks that are taken when the only request has as many tokens of its own."""
+    noted, schedule = [], both.scheduler.schedule
+
+    def noting(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        if any(request.num_output_tokens == said for request in both.scheduler.running):
+            noted.append(both.engine.held_blocks)
+        return output
+
+    monkeypatch.setattr(both.scheduler, "schedule", noting)
+    return noted
 
 
 @pytest.mark.parametrize(
     ("method", "rows"), [("keydiff/int8", 68), ("keydiff/int8", 132), ("knorm/int4", 68), ("kara_sampled/int8", 68)]
 )
-def test_a_dropped_context_takes_blocks_for_its_rows_only(both, dense, method, rows):
+def test_a_dropped_context_takes_blocks_for_its_rows_only(both, dense, monkeypatch, method, rows):
     """And for the 40 + 60 tokens behind it, of which 64 are read in one step."""
     document = prompts(TOKENS, seed=210 + rows + len(method))[0]
     store(both, f"stored-{method[:4]}-{rows}", document, method, rows)
-    both.engine.peak, (events, noted) = 0, held_when(both, 50)
+    both.engine.peak, noted = 0, held_when(both, monkeypatch, 50)
     name = f"admitted-{method[:4]}-{rows}"
-    served = both.drive({0: lambda both: both.add(name, document + QUESTIONS[3], 60, context_tokens=TOKENS), **events})[
-        name
-    ]
+    served = both.ask(name, document + QUESTIONS[3], 60, context_tokens=TOKENS)
     dense.assert_equal(both.engine, [served], compressions=0)
     at_most = -(-(rows + 40 + 50) // 32)
     assert at_most - 1 <= noted[0] <= at_most

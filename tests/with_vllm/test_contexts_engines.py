@@ -402,7 +402,7 @@ def random_days(small, most=700):
         ({"contexts": {"floors": 1}}, "contexts: floors: expected one of ram_gib, "),
         ({"contexts": {"floor": 2}}, "contexts: floor: expected 0..1, got 2"),
         ({"contexts": {"profile": ""}}, "contexts: profile: expected a path, got ''"),
-        ({"contexts": {"profile": "README.md"}}, "contexts: profile: README.md: expected a profile, got "),
+        ({"contexts": {"profile": __file__}}, f"contexts: profile: {__file__}: expected a profile, got "),
         ({"contexts": {"methods": "none/int8"}}, "contexts: methods: expected a list of one or more, got 'none/int8'"),
         ({"contexts": {"methods": ["snapkv/int8"]}}, "contexts: methods: expected one of 'none/int8', "),
         ({"contexts": {"methods": ["none/int4"]}}, "expected none/int8 or none/exact among them without a profile"),

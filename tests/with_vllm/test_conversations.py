@@ -44,7 +44,7 @@ def rows_at_the_end(both):
     def watched(request):
         blocks = both.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0]
         found[request.request_id.rsplit("-", 1)[0]] = [
-            torch.stack([x[blocks].flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v)
+            torch.stack([x[blocks].flatten(0, 1).transpose(0, 1) for x in pool]).cpu() for pool in (cache.k, cache.v)
         ]
         return finished(request)
 
