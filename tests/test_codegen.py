@@ -134,6 +134,7 @@ def test_the_stored_table_meets_the_goals_and_is_of_these_shapes() -> None:
     kernels = {
         "score_kernel", "pool_kernel", "keep_kernel", "topk_kernel", "compact_kernel", "pack_kernel", "gather_kernel",
         "scatter_kernel", "quantize_kernel", "dequantize_kernel", "sort_kernel", "merge_kernel", "channel_kernel",
+        "checksum_kernel",
     }  # fmt: skip
     assert {found["kernel"] for found in stored} == kernels
     assert {found["target"] for found in stored} == set(TARGETS) == set(command.TARGETS)

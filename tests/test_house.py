@@ -17,20 +17,20 @@ MOST_LINES, MOST_OF_CLASS, MOST_OF_FUNCTION = 400, 250, 60
 # Rooms of contexts. They share the ground with windows, and are counted apart.
 OF_CONTEXTS = (
     "contexts/*", "scorers/*", "payload*.py", "*/gather.py", "*/quantize.py", "*/channels.py", "*/rank.py",
-    "ops/_payload.py", "ops/_codes.py",
+    "*/checksum.py", "ops/_payload.py", "ops/_codes.py",
 )  # fmt: skip
 # Only a new operation may raise this limit, by its own lines (operations and payloads 1,267, packets 250, the profile
 # 897, placement 944, scorers 281, stores and their commands 456; decoding in fewer passes on a CPU: 18, and into
 # whole blocks, and encoding out of them: 45; ranking the rows of a paged cache: 26; new contexts in the reserve of a
-# full tier: 11).
-MOST_OF_CONTEXTS = 4196
+# full tier: 11; checksums where packets lie, and the packets that have them: 116).
+MOST_OF_CONTEXTS = 4312
 # The code for windows had 2,436 lines after the rearrangement, whose goal was 2,200. Only a new operation may raise
 # this limit, by its own lines (queries in four bits: 221; rings of them, fp8 queries and looking ahead: 215; windows
 # and keeps of single sequences: 18; compressing early and while recomputing: 43; dry runs, losses and the guard: 129;
 # around a defect of Triton 3.6: 9; smaller windows and survivors when blocks are short: 52; number formats that
 # payloads share: 57; sequences that begin with fewer rows than tokens, and queries that rank them: 44; packed caches
-# that contexts share: 3).
-MOST_OF_CORE = 3227
+# that contexts share: 3; the name of the checksum's operation: 1).
+MOST_OF_CORE = 3228
 
 
 def code_lines(source: str) -> set[int]:

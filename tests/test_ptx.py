@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 import random
 import re
 import struct
@@ -470,6 +472,7 @@ def test_shuffle(mode: str, distance: int, clamp: int, source: Callable[[int], i
 
 @pytest.mark.parametrize(("name", "function"), [
     ("add.s32", sum), ("min.s32", min), ("max.s32", max), ("min.u32", min), ("max.u32", max), ("add.u32", sum),
+    ("xor.b32", lambda values: functools.reduce(operator.xor, values)),
 ])  # fmt: skip
 def test_reduction(name: str, function: Callable) -> None:
     kind = np.int32 if name.endswith("s32") else np.uint32

@@ -111,6 +111,8 @@ def _compile(target: str, quick: bool) -> Iterator[Row]:
             yield from fresh(f"D {dim}")
         shapes.launch_ranking()
         yield from fresh("C 4096")
+        shapes.launch_checksums()
+        yield from fresh("bytes")
         for payload in shapes.PAYLOADS[:1] if quick else shapes.PAYLOADS:
             payload.launch()
             yield from fresh(payload.label)

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from kara_kernels import LookAhead, PackedQueries, PagedCache, compress_window
-from kara_kernels.ops import expand_chunks, gather, pack_queries, quantize, rank_channels, rank_rows, select_topk
+from kara_kernels.ops import (
+    crc32_of_ranges,
+    expand_chunks,
+    gather,
+    pack_queries,
+    quantize,
+    rank_channels,
+    rank_rows,
+    select_topk,
+)  # fmt: skip
 from kara_kernels.options import PAPER, RECOMMENDED
 from kara_kernels.payload import PayloadLayout
 from kara_kernels.payload_arguments import PayloadArguments
@@ -171,6 +180,11 @@ def launch_ranking() -> None:
     """The order of a context's rows: one of a single tile, and one whose runs merge twice."""
     for length in (1024, 4096):
         rank_rows(torch.zeros(2, length), backend="triton")
+
+
+def launch_checksums() -> None:
+    """Checksums of a packet's sections."""
+    crc32_of_ranges(torch.zeros(1024, dtype=torch.uint8), [(0, 1024)], backend="triton")
 
 
 def launch_channels(dim: int) -> None:

@@ -14,7 +14,7 @@ from .packet import Header, Packet, seal
 def encode(
     k_cache: Caches, v_cache: Caches | None, block_table: Tensor, tokens: int, *, model: str, context: str,
     rows: Tensor | None = None, form: str = "int8", scorer: str = "", channels: Tensor | None = None,
-    exact_rows: int = -1, grade_rows: int = 0, sections: int | None = None, backend: str = "auto",
+    exact_rows: int = -1, grade_rows: int = 0, sections: int | None = None, to_cpu: bool = True, backend: str = "auto",
 ) -> Packet:  # fmt: skip
     """One context out of a paged cache, as a packet.
 
@@ -28,9 +28,10 @@ def encode(
             ``exact_rows`` and ``grade_rows``.
         sections: keeps only so many, one of the header's steps; all of them by default. The result equals the whole
             packet cut to it, bit for bit.
+        to_cpu: the packet comes into memory of the CPU, else it stays where the cache is.
 
     Returns:
-        A packet in memory of the CPU. A GPU is waited for.
+        A packet. A GPU is waited for.
 
     Raises:
         TypeError, ValueError: naming argument, expected and got.
@@ -44,8 +45,9 @@ def encode(
     header = Header(model, context, layout, scorer)
     gather = gather_rows if form == "exact" else quantize_rows
     payload = gather(k_cache, v_cache, block_table, rows, layout, channels=channels, backend=backend)
-    packet = seal(header, payload.cpu())
-    return packet if sections is None else packet.cut(sections)
+    packet = seal(header, payload)
+    packet = packet if sections is None else packet.cut(sections)
+    return Packet(header, packet.payload.cpu()) if to_cpu else packet
 
 
 def decode(

@@ -25,15 +25,17 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import crc32_of_ranges
 from ..payload import ALIGNMENT, TRAILER, PayloadLayout, Section
 
 MAGIC, VERSION = b"KARAKV\r\n", 1
@@ -189,7 +191,7 @@ class Packet:
 
     header: Header
     payload: Tensor
-    """uint8 ``[n]`` on the CPU, sealed."""
+    """uint8 ``[n]``, sealed, on the CPU or on a GPU."""
 
     @functools.cached_property
     def sections(self) -> int:
@@ -204,7 +206,7 @@ class Packet:
         return self.header.nbytes + len(self.payload)
 
     def to_bytes(self) -> bytes:
-        return self.header.to_bytes() + self.payload.numpy().tobytes()
+        return self.header.to_bytes() + self.payload.cpu().numpy().tobytes()
 
     def cut(self, sections: int) -> Packet:
         """The packet's first ``sections`` sections, as a view.
@@ -234,36 +236,40 @@ class Packet:
 def seal(header: Header, payload: Tensor) -> Packet:
     """Completes a payload that an operation wrote: zeroes between arrays, and a checksum at each section's end.
 
-    ``payload`` is uint8 ``[n]``, contiguous and on the CPU, whole or a prefix; it is changed in place.
+    ``payload`` is uint8 ``[n]`` and contiguous, whole or a prefix; it is changed in place. A GPU is waited for.
     """
-    data = payload.numpy().data
-    for number, section in enumerate(header.layout.sections[: header.layout.held(len(payload))]):
-        for first, end in _gaps(section):
-            data[section.offset + first : section.offset + end] = bytes(end - first)
-        end = section.offset + section.nbytes
-        data[end - TRAILER : end] = _TRAILER.pack(_checksum(header, section, data), number)
+    sections = header.layout.sections[: header.layout.held(len(payload))]
+    between, trailers = _outside(sections)
+    payload[between.to(payload.device)] = 0
+    checksums = _checksums(header, sections, payload)
+    data = b"".join(_TRAILER.pack(checksum, number) for number, checksum in enumerate(checksums))
+    payload[trailers.to(payload.device)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(payload.device)
     return Packet(header, payload)
 
 
-def _gaps(section: Section) -> Iterator[tuple[int, int]]:
-    """Bytes of a section that belong to no array, without the last eight."""
-    done = 0
-    for array in section.arrays.values():
-        if array.offset > done:
-            yield done, array.offset
-        done = array.offset + array.nbytes
-    yield done, section.nbytes - TRAILER
+def _outside(sections: Sequence[Section]) -> tuple[Tensor, Tensor]:
+    """Places of all bytes that belong to no array, and places of the checksums and numbers."""
+    between, trailers = [np.empty(0, np.int64)], []
+    for section in sections:
+        done, last = section.offset, section.offset + section.nbytes - TRAILER
+        for array in section.arrays.values():
+            between.append(np.arange(done, section.offset + array.offset))
+            done = section.offset + array.offset + array.nbytes
+        between.append(np.arange(done, last))
+        trailers.append(np.arange(last, last + TRAILER))
+    return torch.from_numpy(np.concatenate(between)), torch.from_numpy(np.concatenate(trailers))
 
 
-def _checksum(header: Header, section: Section, data: memoryview) -> int:
-    return zlib.crc32(data[section.offset : section.offset + section.nbytes - TRAILER], header.checksum)
+def _checksums(header: Header, sections: Sequence[Section], payload: Tensor) -> list[int]:
+    ranges = [(section.offset, section.offset + section.nbytes - TRAILER) for section in sections]
+    return crc32_of_ranges(payload, ranges, header.checksum)
 
 
-def read_packet(data: bytes | memoryview, *, sections: int | None = None, keep: bool = False) -> Packet:
+def read_packet(data: bytes | memoryview | Tensor, *, sections: int | None = None, keep: bool = False) -> Packet:
     """A packet from bytes, into memory of its own of at most their length.
 
     Args:
-        data: a packet, whole or cut.
+        data: a packet, whole or cut. A uint8 tensor ``[n]``, on a GPU perhaps, is verified where it lies and kept.
         sections: reads only so many, as :meth:`Packet.cut` would leave.
         keep: the packet keeps ``data`` instead of a copy. It must be writable, at an address that 16 divides, and
             nobody may change it any more.
@@ -271,8 +277,11 @@ def read_packet(data: bytes | memoryview, *, sections: int | None = None, keep: 
     Raises:
         PacketError: one of its kinds, saying what is wrong. No row of a packet with an error is returned.
     """
-    data = memoryview(data).cast("B")
-    header = Header.read(data)
+    if not isinstance(data, Tensor):
+        data = memoryview(data).cast("B")
+        header = Header.read(data)
+    else:
+        header = Header.read(data[: header_length(data[: _FIXED.size].cpu().numpy().data)].cpu().numpy().data)
     steps = {step.nbytes: step for step in header.steps}
     if sections is not None:
         wanted = next((step for step in header.steps if step.sections == sections and step.nbytes <= len(data)), None)
@@ -281,22 +290,34 @@ def read_packet(data: bytes | memoryview, *, sections: int | None = None, keep: 
         data = data[: wanted.nbytes]
     if len(data) not in steps:
         raise TruncatedPacket(f"packet: expected a length among {sorted(steps)}, got {len(data)}")
-    for number, section in enumerate(header.layout.sections[: steps[len(data)].sections]):
-        _verify(header, number, section, data[header.nbytes :])
     data = data[header.nbytes :]
-    return Packet(header, torch.frombuffer(data if keep else bytearray(data), dtype=torch.uint8))
+    if not isinstance(data, Tensor):
+        data = torch.frombuffer(data if keep else bytearray(data), dtype=torch.uint8)
+    _verify(header, data)
+    return Packet(header, data)
 
 
-def _verify(header: Header, number: int, section: Section, payload: memoryview) -> None:
-    end = section.offset + section.nbytes
-    checksum, place = _TRAILER.unpack(payload[end - TRAILER : end])
-    found = _checksum(header, section, payload)
-    if (checksum, place) != (found, number):
-        name = f"section {number} ({section.kind}, grade {section.grade})"
-        raise DamagedPacket(f"{name}: expected checksum {checksum:#010x} of section {place}, got {found:#010x}")
-    for first, end in _gaps(section):
-        if any(payload[section.offset + first : section.offset + end]):
-            raise DamagedPacket(f"section {number}: expected zeros between its arrays, got other bytes")
+def header_length(start: bytes | memoryview) -> int:
+    """Bytes that a header may have which begins so, and the least that tell."""
+    length = min(_FIXED.unpack(start)[3], MOST_DESCRIPTION) if len(start) == _FIXED.size else 0
+    return -(-(_FIXED.size + length) // ALIGNMENT) * ALIGNMENT
+
+
+def _verify(header: Header, payload: Tensor) -> None:
+    sections = header.layout.sections[: header.layout.held(len(payload))]
+    between, trailers = _outside(sections)
+    outside = payload[torch.cat((trailers, between)).to(payload.device)].cpu()
+    said, wrong = outside[: len(trailers)].numpy().tobytes(), between[outside[len(trailers) :] != 0]
+    found = _checksums(header, sections, payload)
+    for number, (section, trailer) in enumerate(zip(sections, _TRAILER.iter_unpack(said), strict=True)):
+        if trailer != (found[number], number):
+            raise DamagedPacket(
+                f"section {number} ({section.kind}, grade {section.grade}): expected checksum {trailer[0]:#010x} of "
+                f"section {trailer[1]}, got {found[number]:#010x}"
+            )
+    if len(wrong):
+        number = sum(section.offset <= int(wrong[0]) for section in sections) - 1
+        raise DamagedPacket(f"section {number}: expected zeros between its arrays, got other bytes")
 
 
 def write_file(path: Path | str, packet: Packet) -> None:
@@ -306,7 +327,7 @@ def write_file(path: Path | str, packet: Packet) -> None:
     try:
         with part.open("wb") as file:
             file.write(packet.header.to_bytes())
-            file.write(packet.payload.numpy().data)
+            file.write(packet.payload.cpu().numpy().data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -321,8 +342,7 @@ def read_file(path: Path | str, *, sections: int | None = None) -> Packet:
         data = file.read(_FIXED.size)
         if sections is not None and len(data) == _FIXED.size:
             file.seek(0)
-            length = min(_FIXED.unpack(data)[3], MOST_DESCRIPTION)
-            data = file.read(-(-(_FIXED.size + length) // ALIGNMENT) * ALIGNMENT)
+            data = file.read(header_length(data))
             step = next((step for step in Header.read(data).steps if step.sections == sections), None)
             return read_packet(data + file.read(0 if step is None else step.nbytes - len(data)), sections=sections)
         return read_packet(data + file.read(), sections=sections)

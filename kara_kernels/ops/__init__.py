@@ -1,6 +1,7 @@
 """The operations, each with a Triton kernel and a PyTorch counterpart in :mod:`kara_kernels.reference`."""
 
 from .channels import rank_channels
+from .checksum import crc32_of_ranges
 from .chunks import expand_chunks
 from .compact import compact_blocks
 from .gather import gather_rows, scatter_rows
@@ -11,6 +12,6 @@ from .score import score_window
 from .select import select_topk
 
 __all__ = [
-    "compact_blocks", "dequantize_rows", "expand_chunks", "gather_rows", "pack_queries", "quantize_rows",
-    "rank_channels", "rank_rows", "scatter_rows", "score_window", "select_topk",
+    "compact_blocks", "crc32_of_ranges", "dequantize_rows", "expand_chunks", "gather_rows", "pack_queries",
+    "quantize_rows", "rank_channels", "rank_rows", "scatter_rows", "score_window", "select_topk",
 ]  # fmt: skip

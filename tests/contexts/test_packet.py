@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import tracemalloc
 import zlib
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packets import Context, described, fuzz, mutated, valid
 
+from kara_kernels.contexts import packet as packet_module
 from kara_kernels.contexts.packet import (
     DamagedPacket,
     ForeignPacket,
@@ -32,6 +35,7 @@ from kara_kernels.contexts.packet import (
     seal,
     write_file,
 )
+from kara_kernels.ops import checksum
 
 PACKET = Context.random(200, layers=1).packet()
 DATA = PACKET.to_bytes()
@@ -170,6 +174,41 @@ def test_bytes_between_arrays_must_be_zero() -> None:
     data[end - 8 : end - 4] = struct.pack("<I", zlib.crc32(data[start : end - 8], header.checksum))
     with pytest.raises(DamagedPacket, match="section 1: expected zeros between its arrays"):
         read_packet(bytes(data))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_kernels_seal_and_verify_packets_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the bytes of the CPU's way, in memory that is kept."""
+    header = Context.random(70, heads=1, layers=1).packet().header
+    bytes_ = torch.full((header.layout.nbytes,), 0x5A, dtype=torch.uint8)
+    expected = seal(header, bytes_.clone()).to_bytes()
+    monkeypatch.setattr(checksum, "LANES", 256)
+    monkeypatch.setattr(checksum, "WORDS", 4)
+    monkeypatch.setattr(packet_module, "crc32_of_ranges", functools.partial(checksum.crc32_of_ranges, backend="triton"))
+    assert seal(header, bytes_).to_bytes() == expected
+    data = torch.tensor(list(expected), dtype=torch.uint8)
+    assert read_packet(data).payload.data_ptr() == data[header.nbytes :].data_ptr()
+    data[-20] ^= 4
+    with pytest.raises(DamagedPacket, match=r"section \d+ \(residual, grade \d\): expected checksum "):
+        read_packet(data)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_tensor_is_read_as_its_bytes(drawn: st.DataObject) -> None:
+    """Whole, cut, damaged or something else: the same packet, or the same error."""
+    data = drawn.draw(st.binary(max_size=80) | st.integers(0, len(DATA)).map(lambda n: DATA[:n]) | st.just(DATA))
+    if drawn.draw(st.booleans()) and data:
+        place = drawn.draw(st.integers(0, len(data) - 1))
+        data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    sections = drawn.draw(st.none() | st.integers(1, 20))
+    said: list[Any] = []
+    for form in (data, torch.tensor(list(data), dtype=torch.uint8)):
+        try:
+            said.append(read_packet(form, sections=sections).to_bytes())
+        except PacketError as error:
+            said.append((type(error), str(error)))
+    assert said[0] == said[1]
 
 
 def test_what_an_operation_leaves_unwritten_does_not_reach_a_packet() -> None:

@@ -50,6 +50,44 @@ def test_a_context_comes_back_from_grains() -> None:
     worker.shutdown()
 
 
+@pytest.mark.parametrize("of_one", [True, False])
+@pytest.mark.parametrize("nbytes", [1, 256, 257, 1500, 5 * 256])
+def test_a_gpu_reads_and_writes_neighbouring_grains_at_once(of_one: bool, nbytes: int) -> None:
+    """A CPU in its place takes the same copies, in order. Memory that several workers share is never contiguous."""
+    grains, wanted = [7, 2, 3, 4, 0], torch.randint(0, 256, (5 * 256,)).to(torch.uint8)
+    room = torch.zeros(9, 256 if of_one else 3 * 256, dtype=torch.uint8)
+    context = Context.random(20)
+    worker = ContextWorker(PagedCache(context.k, context.v), room[:, :256], "a model")
+    for number, grain in enumerate(grains):
+        room[grain, :256] = wanted[256 * number : 256 * (number + 1)]
+    nbytes = min(nbytes, len(wanted))
+    parts = list(worker._parts(grains, nbytes))
+    assert torch.equal(torch.cat([part for part, _ in parts]), wanted[:nbytes])
+    assert [at for _, at in parts] == [0, 256, 1024][: len(parts)] if of_one else len(parts) == -(-nbytes // 256)
+    assert torch.equal(worker._read(grains, nbytes), wanted[:nbytes])
+    worker._stream = object()  # type: ignore[assignment]
+    assert torch.equal(worker._read(grains, nbytes), wanted[:nbytes])
+    worker._stream = None
+    worker.shutdown()
+
+
+def test_a_job_that_fails_waits_for_the_copies_that_it_began() -> None:
+    """Else they would go on into grains that belong to others by then."""
+    waited = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            waited.append(True)
+
+    context = Context.random(20)
+    worker = ContextWorker(PagedCache(context.k, context.v), torch.zeros(1, 64, dtype=torch.uint8), "a model")
+    worker._stream = Stream()  # type: ignore[assignment]
+    with pytest.raises(ZeroDivisionError):
+        worker._timed(None, lambda job: 1 / job, 0)
+    assert waited == [True]
+    worker.shutdown()
+
+
 def test_the_thread_computes_on_one_core_and_the_others_as_before(two_threads: None) -> None:
     context = Context.random(20)
     worker = ContextWorker(PagedCache(context.k, context.v), torch.zeros(1, 64, dtype=torch.uint8), "a model")

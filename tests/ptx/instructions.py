@@ -392,7 +392,10 @@ def _shuffle(m: re.Match, instruction: Instruction) -> Step:
     return step
 
 
-REDUCE = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+REDUCE = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}  # fmt: skip
 
 
 def _reduce(m: re.Match, instruction: Instruction) -> Step:
@@ -533,7 +536,7 @@ OTHERS: list[tuple[str, Callable[[re.Match, Instruction], Step]]] = [
     (r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16", _load_matrices),
     (r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32", _multiply_matrices),
     (r"shfl\.sync\.(bfly|up|down|idx)\.b32", _shuffle),
-    (r"redux\.sync\.(add|min|max|and|or)\.([sub]32)", _reduce),
+    (r"redux\.sync\.(add|min|max|and|or|xor)\.([sub]32)", _reduce),
     (r"bar\.warp\.sync", _only(lambda warps, instruction: warps.converged(instruction))),
     (r"bar\.sync", _barrier),
     (r"bra(?:\.uni)?", _branch),

@@ -58,7 +58,7 @@ def test_bfloat16_packed_or_not_is_answered_alike(model, monkeypatch):
             assert some.manager.counts["hits", "gpu"] == 1
             copy = some.manager.keeper.get(some.place_of(document + questions[0], 256).key)
             held = some.manager.transfers._held[copy.number]
-            packets.append(bytes(some.worker._read(held, copy.option.nbytes)))
+            packets.append(some.worker._read(held, copy.option.nbytes).numpy().tobytes())
     assert said[0] == said[1]
     assert packets[0] == packets[1]
 

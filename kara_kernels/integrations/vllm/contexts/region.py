@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.cpu.gpu_worker import pin_mmap_region
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from .settings import GIB, ContextSettings
@@ -30,6 +32,8 @@ def open_region(config: Any, settings: ContextSettings, rank: int | None) -> Any
     region._creator = False  # else its clean-up would complain that the name has gone
     if rank is None:
         os.unlink(region.mmap_path)
+    elif current_platform.is_cuda_alike():
+        pin_mmap_region(region)  # else a GPU copies ten times more slowly
     return region
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +38,7 @@ class ContextWorker:
 
     def __init__(self, cache: PagedCache | PackedCache, region: Tensor, model: str) -> None:
         self._cache, self._model = cache, model
-        self._region: np.ndarray = region.numpy()
+        self._region = region
         first = cache.k[0] if isinstance(cache, PagedCache) else cache.pools[0]
         self._blocks, self._device = first.shape[0], first.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -58,9 +57,10 @@ class ContextWorker:
         for method in methods:
             rows, form = in_order if may_drop(method) else None, method.partition("/")[2]
             packet = encode(
-                cache.k, cache.v, table, len(used) * page, model=self._model, context="warm", rows=rows, form=form
-            )
-            decode(read_packet(packet.to_bytes()), cache.k, cache.v, table)
+                cache.k, cache.v, table, len(used) * page, model=self._model, context="warm", rows=rows, form=form,
+                to_cpu=False,
+            )  # fmt: skip
+            decode(packet, cache.k, cache.v, table)
         self._pack(used, cache)
 
     def judge_by(self, judges: Judges, methods: Sequence[str]) -> None:
@@ -101,7 +101,9 @@ class ContextWorker:
 
     def shutdown(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._region = np.empty((0, 0), np.uint8)  # the shared memory can be unmapped only when nothing refers to it
+        self._region = torch.empty(
+            0, 0, dtype=torch.uint8
+        )  # the shared memory can be unmapped only when nothing refers to it
 
     def _compute_on_one_core(self) -> None:
         """On a CPU, the engine's threads have all cores. A call of this thread that were divided among several would
@@ -118,9 +120,11 @@ class ContextWorker:
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             if ready is not None:
                 ready.wait(self._stream)
-            body(job)
-            if self._stream is not None:
-                self._stream.synchronize()
+            try:
+                body(job)
+            finally:
+                if self._stream is not None:
+                    self._stream.synchronize()  # also if it failed: no copy into grains goes on that others may take
         return time.perf_counter() - begun
 
     def _table(self, blocks: Sequence[int]) -> Tensor:
@@ -144,31 +148,53 @@ class ContextWorker:
             rows = ranked(cache, table, job.scorer, queries, self._judges)
         packet = encode(
             cache.k, cache.v, table, job.tokens, model=self._model, context=job.context, rows=rows, form=job.form,
-            scorer=job.scorer, sections=job.sections,
+            scorer=job.scorer, sections=job.sections, to_cpu=False,
         )  # fmt: skip
         self._write(packet, job.grains)
 
     def _load(self, job: Load) -> None:
         """Puts rows where they stood, if there are all of them, because requests may share the first blocks of a
         context."""
-        packet = read_packet(self._read(job.grains, job.nbytes), keep=True)
+        packet = read_packet(self._read(job.grains, job.nbytes))
         to = "front" if packet.step.rows < packet.header.layout.tokens else "places"
         cache, table = self._unpacked(job.blocks)
         decode(packet, cache.k, cache.v, table, model=self._model, context=job.context, to=to)
         self._pack(job.blocks, cache)
 
     def _write(self, packet: Packet, grains: Sequence[int]) -> None:
-        size, at = self._region.shape[1], 0
+        size = self._region.shape[1]
         if packet.nbytes > size * len(grains):
             raise ValueError(f"packet: expected at most {size * len(grains)} bytes, got {packet.nbytes}")
-        data = np.concatenate((np.frombuffer(packet.header.to_bytes(), np.uint8), packet.payload.numpy()))
-        for grain in grains:
-            part = data[at : at + size]
-            self._region[grain, : len(part)] = part
-            at += size
+        header = torch.frombuffer(bytearray(packet.header.to_bytes()), dtype=torch.uint8)
+        for part, at in self._parts(grains, packet.nbytes):
+            of_header = header[at : at + len(part)]
+            part[: len(of_header)] = of_header
+            first = at + len(of_header) - len(header)
+            part = part[len(of_header) :]
+            part.copy_(packet.payload[first : first + len(part)], non_blocking=True)
 
-    def _read(self, grains: Sequence[int], nbytes: int) -> memoryview:
-        return self._region[list(grains)].reshape(-1)[:nbytes].data  # one call: each may wait for the engine
+    def _read(self, grains: Sequence[int], nbytes: int) -> Tensor:
+        """A packet's bytes where the cache is."""
+        if self._stream is None:
+            rows = self._region.numpy()[list(grains)]  # one call: each may wait for the engine
+            return torch.from_numpy(rows).view(-1)[:nbytes]
+        data = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        for part, at in self._parts(grains, nbytes):
+            data[at : at + len(part)].copy_(part, non_blocking=True)
+        return data
+
+    def _parts(self, grains: Sequence[int], nbytes: int) -> Iterator[tuple[Tensor, int]]:
+        """The grains that ``nbytes`` fill, neighbours in memory as one, each with the bytes before it."""
+        grains = list(grains)
+        size = self._region.shape[1]
+        apart = not self._region.is_contiguous()  # other workers' parts lie between
+        first = 0
+        for i in range(1, len(grains) + 1):
+            if i == len(grains) or apart or grains[i] != grains[i - 1] + 1:
+                at, end = first * size, min(i * size, nbytes)
+                if at < end:
+                    yield self._region[grains[first] : grains[i - 1] + 1].view(-1)[: end - at], at
+                first = i
 
 
 def _how(job: Store | Load, future: Future[float]) -> Ended:
