@@ -13,10 +13,11 @@ import torch
 
 from bench import baselines, tables
 from bench.gpu import __main__ as gpu
-from bench.gpu import measure, report
+from bench.gpu import measure, packets, report
 from bench.speed import __main__ as speed
 from kara_kernels import compress_window, reference
 from kara_kernels.options import PAPER, RECOMMENDED
+from kara_kernels.payload import FORMS
 
 # ---------------------------------------------------------------------------------------------------- tables
 
@@ -246,6 +247,18 @@ def test_files_of_gpu_times_hold_nothing_else(capsys: pytest.CaptureFixture[str]
     assert not list(gpu.RESULTS.glob("gpu*sample*"))
     with pytest.raises(SystemExit):
         gpu.main(["--rehearse"])
+    assert "--rehearse: expected --out FOLDER" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_packets_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert packets.main(["--rehearse", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    head, rows = tables.read(tmp_path / "packets.csv")
+    assert "not a GPU timing" in head["kind"]
+    assert {row["form"] for row in rows} == set(FORMS)
+    assert all(row[part] >= 0 for row in rows for part in packets.PARTS)
+    assert f"{rows[-1]['load']} |" in (tmp_path / "packets.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        packets.main(["--rehearse"])
     assert "--rehearse: expected --out FOLDER" in capsys.readouterr().err.splitlines()[-1]
 
 

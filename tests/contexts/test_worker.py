@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from on_gpu import ON_GPU
 from packets import Context
 
 from kara_kernels import PagedCache, PayloadLayout
@@ -32,10 +33,12 @@ def until_ended(worker: ContextWorker) -> Ended:
     return ended[0][1]
 
 
-def test_a_context_comes_back_from_grains() -> None:
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if ON_GPU else [])])
+def test_a_context_comes_back_from_grains(device: str) -> None:
     context = Context.random(200, dim=64, v_dim=64, dtype=torch.float32)
-    cache = PagedCache(context.k, context.v)
-    region = torch.zeros(1600, 3 * 256, dtype=torch.uint8)[:, :256]  # this worker's part of what three share
+    cache = PagedCache([x.to(device) for x in context.k], [x.to(device) for x in context.v or ()])
+    region = torch.zeros(1600, 3 * 256, dtype=torch.uint8)
+    region = (region.pin_memory() if ON_GPU else region)[:, :256]  # this worker's part of what three share
     worker = ContextWorker(cache, region, "a model")
     layout = PayloadLayout(**PayloadLayout.shape_of(cache), tokens=96, rows=96, form="exact", places=False)
     step = Header("a model", "a context", layout).steps[-1]
