@@ -2,5 +2,5 @@
 
 measure.py   cases, checks, timing
 report.py    page, plot, comparison of two runs
-packets.py   contexts between the GPU and the host's memory: python -m bench.gpu.packets
+packets.py   contexts between the GPU and the host's memory: python -m bench.gpu --packets
 """

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import tables
 from demos.screen import Screen
 
-from . import measure, report
+from . import measure, packets, report
 
 RESULTS = Path(__file__).parents[1] / "results"
 REAL = "measured on this GPU"
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=100, help="samples per job (default: %(default)s)")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="windows of 256 at batch 1 only")
+    parser.add_argument("--packets", action="store_true", help="time packets of contexts instead, of the shape of "
+                        "Llama-3.1-8B; writes packets.csv and .md")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: a trial run on the CPU, with tiny "
                         "shapes and the PyTorch path; writes rehearsal.* into --out")  # fmt: skip
     parser.add_argument(
@@ -59,21 +62,28 @@ def main(arguments: list[str] | None = None) -> int:
         "schema": measure.SCHEMA, "kind": REHEARSAL if options.rehearse else REAL, "machine": measure.machine(device),
         "copy_bandwidth": measure.copy_bandwidth(device, options.rounds),
     }  # fmt: skip
-    folder, name = options.out or RESULTS, "rehearsal" if options.rehearse else "gpu"
+    folder = options.out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
+    if options.packets:
+        packets.run(folder, device, head, options.rounds)
+        return 0
+    return _events(folder / ("rehearsal" if options.rehearse else "gpu"), cases, device, head, options.rounds)
+
+
+def _events(path: Path, cases: list[measure.Case], device: str, head: dict[str, Any], rounds: int) -> int:
     rows, l2 = [], measure.l2_bytes() if device == "cuda" else 0
     try:
         with Screen().phase({}, "events", len(cases), "cases") as advance:
             for case in cases:
-                rows.append(measure.measure(case, device, options.rounds, l2))
-                tables.write(folder / f"{name}.csv", rows, **head)  # what is measured outlasts an interruption
+                rows.append(measure.measure(case, device, rounds, l2))
+                tables.write(path.with_suffix(".csv"), rows, **head)  # what is measured outlasts an interruption
                 advance(1, case.label)
     except RuntimeError as error:
         print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    (folder / f"{name}.md").write_text(report.page((head, rows)), encoding="utf-8")
-    report.draw((head, rows), folder / f"{name}.png")
-    print(folder / f"{name}.md")
+    path.with_suffix(".md").write_text(report.page((head, rows)), encoding="utf-8")
+    report.draw((head, rows), path.with_suffix(".png"))
+    print(path.with_suffix(".md"))
     return 0
 
 

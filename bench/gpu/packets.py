@@ -1,10 +1,8 @@
-"""``python -m bench.gpu.packets``: how long contexts take between a GPU's cache and packets in the host's memory."""
+"""``python -m bench.gpu --packets``: how long contexts take between a GPU's cache and packets in the host's memory."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +18,6 @@ from kara_kernels.contexts.packet import Header, read_packet
 from kara_kernels.integrations.vllm.contexts.jobs import Load, Store
 from kara_kernels.integrations.vllm.contexts.worker import ContextWorker
 from kara_kernels.payload import FORMS
-
-from .__main__ import REAL, REHEARSAL, RESULTS
-from .measure import machine
 
 GRAIN = 256 << 10  # bytes, as in vLLM by default
 PARTS = ("store", "encode", "copy out", "load", "copy in", "verify", "decode")
@@ -93,30 +88,16 @@ def _milliseconds(job: Callable[[], object], device: str, rounds: int) -> float:
     return round(statistics.median(samples[1:]), 3)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.packets", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for packets.csv and .md (default: bench/results)")
-    parser.add_argument("--rounds", type=int, default=10, help="samples (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: a trial run with a tiny shape")
-    options = parser.parse_args(arguments)
-    if options.rehearse and options.out is None:
-        parser.error("--rehearse: expected --out FOLDER, for its figures are no results")
-    if not options.rehearse and not torch.cuda.is_available():
-        parser.error("needs a GPU that torch sees; without one, --rehearse works")
-    torch.set_num_threads(1)
-    device, shape, lengths = "cuda", (32, 8, 128, 16), (4096, 16384)  # Llama-3.1-8B
-    if options.rehearse:
-        device, shape, lengths = "cpu", (2, 2, 64, 16), (256, 512)
-    cases = [(tokens, form) for tokens in lengths for form in FORMS]
-    head = {"kind": REHEARSAL if options.rehearse else REAL, "machine": machine(device)}
-    folder, rows = options.out or RESULTS, []
-    folder.mkdir(parents=True, exist_ok=True)
+def run(folder: Path, device: str, head: Row, rounds: int) -> None:
+    """Writes ``packets.csv`` and ``packets.md``, with progress."""
+    shape, lengths = ((32, 8, 128, 16), (4096, 16384)) if device == "cuda" else ((2, 2, 64, 16), (256, 512))
+    cases, rows = [(tokens, form) for tokens in lengths for form in FORMS], []
     with Screen().phase({}, "packets", len(cases), "cases") as advance:
         for tokens, form in cases:
-            rows.append(measure(shape, tokens, form, device, options.rounds))
+            rows.append(measure(shape, tokens, form, device, rounds))
             tables.write(folder / "packets.csv", rows, **head)
             advance(1, f"{form}, {tokens} tokens")
-    facts = ", ".join(f"{name} {value}" for name, value in head["machine"].items())  # type: ignore[attr-defined]
+    facts = ", ".join(f"{name} {value}" for name, value in head["machine"].items())
     page = tables.markdown(
         ("tokens", "form", "MB", *PARTS),
         ([f"{row['tokens']:,}", row["form"], f"{row['bytes'] / 1e6:.0f}", *(row[x] for x in PARTS)] for row in rows),
@@ -124,8 +105,3 @@ def main(arguments: list[str] | None = None) -> int:
     said = f"**{head['kind']}.** {facts}.\n\nLayers, KV heads, dimension, block: {shape}. {EXPLAINED}"
     (folder / "packets.md").write_text(f"# Times of packets\n\n{said}\n\n{page}", encoding="utf-8")
     print(folder / "packets.md")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
