@@ -261,6 +261,17 @@ def prepared(config: Path, *arguments: str) -> Any:
     return demand.prepare(__main__.parse(arguments), str(config))
 
 
+def test_prompts_about_documents(config: Path) -> None:
+    from demos.serve.prompts import PROMPTS
+
+    load = prepared(config, "--documents", "3", "--document-tokens", "50", "--requests", "16", "--no-plentiful")
+    texts = [prompt.rsplit("\n\n", 1) for prompt in load.prompts]
+    assert len({text for text, _ in texts}) == 3
+    assert {len(text) for text, _ in texts} == {200}
+    assert [question for _, question in texts] == list(PROMPTS)
+    assert prepared(config, "--requests", "16", "--no-plentiful").prompts == list(PROMPTS)
+
+
 def test_blocks_of_a_load(config: Path) -> None:
     load = prepared(
         config,

@@ -76,6 +76,16 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         default=1600,
         help="new tokens of each request; the model is not allowed to stop earlier (default: %(default)s)",
     )
+    group.add_argument(
+        "--documents",
+        metavar="N",
+        type=int,
+        default=0,
+        help="requests ask about one of N documents, which both servers keep as contexts (default: none)",
+    )
+    group.add_argument(
+        "--document-tokens", metavar="N", type=int, default=500, help="of each, about (default: %(default)s)"
+    )
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +131,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     fill_policy(options)
     if "window" in given:
         given["keep"] = options.keep
-    check_least(options, requests=1, tokens=2, block_size=1, window=2, keep=1, tail=0, threads=1)
+    check_least(
+        options, requests=1, tokens=2, documents=0, document_tokens=1, block_size=1, window=2, keep=1, tail=0, threads=1
+    )
     if not 0 < options.budget <= 1:
         raise DemoError(f"--budget must be over 0 and at most 1, got {options.budget}", 2)
     options.given, options.policy = _policy(options, given)

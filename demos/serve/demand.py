@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from .. import DemoError
 from ..machine import available_bytes, size
 from ..model import row_bytes
-from .prompts import PROMPTS
+from .prompts import PROMPTS, about_documents
 
 CPU_BLOCK = 32  # on CPUs vLLM 0.32 needs multiples of this; a server takes a minute to report that
 
@@ -34,9 +34,10 @@ class Load:
 
 def prepare(options: argparse.Namespace, model: str) -> Load:
     """Compute prompts and blocks. Raises an error before any server starts if model or memory have too little room."""
-    lengths = prompt_lengths(model, PROMPTS)
+    prompts = about_documents(options.documents, options.document_tokens) if options.documents else PROMPTS
+    lengths = prompt_lengths(model, prompts)
     needs = [blocks(length + options.tokens, options.block_size) for length in lengths]
-    rounds, rest = divmod(options.requests, len(PROMPTS))
+    rounds, rest = divmod(options.requests, len(prompts))
     demand = rounds * sum(needs) + sum(needs[:rest])
     used = lengths[: options.requests]
     longest, least = max(used) + options.tokens, max(needs[: options.requests])
@@ -45,8 +46,8 @@ def prepare(options: argparse.Namespace, model: str) -> Load:
         raise DemoError(f"--budget {options.budget:g} is {limit} blocks, but one request alone needs {least}", 2)
     most = demand + options.requests if not options.no_plentiful else limit
     _check_room(options, model, longest, most)
-    prompts = list(islice(cycle(PROMPTS), options.requests))
-    return Load(model, prompts, list(islice(cycle(lengths), options.requests)), demand, limit, longest)
+    asked = list(islice(cycle(prompts), options.requests))
+    return Load(model, asked, list(islice(cycle(lengths), options.requests)), demand, limit, longest)
 
 
 def _check_room(options: argparse.Namespace, model: str, longest: int, count: int) -> None:

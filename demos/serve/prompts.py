@@ -1,5 +1,7 @@
 """The prompts of the clients, short and varied, so that nearly all of the cache is generated text."""
 
+CHARACTERS = 4  # of the manual, per token
+
 PROMPTS = (
     "Describe a day in the life of a baker, hour by hour.",
     "Explain how a sailing boat can move against the wind.",
@@ -18,3 +20,12 @@ PROMPTS = (
     "How is paper made from wood? Go through the whole process.",
     "Describe a market in a harbour town from sunrise to sunset.",
 )
+
+
+def about_documents(count: int, tokens: int) -> tuple[str, ...]:
+    """The prompts, each behind one of ``count`` parts of Python's manual of about so many tokens."""
+    from pydoc_data.topics import topics
+
+    text, size = "\n\n".join(topics[key] for key in sorted(topics)), CHARACTERS * tokens
+    parts = [text[i * size : (i + 1) * size] for i in range(count)]
+    return tuple(f"{parts[i % count]}\n\n{prompt}" for i, prompt in enumerate(PROMPTS))

@@ -17,6 +17,8 @@ from .load import drive
 from .server import Settings, serving
 
 SIDES = {"vllm": "vLLM", "kara": "vLLM + Kara"}
+# Of documents, if there are any: without Kara they are kept as they are.
+CONTEXTS: dict[str, dict[str, Any]] = {"vllm": {"ram_gib": 1.0, "methods": ["none/exact"]}, "kara": {"ram_gib": 1.0}}
 WARM_TOKENS = 8  # fills buffers and starts threads; on a GPU the kernels compile at the first compression
 
 
@@ -37,7 +39,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         screen.say(f"{stage} memory: {count:,} blocks")
         found[stage] = {"blocks": count}
         for side, name in SIDES.items():
-            chosen = replace(settings, blocks=count + 1, kara=options.given if side == "kara" else None)
+            kara, contexts = options.given if side == "kara" else None, CONTEXTS[side] if options.documents else None
+            chosen = replace(settings, blocks=count + 1, kara=kara, contexts=contexts)
             log = options.logs / f"{stage}-{side}.log"
             watched, start = _measure(screen, phases, f"{name}, {stage}", chosen, log, load.prompts, options)
             found[stage][side] = report.figures(watched, count, start)
