@@ -227,6 +227,11 @@ def stored(both):
     return [place for place in places if place.rows is not None]
 
 
+def resumed(both):
+    """How often a preempted request was admitted with its rows."""
+    return sum(n for (name, *_), n in both.manager.counts.items() if name == "resumed")
+
+
 def turn(both, name, text, question, tokens=150, own=..., **params):
     """A request that goes on with a text, and the text behind it. What was exact is gone from the GPU before it."""
     both.server.forget()

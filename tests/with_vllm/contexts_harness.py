@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from harness import engine, greedy
 from transformers import AutoModelForCausalLM, DynamicCache
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.request import Request
 
 from kara_kernels import PagedCache
@@ -41,6 +41,8 @@ class Server:
         self.llm, self.core = llm, llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.connector = self.scheduler.connector
+        if has_kv_transfer_group():  # a process has one, which would store and load the rows of an older engine
+            assert get_kv_transfer_group()._config is llm.llm_engine.vllm_config, "an older engine is still there"
         self.manager = self.connector.contexts.manager
         self.manager.rates = self.manager._known._rates = self.manager.admissions._rates = SlowModel()
         self._yield_between_steps()

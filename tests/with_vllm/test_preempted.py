@@ -3,7 +3,7 @@
 The dense model is fed these rows at the places that the trace says, and the keep lists before and after."""
 
 import pytest
-from both_harness import TAILED, serving_both, stored
+from both_harness import TAILED, resumed, serving_both, stored
 from contexts_harness import ON
 from harness import MODES, prompts
 
@@ -22,10 +22,6 @@ def served_both(model, dense, request, tmp_path_factory):
 def both(served_both):
     served_both.server.forget()
     return served_both
-
-
-def resumed(both):
-    return sum(n for (name, *_), n in both.manager.counts.items() if name == "resumed")
 
 
 def preempted(both, name, *steps, tokens=260, seed=0, before=lambda both: None, **params):
@@ -177,24 +173,3 @@ def test_nobody_else_is_given_the_rows(both, dense):
     assert looked
     dense.assert_equal(both.engine, served.values(), compressions=1)
     both.assert_nothing_leaks()
-
-
-@pytest.mark.xfail(strict=False, reason="found a wrong token in some runs; the setting is off until that is explained")
-@pytest.mark.parametrize("mode", MODES)
-def test_blocks_are_stored_before_others_overwrite_them(model, dense, trace, mode, monkeypatch):
-    """Blocks for two requests of four, and stores that take longer than steps."""
-    texts = prompts(90, 70, 110, 80, seed=440)
-    with serving_both(
-        model, trace, TAILED, KEPT, mode=mode, max_num_batched_tokens=64, num_gpu_blocks_override=20, max_model_len=512
-    ) as both:
-        both.dense = dense
-        both.take_longer(monkeypatch, store=0.2)
-        events = {
-            3 * i: lambda both, i=i, prompt=prompt: both.add(f"short {i}", prompt, 240)
-            for i, prompt in enumerate(texts)
-        }
-        served = both.drive(events)
-        assert resumed(both) >= 2
-        dense.assert_equal(both.engine, served.values(), compressions=1)
-        assert stored(both) == []
-        both.assert_nothing_leaks()
