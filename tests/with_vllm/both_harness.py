@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from contexts_harness import ON, Server
+from dense import _seen
 from harness import KARA, engine, greedy
 
 from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext, keys_of
@@ -27,6 +28,10 @@ class Left(NamedTuple):
     values: torch.Tensor
     tokens: int
     by: str
+    events: int
+    """In its trace, when the rows were loaded."""
+    preempted: int
+    """How often it was, by then."""
 
 
 def slowly(transfer, seconds):
@@ -80,7 +85,9 @@ class Both:
             copy, place = self.manager.keeper.get(admission.place.key), admission.place
             rows = self.server.rows_of_copy(copy, place.most_rows, admission.way.step.sections)
             if place.rows is not None:
-                rows = Left(*rows[:2], place.tokens, self.left_by[place.key])
+                by = self.left_by[place.key]
+                happened = len(self.engine.events_of(by)), len(self.engine.recomputed[by])
+                rows = Left(*rows[:2], place.tokens, by, *happened)
             self._packets[admission.packet] = rows
             load(request_id, admission, blocks)
 
@@ -134,25 +141,28 @@ class Both:
         served.rows = {}
         for start, x in rows.items():
             if isinstance(x, Left):
-                x = self._placed(x, until=start if left_by_itself(x, served) else None)
+                x = self._placed(x, left_by_itself(x, served))
             served.rows[start] = x
         return served
 
-    def _placed(self, left, until):
-        """Rows that windows left at the places of their tokens, as the trace of the request says that left them, when
-        its text had ``until`` tokens, or when it ended."""
+    def _placed(self, left, by_itself):
+        """Rows that windows left at the places of their tokens, as the trace of the request says that left them. They
+        are those of the dense model. ``by_itself``: it goes on with them after a preemption."""
         events, count = self.engine.events_of(left.by), left.keys.shape[2]
-        if until is None:
-            served = self._known(self.served[left.by])
+        if by_itself:
+            whole, events = self.served[left.by], events[: left.events]
+            served = replace(whole, recomputed=whole.recomputed[: left.preempted - 1])
         else:
-            events = [event for event in events if event["logical_len"] <= until]
-            whole = self.served[left.by]
-            served = replace(whole, recomputed=[start for start in whole.recomputed if start < until])
+            served = self._known(self.served[left.by])
         held = self.dense.held(served, events)
         places = held[:, :, :count]
         assert (places < left.tokens).all()
         assert (held[:, :, count:] >= left.tokens).all()
         at = places[..., None].expand_as(left.keys)
+        self.dense.logits(served, events)
+        for layer, (_, *expected) in _seen.items():
+            for rows, of_dense in zip((left.keys[layer], left.values[layer]), expected, strict=True):
+                torch.testing.assert_close(rows, of_dense[0].gather(1, at[layer]), atol=1e-4, rtol=1e-4)
         empty = left.keys.new_zeros(*left.keys.shape[:2], left.tokens, left.keys.shape[3])
         return empty.scatter(2, at, left.keys), empty.scatter(2, at, left.values), places
 

@@ -6,6 +6,9 @@ import pytest
 from both_harness import TAILED, resumed, serving_both, stored
 from contexts_harness import ON
 from harness import MODES, prompts
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from kara_kernels.paged import PackedCache
 
 KEPT = {**ON, "preempted": True}
 
@@ -76,6 +79,25 @@ def test_what_a_window_leaves_in_the_step_of_the_preemption_counts(both, dense):
     dropped = served.rows[start][0].shape[2] - served.rows[start][2].shape[2]
     assert dropped == sum(event["window"] - len(event["keep_indices"][0][0]) for event in events)
     dense.assert_equal(both.engine, [served], compressions=2)
+    both.assert_nothing_leaks()
+
+
+def test_rows_are_stored_before_the_step_that_overwrites_their_blocks(both, dense, monkeypatch):
+    """All of them, and at once."""
+    both.take_longer(monkeypatch, store=0.2)
+    worker, cache = get_kv_transfer_group()._worker, both.server.worker._cache
+    load = worker.load
+
+    def overwritten(step):  # called in the step, and before what it would store after its forward pass
+        for job in step.leaving:
+            for pool in cache.pools if isinstance(cache, PackedCache) else [*cache.k, *cache.v]:
+                pool[list(job.blocks)] = 0
+        load(step)
+
+    monkeypatch.setattr(worker, "load", overwritten)
+    served, count = preempted(both, "overwritten", 160, seed=427)
+    assert count == 1
+    dense.assert_equal(both.engine, [served], compressions=1)
     both.assert_nothing_leaks()
 
 
