@@ -53,8 +53,8 @@ def rows_at_the_end(both):
 
 
 def test_turns_go_on_with_the_rows_that_windows_left(both, dense):
-    """Three turns, each with windows. Nothing that an earlier turn said is computed or compressed again."""
-    first, *questions = prompts(100, 20, 33, 7, seed=301)
+    """Five turns, each with windows. Nothing that an earlier turn said is computed or compressed again."""
+    first, *questions = prompts(100, 20, 33, 7, 12, seed=301)
     kept = rows_at_the_end(both)
     served, text = turn(both, "turn-0", [], first, 230)
     dense.assert_equal(both.engine, [served], compressions=2)
