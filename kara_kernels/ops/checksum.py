@@ -45,7 +45,7 @@ def power(exponent: int) -> int:
 
 @triton.jit
 def _times(a, b, POLY: tl.constexpr):
-    """The products of remainders, uint32. If ``b`` is a constant, a product takes two instructions for each bit."""
+    """The products of remainders, uint32. What depends on a constant ``b`` alone is computed by the compiler."""
     product = a & 0
     for i in tl.static_range(32):
         product ^= b * ((a >> (31 - i)) & 1)
