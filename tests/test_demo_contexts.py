@@ -92,7 +92,11 @@ def answer(document: int, seconds: float, source: str, text: str = " 1234.", rig
 
 
 def sides() -> dict[str, report.Side]:
-    chosen = [{"tier": "ram", "ratio": 0.3, "quality": 0.99}, {"tier": "disk", "ratio": 0.5, "quality": 1.0}, None]
+    chosen = [
+        {"tier": "ram", "ratio": 0.3, "quality": 0.99, "rows": 700},
+        {"tier": "disk", "ratio": 0.5, "quality": 1.0, "rows": 1536},
+        None,
+    ]
     answers = {
         "computed": [answer(0, 2.0, "computed"), answer(1, 4.0, "gpu")],
         "whole": [answer(0, 0.5, "ram"), answer(1, 1.5, "disk")],
@@ -122,10 +126,15 @@ def test_figures_compare_with_the_server_that_computes(result: dict[str, Any]) -
 
 
 def test_findings_say_what_was_reached_and_what_was_missed(result: dict[str, Any]) -> None:
-    first, second, third = report.findings(result)
+    first, second, blocks, third = report.findings(result)
+    assert blocks.startswith("Fewer rows are kept of 1 of the documents. While in use these take 46% of the blocks")
     assert "6.0 times sooner than with vLLM's own prefix cache, 2.0 times" in first
     assert "50% of the answers are the same" in second
     assert third == "Goals missed: 1.5 times than fixed, LRU."
+    result["blocks"] = {"documents": 2, "share": 0.61}
+    assert report.findings(result)[-1] == "Goals missed: 1.5 times than fixed, LRU; 60% of the blocks."
+    result["blocks"] = None
+    assert len(report.findings(result)) == 3
     result["sides"]["kara"]["cpu_share_of_others"] = 0.3
     assert "doubtful" in report.findings(result)[-1]
 

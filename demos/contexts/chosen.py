@@ -7,20 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from kara_kernels.contexts.directory import Copy, read_snapshot
+from kara_kernels.contexts.profile import Measured
 
 from .documents import Document
 
 
-def chosen(store: Path, held: Sequence[Document], block_size: int) -> list[dict[str, Any] | None]:
-    """Tier, ratio and quality for each document; None: not stored."""
+def chosen(
+    store: Path, held: Sequence[Document], block_size: int, measured: Sequence[Measured]
+) -> list[dict[str, Any] | None]:
+    """Tier, ratio, quality and rows for each document; None: not stored. ``measured``: of one of them, for all are as
+    long. Other methods keep all rows."""
     found = {copy.key: copy for path in store.rglob("directory.json") for copy in read_snapshot(path)[1]}
-    return [_described(found.get(_key(document, block_size))) for document in held]
+    return [_described(found.get(_key(document, block_size)), len(document.ids), measured) for document in held]
 
 
-def _described(copy: Copy | None) -> dict[str, Any] | None:
+def _described(copy: Copy | None, tokens: int, measured: Sequence[Measured]) -> dict[str, Any] | None:
     if copy is None:
         return None
-    return {"tier": copy.tier, "ratio": copy.option.ratio, "quality": copy.option.quality}
+    option = copy.option
+    steps = [step for step in measured if step.method == option.method]  # headers differ by a few bytes
+    rows = min(steps, key=lambda step: abs(step.nbytes - option.nbytes)).rows if steps else tokens
+    return {"tier": copy.tier, "ratio": option.ratio, "quality": option.quality, "rows": rows}
 
 
 def _key(document: Document, block_size: int) -> str:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from kara_kernels.contexts.profile import Profile
 from kara_kernels.integrations.vllm.contexts.settings import SAFEST
 
 from ..machine import share_of_others, usable_cores
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for side, contexts in sides.items():
         settings = _settings(options, model, threads, contexts)
-        found[side] = _measure(screen, phases, side, settings, tokenizer, held, asks, options)
+        found[side] = _measure(screen, phases, side, settings, tokenizer, held, asks, options, profile)
     result = report.collect(options, model, held, asks, profile, fixed, found, phases)
     if options.picture is not None:
         from .picture import draw
@@ -93,7 +94,7 @@ def _settings(options: argparse.Namespace, model: str, threads: int, contexts: d
 
 def _measure(
     screen: Screen, phases: dict[str, float], side: str, settings: Settings, tokenizer: Any, held: list[Document],
-    asks: list[Asked], options: argparse.Namespace,
+    asks: list[Asked], options: argparse.Namespace, profile: Profile,
 ) -> report.Side:  # fmt: skip
     name, store = report.NAMES[side], options.work / "store"
     shutil.rmtree(store, ignore_errors=True)
@@ -109,7 +110,8 @@ def _measure(
         with screen.phase(phases, f"{name}: asked", len(asks), "requests") as advance:
             answers = client.ask_all(asks, advance)
         others = share_of_others(before, server.cpu_seconds())
-    kept = chosen(store, held, settings.block_size) if settings.contexts is not None else []
+    measured = next(iter(profile.contexts.values())).measured
+    kept = chosen(store, held, settings.block_size, measured) if settings.contexts is not None else []
     shutil.rmtree(store, ignore_errors=True)
     return report.Side(answers, others, kept)
 
