@@ -304,6 +304,10 @@ def test_blocks_of_a_load(config: Path) -> None:
         ),
         (["--tokens", "2007"], "--tokens: expected at most 2,006 with this model, got 2,007"),
         (["--block-size", "48"], "--block-size: expected a multiple of 32 on a CPU, got 48"),
+        (
+            ["--documents", "16", "--document-tokens", "100000"],
+            r"--documents, --document-tokens: expected at most [\d,]+ tokens in all, got 1,600,000",
+        ),
         (["--requests", "1"], "--budget 0.333333 is 17 blocks, but one request alone needs 51"),
     ],
 )

@@ -17,7 +17,7 @@ from kara_kernels.ops import (
     rank_channels,
     rank_rows,
     select_topk,
-)  # fmt: skip
+)
 from kara_kernels.options import PAPER, RECOMMENDED
 from kara_kernels.payload import PayloadLayout
 from kara_kernels.payload_arguments import PayloadArguments

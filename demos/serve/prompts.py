@@ -1,4 +1,6 @@
-"""The prompts of the clients, short and varied, so that nearly all of the cache is generated text."""
+"""The prompts of the clients, short and varied, so that nearly all of the cache is generated text, and documents."""
+
+from .. import DemoError
 
 CHARACTERS = 4  # of the manual, per token
 
@@ -27,5 +29,10 @@ def about_documents(count: int, tokens: int) -> tuple[str, ...]:
     from pydoc_data.topics import topics
 
     text, size = "\n\n".join(topics[key] for key in sorted(topics)), CHARACTERS * tokens
+    if count * size > len(text):
+        most = len(text) // CHARACTERS
+        raise DemoError(
+            f"--documents, --document-tokens: expected at most {most:,} tokens in all, got {count * tokens:,}", 2
+        )
     parts = [text[i * size : (i + 1) * size] for i in range(count)]
     return tuple(f"{parts[i % count]}\n\n{prompt}" for i, prompt in enumerate(PROMPTS))

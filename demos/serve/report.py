@@ -143,7 +143,7 @@ def collect(
     """Everything about the run as plain numbers, strings, lists and dictionaries."""
     for stage in found.values():
         stage["speedup"] = stage["kara"]["tokens_per_second"] / stage["vllm"]["tokens_per_second"]
-    names = "requests", "tokens", "budget", "block_size", "dtype", "compile", "threads"
+    names = "requests", "tokens", "documents", "document_tokens", "budget", "block_size", "dtype", "compile", "threads"
     return {
         "schema": SCHEMA,
         "versions": {

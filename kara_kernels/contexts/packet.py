@@ -281,7 +281,7 @@ def read_packet(data: bytes | memoryview | Tensor, *, sections: int | None = Non
         data = memoryview(data).cast("B")
         header = Header.read(data)
     else:
-        header = Header.read(data[: header_length(data[: _FIXED.size].cpu().numpy().data)].cpu().numpy().data)
+        header = Header.read(data[: _header_length(data[: _FIXED.size].cpu().numpy().data)].cpu().numpy().data)
     steps = {step.nbytes: step for step in header.steps}
     if sections is not None:
         wanted = next((step for step in header.steps if step.sections == sections and step.nbytes <= len(data)), None)
@@ -297,8 +297,8 @@ def read_packet(data: bytes | memoryview | Tensor, *, sections: int | None = Non
     return Packet(header, data)
 
 
-def header_length(start: bytes | memoryview) -> int:
-    """Bytes that a header may have which begins so, and the least that tell."""
+def _header_length(start: bytes | memoryview) -> int:
+    """Bytes of the header that begins with ``start``, or as many as it takes to refuse it."""
     length = min(_FIXED.unpack(start)[3], MOST_DESCRIPTION) if len(start) == _FIXED.size else 0
     return -(-(_FIXED.size + length) // ALIGNMENT) * ALIGNMENT
 
@@ -342,7 +342,7 @@ def read_file(path: Path | str, *, sections: int | None = None) -> Packet:
         data = file.read(_FIXED.size)
         if sections is not None and len(data) == _FIXED.size:
             file.seek(0)
-            data = file.read(header_length(data))
+            data = file.read(_header_length(data))
             step = next((step for step in Header.read(data).steps if step.sections == sections), None)
             return read_packet(data + file.read(0 if step is None else step.nbytes - len(data)), sections=sections)
         return read_packet(data + file.read(), sections=sections)

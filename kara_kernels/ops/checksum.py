@@ -30,7 +30,7 @@ def times(a: int, b: int) -> int:
     return product
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def power(exponent: int) -> int:
     """x to the power of ``exponent``."""
     if exponent == 0:
@@ -51,11 +51,6 @@ def _times(a, b, POLY: tl.constexpr):
         product ^= b * ((a >> (31 - i)) & 1)
         b = (b >> 1) ^ (b & 1) * POLY
     return product
-
-
-@triton.jit
-def _add(a, b):
-    return a ^ b
 
 
 @kernel
@@ -82,7 +77,7 @@ def checksum_kernel(
     for i in tl.static_range(LANE_BITS):
         rest = tl.where((behind >> i) & 1 != 0, _times(rest, up, POLY), rest)
         up = _times(up, up, POLY)
-    share = tl.reduce(rest, 0, _add)
+    share = tl.xor_sum(rest, 0)
     up = tl.full([], TILE, tl.uint32)
     left = tile
     while left > 0:

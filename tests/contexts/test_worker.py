@@ -54,8 +54,8 @@ def test_a_context_comes_back_from_grains(device: str) -> None:
 
 
 @pytest.mark.parametrize("of_one", [True, False])
-@pytest.mark.parametrize("nbytes", [1, 256, 257, 1500, 5 * 256])
-def test_a_gpu_reads_and_writes_neighbouring_grains_at_once(of_one: bool, nbytes: int) -> None:
+@pytest.mark.parametrize("nbytes", [1, 256, 257, 1000, 5 * 256])
+def test_a_gpu_reads_neighbouring_grains_at_once(of_one: bool, nbytes: int) -> None:
     """A CPU in its place takes the same copies, in order. Memory that several workers share is never contiguous."""
     grains, wanted = [7, 2, 3, 4, 0], torch.randint(0, 256, (5 * 256,)).to(torch.uint8)
     room = torch.zeros(9, 256 if of_one else 3 * 256, dtype=torch.uint8)
@@ -63,7 +63,6 @@ def test_a_gpu_reads_and_writes_neighbouring_grains_at_once(of_one: bool, nbytes
     worker = ContextWorker(PagedCache(context.k, context.v), room[:, :256], "a model")
     for number, grain in enumerate(grains):
         room[grain, :256] = wanted[256 * number : 256 * (number + 1)]
-    nbytes = min(nbytes, len(wanted))
     parts = list(worker._parts(grains, nbytes))
     assert torch.equal(torch.cat([part for part, _ in parts]), wanted[:nbytes])
     assert [at for _, at in parts] == [0, 256, 1024][: len(parts)] if of_one else len(parts) == -(-nbytes // 256)

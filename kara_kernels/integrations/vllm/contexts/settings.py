@@ -138,7 +138,7 @@ class ContextSettings:
     conversations: bool = False
     """Whether the next turn goes on with the rows that windows left of a request."""
     preempted: bool = False
-    """Whether a preempted request goes on with the rows that windows left of it. Experimental."""
+    """Whether a preempted request goes on with the rows that windows left of it."""
 
     @property
     def keeps_left(self) -> bool:

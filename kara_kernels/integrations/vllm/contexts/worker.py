@@ -101,9 +101,8 @@ class ContextWorker:
 
     def shutdown(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._region = torch.empty(
-            0, 0, dtype=torch.uint8
-        )  # the shared memory can be unmapped only when nothing refers to it
+        # The shared memory can be unmapped only when nothing refers to it.
+        self._region = torch.empty(0, 0, dtype=torch.uint8)
 
     def _compute_on_one_core(self) -> None:
         """On a CPU, the engine's threads have all cores. A call of this thread that were divided among several would
