@@ -43,7 +43,7 @@ profile: $(VENV)/.demo ## measure the profile that `make contexts` simulates, of
 	mkdir -p build
 	$(BIN)/python -m bench.contexts.texts > build/contexts.jsonl
 	$(BIN)/python -m kara_kernels.contexts profile "$$($(BIN)/python -m demos.model)" build/contexts.jsonl \
-		--methods kara_mean/int8,compactor/int8,snapkv/int8,keydiff/exact,knorm/exact,snapkv/exact \
+		--methods kara_sampled/int8,compactor/int8,snapkv/int8,keydiff/exact,knorm/exact,snapkv/exact \
 		-o bench/results/profile.json --threads 1 --tier ram=ram --tier disk=build $(ARGS)
 
 contexts: $(VENV)/.demo ## simulate contexts in storage tiers, with a measured profile (twelve minutes)

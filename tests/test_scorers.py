@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kara_kernels import LookAhead, scorers
-from kara_kernels.ops import rank_rows
+from kara_kernels.ops import rank_rows, score_window
 from kara_kernels.options import Scoring
 from kara_kernels.scorers import NAMED, Repetition, Rows, named, own, published
 
@@ -339,18 +339,24 @@ def expected_attention(text: Text, layer: int, head: int) -> list[float]:
 
 
 def kara(text: Text, layer: int, head: int, power: int = 2, step: int = 1) -> list[float]:
-    count = -(-text.length // text.window)
-    ends = [text.start + text.length * i // count for i in range(count + 1)]
-    found = []
-    for first, last in itertools.pairwise(ends):
+    width = min(text.length, text.window)
+    sinks = [text.start + i for i in range(min(4, width - 1))]
+    others = [j for j in text.span if j not in sinks]
+    body = width - len(sinks)
+    count = math.ceil(len(others) / body)
+    found = {}
+    for i in range(count):
+        begin = (len(others) - body) * i // max(1, count - 1)
+        seen = sinks + others[begin : begin + body]
         rows = [
-            softmax([text.scale * dot(text.turn(q, text.length), key) for key in text.keys[layer][head][first:last]])
+            softmax([text.scale * dot(text.turn(q, text.length), text.keys[layer][head][j]) for j in seen])
             for t in range(text.first_query + step - 1, TOTAL, step) for q in text.query[layer][t][head]
         ]  # fmt: skip
-        for place, j in enumerate(range(first, last)):
-            norm_of_value = norm(text.values[layer][head][j])
-            found.append(mean([row[place] ** power for row in rows]) ** (1 / power) * norm_of_value)
-    return found
+        for place, j in enumerate(seen):
+            if i == 0 or j not in sinks:  # the last window that holds a row has the last word
+                received = mean([row[place] ** power for row in rows]) ** (1 / power)
+                found[j] = received * norm(text.values[layer][head][j])
+    return [found[j] for j in text.span]
 
 
 def kara_mean(text: Text, layer: int, head: int) -> list[float]:
@@ -381,14 +387,34 @@ def test_scores_are_those_of_plain_python(name: str, narrow: bool, monkeypatch: 
                                 ("CHUNK", 4), ("COMPACTOR_CHUNK", 4), ("SLICE_ELEMENTS", 1)):  # fmt: skip
             monkeypatch.setattr(published, constant, value)
     text, window = Text(3, interleaved=narrow, rotated=6 if narrow else 4), {}
+    if name == "kara_sampled":
+        text.window = 4  # the greatest power of two of at most six rows
     if narrow and name == "kara_sampled":
         monkeypatch.setattr(own, "CONTEXT_QUERIES", 4)
         text.step = 3  # of nine queries
     if narrow and name == "kara":
-        text.window = 4
-        window = {"window": 4}
+        text.window = 5
+        window = {"window": 5}
     expected = torch.tensor(for_each_head(text, ORACLES[name]))
     torch.testing.assert_close(named(name)(text.rows(), **window), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 6, 8, 9, 13, 14])
+def test_windows_that_share_the_first_rows(window: int) -> None:
+    text = Text(5)
+    text.first_query, text.start, text.length, text.window = 5, 0, TOTAL, window
+    expected = torch.tensor(for_each_head(text, kara))
+    torch.testing.assert_close(scorers.kara(text.rows(), window=window), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_contexts_of_all_lengths_share_windows_of_a_power_of_two(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, asked = Text(6), []
+    text.first_query, text.start, text.length = 0, 0, length
+    monkeypatch.setattr(own, "MAX_WINDOW", 8)
+    monkeypatch.setattr(own, "score_window", lambda *args, **rest: asked.append(args[4]) or score_window(*args, **rest))
+    scorers.kara_sampled(text.rows())
+    assert set(asked) == {max(w for w in (1, 2, 4, 8) if w <= length)}
 
 
 @pytest.mark.parametrize("name", ["expected_attention", "kara", "h2o"])

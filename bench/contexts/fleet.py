@@ -32,7 +32,7 @@ from .simulate import simulate, summary
 from .trace import SHAPE, Trace, zipf
 
 # Of packets on the remote tier: one method, so that a prefix of them can be read.
-METHOD, RATIO = "kara_mean/int8", 0.25
+METHOD, RATIO = "kara_sampled/int8", 0.25
 ALPHA = 25  # times the mean seconds of recomputing
 REMOTE = Tier("remote", MAX_BYTES, 1e9, 5e-3)
 

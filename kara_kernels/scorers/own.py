@@ -14,6 +14,8 @@ from ..options import Scoring
 from ..values import CONTEXT_QUERIES, MAX_WINDOW
 from .rows import Rows
 
+SINKS = 4  # first rows that every window of several begins with
+
 
 def kara(
     rows: Rows, *, query: Any = None, scoring: Scoring = Scoring(), look_ahead: bool = True,  # noqa: B008, frozen
@@ -21,10 +23,10 @@ def kara(
 ) -> Tensor:  # fmt: skip
     """This library's score with the recommended options, from queries turned ahead by the number of scored rows.
 
-    :func:`kara_kernels.ops.score_window` takes windows of up to 4096 rows. Longer contexts are scored as the fewest
-    windows of equal length (or one less), each by all queries: every window then receives as much attention as every
-    other, and the scores of all compare. With half of the rows kept by :func:`kara_mean`, sixty texts of 768
-    tokens lost 0.049 nats in one window and 0.052 in windows of 256 (``bench/results/contexts-frontier.md``). Each
+    :func:`kara_kernels.ops.score_window` takes windows of up to 4096 rows. More rows are scored as the fewest windows of
+    one length, evenly spread, each by all queries. Every window begins with the first four rows, because models attend
+    to them most: without them, the rows of a later window would share what these take, and score higher than those
+    beside them. So the scores of all windows compare. Where two overlap, rows have their scores of the last. Each
     length of a window is compiled once on a GPU.
 
     Args:
@@ -40,20 +42,28 @@ def kara(
     query = list(rows.query.flatten(2, 3)[:, None]) if query is None else query
     ahead = rows.ahead(rows.length, device) if look_ahead and rows.ahead is not None else None
     zero = torch.zeros(1, dtype=torch.int32, device=device)
-    windows = -(-rows.length // check_window(window))
-    ends = [rows.start + rows.length * i // windows for i in range(windows + 1)]
+    width = min(rows.length, check_window(window))
+    sinks = min(SINKS, width - 1)
+    start, body, rest = rows.start + sinks, width - sinks, rows.length - width
+    gaps = -(-rest // body)
+    firsts = [start + rest * i // max(1, gaps) for i in range(gaps + 1)]  # rows behind the sinks of each window
 
-    def score(first: int, last: int) -> Tensor:
-        keys, values = (  # one block as long as the window
-            [layer[:, first:last].transpose(0, 1)[None] for layer in of_all] for of_all in (rows.keys, rows.values)
-        )
-        return score_window(
-            query, keys, zero[None], zero, last - first, scale=rows.scale, attention=scoring.attention,
+    def score(first: int, end: int) -> Tensor:
+        def block(layer: Tensor) -> Tensor:  # as long as the window
+            some = layer[:, first - sinks : first + body]
+            if first > start:
+                some = torch.cat((layer[:, rows.start : start], some[:, sinks:]), 1)
+            return some.transpose(0, 1)[None]
+
+        keys, values = (list(map(block, of_all)) for of_all in (rows.keys, rows.values))
+        scores = score_window(
+            query, keys, zero[None], zero, width, scale=rows.scale, attention=scoring.attention,
             reduction=scoring.reduction, redundancy=scoring.redundancy,
             v_cache=None if scoring.value_norm is False else values, look_ahead=ahead, query_rows=query_rows,
         )[:, 0]  # fmt: skip
+        return scores[..., sinks if first > start else 0 : sinks + end - first]
 
-    return torch.cat([score(*ends[i : i + 2]) for i in range(windows)], -1)
+    return torch.cat(list(map(score, firsts, [*firsts[1:], rows.start + rows.length])), -1)
 
 
 def kara_mean(rows: Rows) -> Tensor:
@@ -64,10 +74,13 @@ def kara_mean(rows: Rows) -> Tensor:
 
 
 def kara_sampled(rows: Rows) -> Tensor:
-    """:func:`kara_mean` by at most 128 queries, the last of every ``ceil(N / 128)``.
+    """:func:`kara_mean` by at most 128 queries, the last of every ``ceil(N / 128)``, in windows of a power of two.
 
     An engine records so many while it computes a prompt. ``rows.query`` may hold any of the context's queries, in their
-    order.
+    order. Contexts of any length share a few lengths of windows, so that a server can compile all of them beforehand.
     """
     stride = -(-rows.query.shape[1] // CONTEXT_QUERIES)
-    return kara_mean(replace(rows, query=rows.query[:, stride - 1 :: stride]) if stride > 1 else rows)
+    if stride > 1:
+        rows = replace(rows, query=rows.query[:, stride - 1 :: stride])
+    window = 1 << min(rows.length, MAX_WINDOW).bit_length() - 1
+    return kara(rows, scoring=Scoring(reduction="mean"), window=window)
