@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cmath
-import itertools
 import math
 import random
 from collections.abc import Callable

@@ -23,11 +23,11 @@ def kara(
 ) -> Tensor:  # fmt: skip
     """This library's score with the recommended options, from queries turned ahead by the number of scored rows.
 
-    :func:`kara_kernels.ops.score_window` takes windows of up to 4096 rows. More rows are scored as the fewest windows of
-    one length, evenly spread, each by all queries. Every window begins with the first four rows, because models attend
-    to them most: without them, the rows of a later window would share what these take, and score higher than those
-    beside them. So the scores of all windows compare. Where two overlap, rows have their scores of the last. Each
-    length of a window is compiled once on a GPU.
+    :func:`kara_kernels.ops.score_window` takes up to 4096 rows. More are scored as the fewest windows of one length,
+    evenly spread, each by all queries. Every window begins with the first four rows, because models attend to these
+    most: in a window without them the others would receive their share, too, and rank above equal rows of the first
+    window. Where windows overlap, rows have their scores in the last. Each length of a window is compiled once on a
+    GPU.
 
     Args:
         rows: what is scored. Without a rotary embedding, queries stay where they are.
@@ -38,32 +38,25 @@ def kara(
         query_rows: int32 ``[1, N]``, as in :func:`kara_kernels.ops.score_window`.
         window: the longest window, ``1..4096`` rows.
     """
-    device = rows.keys.device
     query = list(rows.query.flatten(2, 3)[:, None]) if query is None else query
-    ahead = rows.ahead(rows.length, device) if look_ahead and rows.ahead is not None else None
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    ahead = rows.ahead(rows.length, rows.keys.device) if look_ahead and rows.ahead is not None else None
+    zero = rows.keys.new_zeros(1, dtype=torch.int32)
     width = min(rows.length, check_window(window))
     sinks = min(SINKS, width - 1)
-    start, body, rest = rows.start + sinks, width - sinks, rows.length - width
-    gaps = -(-rest // body)
-    firsts = [start + rest * i // max(1, gaps) for i in range(gaps + 1)]  # rows behind the sinks of each window
+    rest, gaps = rows.length - width, -(-(rows.length - width) // (width - sinks))
+    steps = [rest * i // max(1, gaps) for i in range(gaps + 1)]  # of windows, from the first
 
-    def score(first: int, end: int) -> Tensor:
-        def block(layer: Tensor) -> Tensor:  # as long as the window
-            some = layer[:, first - sinks : first + body]
-            if first > start:
-                some = torch.cat((layer[:, rows.start : start], some[:, sinks:]), 1)
-            return some.transpose(0, 1)[None]
-
-        keys, values = (list(map(block, of_all)) for of_all in (rows.keys, rows.values))
-        scores = score_window(
+    def score(step: int, to: int) -> Tensor:
+        places = torch.arange(rows.start, rows.start + width, device=zero.device)
+        places[sinks:] += step
+        keys, values = ([layer[:, places].transpose(0, 1)[None] for layer in of] for of in (rows.keys, rows.values))
+        return score_window(
             query, keys, zero[None], zero, width, scale=rows.scale, attention=scoring.attention,
             reduction=scoring.reduction, redundancy=scoring.redundancy,
             v_cache=None if scoring.value_norm is False else values, look_ahead=ahead, query_rows=query_rows,
-        )[:, 0]  # fmt: skip
-        return scores[..., sinks if first > start else 0 : sinks + end - first]
+        )[:, 0, :, sinks if step else 0 : sinks + to - step]  # fmt: skip
 
-    return torch.cat(list(map(score, firsts, [*firsts[1:], rows.start + rows.length])), -1)
+    return torch.cat(list(map(score, steps, [*steps[1:], rows.length - sinks])), -1)
 
 
 def kara_mean(rows: Rows) -> Tensor:
@@ -79,8 +72,6 @@ def kara_sampled(rows: Rows) -> Tensor:
     An engine records so many while it computes a prompt. ``rows.query`` may hold any of the context's queries, in their
     order. Contexts of any length share a few lengths of windows, so that a server can compile all of them beforehand.
     """
-    stride = -(-rows.query.shape[1] // CONTEXT_QUERIES)
-    if stride > 1:
-        rows = replace(rows, query=rows.query[:, stride - 1 :: stride])
-    window = 1 << min(rows.length, MAX_WINDOW).bit_length() - 1
-    return kara(rows, scoring=Scoring(reduction="mean"), window=window)
+    stride = max(1, -(-rows.query.shape[1] // CONTEXT_QUERIES))
+    rows = replace(rows, query=rows.query[:, stride - 1 :: stride])
+    return kara(rows, scoring=Scoring(reduction="mean"), window=1 << min(rows.length, MAX_WINDOW).bit_length() - 1)

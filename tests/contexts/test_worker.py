@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from on_gpu import ON_GPU
 from packets import Context
 
 from kara_kernels import PagedCache, PayloadLayout
 from kara_kernels.contexts.packet import Header
+from kara_kernels.contexts.ranking import Judges, ranked
 from kara_kernels.integrations.vllm.contexts.jobs import Ended, Load, Store
 from kara_kernels.integrations.vllm.contexts.worker import ContextWorker
+from kara_kernels.ops import _triton, rank, score
+from kara_kernels.ops import pool as pooling
 
 
 @pytest.fixture
@@ -88,6 +94,40 @@ def test_a_job_that_fails_waits_for_the_copies_that_it_began() -> None:
         worker._timed(None, lambda job: 1 / job, 0)
     assert waited == [True]
     worker.shutdown()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs no GPU, and describes one as the interpreter does")
+@pytest.mark.parametrize("page", [16, 48])
+def test_no_context_waits_for_kernels_that_rank(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts of every length launch kernels with constants, dtypes and absent arguments that the warm-up knew."""
+    seen: set[Any] = set()
+
+    def launch(kernel: Any, *_: Any, **arguments: Any) -> None:
+        parameters = inspect.signature(kernel.fn).parameters
+        constants = {name for name, x in parameters.items() if x.annotation is _triton.tl.constexpr} | {*arguments} - {
+            *parameters
+        }
+        compiled = {name: x if name in constants else getattr(x, "dtype", type(x)) for name, x in arguments.items()}
+        seen.add((kernel, *compiled.items()))
+
+    for module in (score, pooling, rank):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(score, "resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr(rank, "resolve_backend", lambda *_: "triton")
+    context = Context.random(page, dim=16, v_dim=16, layers=1, page=page)
+    cache, table = PagedCache(context.k, context.v), context.table
+    worker = ContextWorker(cache, torch.zeros(4, 256, dtype=torch.uint8), "a model")
+    judges = Judges(lambda *_: None, torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16), None, 0.25)
+    worker.judge_by(judges, ["none/int8", "kara_sampled/int8"], 12_000)
+    worker.shutdown()
+    known = set(seen)
+    assert len({kernel for kernel, *_ in known}) == 4
+    for blocks in {*range(1, 9), *range(9, 12_000 // page, 7), 12_000 // page}:
+        queries = torch.zeros(1, min(128, blocks * page), 4, 16, dtype=torch.bfloat16)
+        ranked(cache, table.repeat(blocks), "kara_sampled", queries, judges)
+        assert not seen - known, blocks * page
+    ranked(cache, table.repeat(3), "kara_mean", queries[:, :page], judges)
+    assert seen > known  # that one asks for a window as long as the context
 
 
 def test_the_thread_computes_on_one_core_and_the_others_as_before(two_threads: None) -> None:

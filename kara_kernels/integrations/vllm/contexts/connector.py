@@ -163,7 +163,8 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
 
     def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any, scale: float) -> None:
         """Called once, by a model runner that records queries. See :class:`~kara_kernels.contexts.ranking.Judges`."""
-        self._worker.worker.judge_by(Judges(of_context, blank, ahead, scale), self._settings.methods)
+        judges = Judges(of_context, blank, ahead, scale)
+        self._worker.worker.judge_by(judges, self._settings.methods, self._config.model_config.max_model_len)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self._worker.flush(kv_connector_metadata)

@@ -20,6 +20,7 @@ from kara_kernels.contexts.codec import decode, encode
 from kara_kernels.contexts.packet import Packet, PacketError, read_packet
 from kara_kernels.contexts.ranking import Judges, ranked
 from kara_kernels.paged import PackedCache, PagedCache
+from kara_kernels.values import MAX_WINDOW
 
 from .jobs import Ended, Load, Store
 from .settings import may_drop, needs_queries
@@ -63,12 +64,17 @@ class ContextWorker:
             decode(packet, cache.k, cache.v, table)
         self._pack(used, cache)
 
-    def judge_by(self, judges: Judges, methods: Sequence[str]) -> None:
-        """The engine records queries. Warms up what ranks rows."""
+    def judge_by(self, judges: Judges, methods: Sequence[str], longest: int) -> None:
+        """The engine records queries. Warms up what ranks contexts of up to ``longest`` tokens. A GPU compiles each
+        length of a window, and contexts are scored in windows of a power of two."""
         self._judges = judges
-        cache, table = self._unpacked(range(1, min(self._blocks, 5)))
-        for method in filter(may_drop, methods):
-            ranked(cache, table, method.partition("/")[0], judges.blank, judges)
+        cache, table = self._unpacked([1])
+        page = cache.shape[1]
+        window = 1 << page.bit_length() - 1
+        while window <= min(longest, MAX_WINDOW):
+            for scorer in {method.partition("/")[0] for method in filter(may_drop, methods)}:
+                ranked(cache, table.repeat(-(-window // page)), scorer, judges.blank, judges)
+            window *= 2
 
     def submit(self, job: Store | Load) -> None:
         """Begins a job behind those that were submitted before it."""
