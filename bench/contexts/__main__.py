@@ -15,7 +15,7 @@ from typing import Any
 from bench import tables
 from bench.store import concluded, digest_of_folders, make_folder, measure_all
 from bench.tables import Row
-from kara_kernels.contexts.profile import QUALITIES, Profile, ProfileError
+from kara_kernels.contexts.profile import QUALITIES, Measured, Profile, ProfileError
 
 from . import compare, report, trace
 from .fleet import Fleet, engine
@@ -43,6 +43,22 @@ class Size:
 
 
 QUICK = Size(30, 60, 240, (1.6, 25), Fleet(10, 2_000, 10, 2e12, 1.0, 200))
+
+
+def losses(profile: Profile, judge: str) -> list[Row]:
+    """What every compression of the profile costs, over its contexts."""
+    found: dict[tuple[str, int], list[tuple[Measured, int]]] = {}
+    for context in profile.contexts.values():
+        for one in context.measured:
+            found.setdefault((one.method, one.sections), []).append((one, context.tokens))
+    return [
+        {"table": "loss", "method": method, "sections": sections, "contexts": len(all_of),
+         "ratio": statistics.fmean(one.ratio for one, _ in all_of),
+         "rows": statistics.fmean(one.rows / tokens for one, tokens in all_of),
+         "kl": statistics.fmean(one.kl for one, _ in all_of),
+         "kept": [sum(one.quality(judge) >= level for one, _ in all_of) for level in compare.LEVELS]}
+        for (method, sections), all_of in sorted(found.items())
+    ]  # fmt: skip
 
 
 def scenarios(profile: Profile, judge: str, size: Size, seed: int) -> list[Scenario]:
@@ -128,7 +144,8 @@ def _run(options: argparse.Namespace, size: Size, profile: Profile, work: dict[s
     make_folder(options.out)
     held = hashlib.sha256(options.profile.read_bytes()).hexdigest()
     code = digest_of_folders("kara_kernels/contexts", "bench/contexts")
-    rows = [row for found in measure_all("policies", work, held, options.judge, code, repr(size)) for row in found]
+    rows = [short(row) for row in losses(profile, options.judge)]
+    rows += [row for found in measure_all("policies", work, held, options.judge, code, repr(size)) for row in found]
     head = {
         "kind": "simulated", "profiled": len(profile.contexts),
         "model": Path(str(profile.about.get("model", "an unknown model"))).name,

@@ -74,6 +74,7 @@ def page(head: Row, rows: Sequence[Row]) -> str:
         if world["seed"] == worlds[0]["seed"]:
             parts.append(_scenario(world, _runs(runs, world)))
     parts.append(_fleet([row for row in rows if row["table"] == "fleet"]))
+    parts.append(_losses([row for row in rows if row["table"] == "loss"]))
     return "\n".join(parts)
 
 
@@ -261,6 +262,18 @@ def _fleet(rows: Sequence[Row]) -> str:
         "measured: CPU time of this engine's policy in Python on this machine. No engine asks another. Assumptions: "
         "`bench/contexts/fleet.py`.\n",
         markdown(header, lines),
+    ])  # fmt: skip
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    lines = [
+        (row["method"], f"{row['ratio']:.3f}", f"{row['rows']:.0%}", f"{row['kl']:.5f}", *row["kept"]) for row in rows
+    ]
+    return "\n".join([
+        "## What contexts may lose\n",
+        f"The profile: every compression of {rows[0]['contexts']} contexts. Bytes relative to rows in 16 bits, rows "
+        "kept, mean KL in nats per token of answers, and how many contexts keep at least the quality on top.\n",
+        markdown(("method", "bytes", "rows", "KL", *map(str, LEVELS)), lines),
     ])  # fmt: skip
 
 

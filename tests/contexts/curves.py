@@ -19,7 +19,7 @@ INT8 = (
     (0.5, 3e-5),
 )
 EXACT = ((0.25, 0.2), (0.5, 0.09), (0.75, 0.03), (1.0, 1e-6))
-METHODS = {"kara_mean/int8": (INT8, 1.0), "snapkv/int8": (INT8, 1.3), "keydiff/exact": (EXACT, 1.1),
+METHODS = {"kara_sampled/int8": (INT8, 1.0), "snapkv/int8": (INT8, 1.3), "keydiff/exact": (EXACT, 1.1),
            "knorm/exact": (EXACT, 1.7), "snapkv/exact": (EXACT, 1.0)}  # fmt: skip
 
 

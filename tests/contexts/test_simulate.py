@@ -19,6 +19,7 @@ from bench.contexts import compare, fleet, report, scenario
 from bench.contexts.policies import Arc, Cached, Impress, Lfu, Lru, Placed, Recompute
 from bench.contexts.simulate import Run, Served, label, simulate, summary
 from bench.contexts.trace import Trace, make_trace, zipf
+from kara_kernels.contexts.profile import Measured, Profile, ProfiledContext
 from kara_kernels.contexts.utility import Context, Option, Tier
 
 WHOLE = Option("whole", 1.0, 100, 1.0, 2.0)
@@ -346,6 +347,24 @@ def test_comparison_at_equal_quality() -> None:
     assert report.ratios(runs, lambda rows: compare.of(rows, "LRU"), 0.9) is None
 
 
+def test_what_the_contexts_of_a_profile_may_lose() -> None:
+    def measured(kl: float, ratio: float, rows: int) -> Measured:
+        return Measured("a/int8", 4, ratio, 100, 0.0, rows, kl, agreement=1 - kl / 3)
+
+    contexts = {
+        key: ProfiledContext(key, key, 200, 1.0, 0.1, (), (measured(*values),))
+        for key, *values in (("x", 0.02, 0.1, 100), ("y", 0.04, 0.3, 100), ("z", 0.2, 0.2, 50))
+    }
+    (found,) = command.losses(Profile("p", {}, (), contexts), "likelihood")
+    numbers = [found.pop(name) for name in ("ratio", "rows", "kl")]
+    assert numbers == pytest.approx([0.2, 250 / 600, 0.26 / 3])
+    assert found == {"table": "loss", "method": "a/int8", "sections": 4, "contexts": 3,
+                     "kept": [0, 0, 1, 2, 2]}  # fmt: skip
+    (found,) = command.losses(Profile("p", {}, (), contexts), "agreement")
+    assert found["kept"] == [0, 1, 2, 2, 3]
+    assert "| a/int8 | 0.200 | 42% | 0.08667 | 0 | 1 | 2 | 2 | 3 |" in report._losses([found])
+
+
 def test_missed_goals_are_told() -> None:
     world = {"scenario": "s", "seed": 0}
     runs = [row(compare.OURS, 0.97, 1.0), row(compare.PAPER, 0.98, 1.7), row("LRU", 1.0, 1.6)]
@@ -394,7 +413,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     SMALL.save(tmp_path / "profile.json")
     assert command.main(["--quick", "--profile", str(tmp_path / "profile.json"), "--out", str(tmp_path)]) == 0
     head, rows = tables.read(tmp_path / "contexts.csv")
-    assert {one["table"] for one in rows} == {"scenario", "run", "fleet"}
+    assert {one["table"] for one in rows} == {"loss", "scenario", "run", "fleet"}
     assert (tmp_path / "contexts.md").read_text() == report.page(head, rows)
     assert (tmp_path / "contexts.png").stat().st_size > 10_000
     runs = [one for one in rows if one["table"] == "run"]
