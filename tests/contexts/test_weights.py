@@ -57,6 +57,9 @@ def test_a_name_comes_before_files_and_those_before_a_commit(tmp_path: Path) -> 
     assert weights_of(folder, "123", "mine") == "named mine"
     assert weights_of(folder, "123", None) == f"files {fingerprint(found)}"
     assert weights_of("someone/model", "123", None) == "commit 123"
+    one = tmp_path / "model.gguf"
+    one.write_bytes(b"quantised")
+    assert weights_of(str(one), None, None) == f"files {fingerprint([one])}"
     (tmp_path / "empty").mkdir()
     for model in ("someone/model", "s3://bucket/model", str(tmp_path / "empty")):
         with pytest.raises(ValueError, match="remote: weights: expected a name that servers"):

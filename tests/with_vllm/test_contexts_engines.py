@@ -414,6 +414,10 @@ def random_days(small, most=700):
             "contexts: expected only supported features, got other KV connectors",
         ),
         ({"contexts": {}, "enable_prefix_caching": False}, "got no prefix cache"),
+        (
+            {"contexts": {"disk": {"path": "/x", "gib": 1}}, "enable_lora": True},
+            "got LoRA adapters .--enable-lora., which are known by their paths, beside a disk",
+        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused_at_start_up(model, options, expected):

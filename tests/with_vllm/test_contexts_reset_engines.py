@@ -1,9 +1,14 @@
 """Resets of vLLM's caches in engines of their own: one in a process of its own, tiers below memory, and restarts."""
 
+import json
+import shutil
+
+import pytest
 from contexts_harness import serving
 from harness import engine, greedy, prompts
 from redis_server import RedisServer, needs_a_store
 from reset_harness import computed_anew, hits, is_stored, other_weights, reset
+from safetensors.torch import load_file, save_file
 from test_contexts_engines import shown, with_disk
 from test_contexts_remote import sharing
 
@@ -64,6 +69,36 @@ def test_a_restart_finds_nothing_that_other_weights_left_on_the_disk(model, tmp_
         again.ask(documents[0] + question, context_tokens=256)
         again.rest()
         assert list(folder.rglob("directory.json"))
+
+
+def train(folder):
+    weights = folder / "model.safetensors"
+    trained = {name: x * 1.1 if name.endswith("k_proj.weight") else x for name, x in load_file(weights).items()}
+    save_file(trained, weights, metadata={"format": "pt"})
+
+
+def turn(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] /= 10
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change", [None, train, turn])
+def test_a_restart_finds_nothing_of_a_model_that_was_replaced(model, tmp_path, change):
+    """A folder keeps its name when another checkpoint is saved into it, or another rotary embedding."""
+    documents, (question,) = prompts(*[256] * 6, seed=413), prompts(9, seed=414)
+    folder, store = tmp_path / "model", tmp_path / "store"
+    shutil.copytree(model, folder)
+    with serving(str(folder), with_disk(store)) as some:
+        for document in documents:
+            some.ask(document + question, context_tokens=256)
+            some.forget()
+        left = [copy.tier for copy in some.manager.keeper.directory.copies()].count("disk")
+        assert left
+    if change is not None:
+        change(folder)
+    with serving(str(folder), with_disk(store)) as again:
+        assert len(again.manager.keeper.directory) == (left if change is None else 0)
 
 
 @needs_a_store

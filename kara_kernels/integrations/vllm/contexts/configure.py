@@ -16,6 +16,7 @@ _ROOM = __name__.rpartition(".")[0]
 MODULE = f"{_ROOM}.connector"
 SCHEDULERS = (f"{_ROOM}.scheduler.ContextScheduler", f"{_ROOM}.scheduler.ContextAsyncScheduler")
 """Our schedulers, synchronous and asynchronous."""
+ADAPTERS = "LoRA adapters (--enable-lora), which are known by their paths,"
 
 
 def take_over(config: Any) -> None:
@@ -110,6 +111,8 @@ def _refuse(config: Any) -> None:
             refused.append(f'{name} without windows that move rows ("kara": {{...}}, and not "shadow")')
     if settings.remote is not None:
         refused += [f"{what} beside a remote tier" for what in _found_ambiguous(config)]
+    if settings.disk is not None and config.lora_config is not None:
+        refused.append(f"{ADAPTERS} beside a disk")
     if not config.cache_config.enable_prefix_caching:
         refused.append("no prefix cache (--no-enable-prefix-caching)")
     if refused:
@@ -122,5 +125,5 @@ def _found_ambiguous(config: Any) -> list[str]:
     if not algorithm.startswith("sha256"):
         found.append(f"hashes that may collide (--prefix-caching-hash-algo {algorithm})")
     if config.lora_config is not None:
-        found.append("LoRA adapters (--enable-lora), which are known by their paths")
+        found.append(ADAPTERS)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self._region = open_region(config, settings, None)
         if settings.disk is not None:
             view, name = self._region.create_kv_memoryview(), config.model_config.model
-            self._store = DiskStore(settings.disk, model_of(config, 0), view, grain, workers, name)
+            self._store = DiskStore(settings.disk, name_of(config, weights_on_disk(config)), view, grain, workers, name)
         lower = [] if self._store is None else [(self._store.tier, self._store.disk)]
         if settings.remote is not None:
             tier, self._remote = open_remote(config, settings.remote, self._region.create_kv_memoryview(), grain)
@@ -203,14 +204,32 @@ def model_of(config: Any, rank: int) -> str:
     return f"{hashlib.sha256(what.encode()).hexdigest()} {rank:04}"
 
 
+def name_of(config: Any, weights: str, **others: Any) -> str:
+    """Of all servers whose rows are equal. See :func:`.weights.shared_name`."""
+    model = config.model_config
+    return shared_name(
+        weights=weights, model=model_of(config, 0), text_config=model.hf_text_config.to_dict(),
+        quantization=model.quantization, **others,
+    )  # fmt: skip
+
+
+def weights_on_disk(config: Any) -> str:
+    """The weights, as far as this machine can tell: a hub's model without a commit is known by its name alone."""
+    with suppress(ValueError):
+        return _weights_of(config, None)
+    return ""
+
+
+def _weights_of(config: Any, named: str | None) -> str:
+    model = config.model_config
+    return weights_of(model.model, getattr(model.hf_config, "_commit_hash", None), named)
+
+
 def open_remote(config: Any, given: RemoteSettings, view: memoryview, grain: int) -> tuple[Tier, RemoteTier]:
     """The tier that this server shares with those that log the same name."""
-    model, rows = config.model_config, np.asarray(view).view(np.uint8)
-    name = shared_name(
-        weights=weights_of(model.model, getattr(model.hf_config, "_commit_hash", None), given.weights),
-        model=model_of(config, 0), text_config=model.hf_text_config.to_dict(), quantization=model.quantization,
-        hashes=[config.cache_config.prefix_caching_hash_algo, os.environ.get("PYTHONHASHSEED")], grain=grain,
-    )  # fmt: skip
+    rows = np.asarray(view).view(np.uint8)
+    hashes = [config.cache_config.prefix_caching_hash_algo, os.environ.get("PYTHONHASHSEED")]
+    name = name_of(config, _weights_of(config, given.weights), hashes=hashes, grain=grain)
     logger.info("Kara's remote tier is shared by the servers that log this name: %s", name)
     url, size = given.address(), rows.shape[1]
     store = ObjectStore(url, size, SLOWEST) if url.startswith("s3+") else RedisStore(url)

@@ -1,14 +1,14 @@
-"""Which weights a server computes rows with. Servers with equal names for them may share packets.
+"""Which weights a server computes rows with. Servers with equal names for them may share packets, and so may a server
+and the one before it.
 
-A name of a model does not say it: folders of the same name hold different weights on different machines, and what a hub
-has under a name changes.
+A name of a model does not say it: folders of the same name hold different weights on different machines and after the
+next training, and what a hub has under a name changes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ SAMPLES, SAMPLE = 4096, 4096  # places in the files of a model that are read, an
 
 
 def weights_of(model: str, commit: str | None, named: str | None) -> str:
-    """Names weights: as the operator does, or by the commit of a hub, or by a fingerprint of a folder's files.
+    """Names weights: as the operator does, or by a fingerprint of files, or by the commit of a hub.
 
     Raises:
         ValueError: nothing says which weights they are.
     """
     if named is not None:
         return f"named {named}"
-    if os.path.isdir(model) and (files := [x for x in Path(model).iterdir() if x.suffix in SUFFIXES]):
+    path = Path(model)
+    inside = path.iterdir() if path.is_dir() else [path]
+    if files := [x for x in inside if x.suffix in SUFFIXES and x.is_file()]:
         return f"files {fingerprint(files)}"
     if commit is not None:
         return f"commit {commit}"
