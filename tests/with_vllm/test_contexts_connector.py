@@ -9,6 +9,9 @@ from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from kara_kernels.integrations.vllm.contexts.settings import CONVERSATION
+from kara_kernels.integrations.vllm.contexts.worker import ContextWorker
+
 MODULE = "kara_kernels.integrations.vllm.contexts.connector"
 
 
@@ -137,6 +140,16 @@ def test_no_password_is_in_an_error(model):
         configured(model, named(one), {"contexts": other})
     line = next(line for line in str(caught.value).splitlines() if "got others" in line)
     assert "secret" not in line.partition("[type=")[0]
+
+
+def test_an_engine_warms_up_what_it_may_be_asked_for(model, monkeypatch):
+    """So that no request waits for kernels to be compiled."""
+    warmed = []
+    monkeypatch.setattr(ContextWorker, "warm_up", lambda _, methods: warmed.append(methods))
+    monkeypatch.setattr(ContextWorker, "judge_by", lambda _, judges, methods, longest: warmed.append(longest))
+    contexts = {**ON, "methods": ["none/int8", "none/exact"], "conversations": True}
+    with engine(model, None, additional_config={"kara": KARA, "contexts": contexts}):
+        assert warmed == [["none/int8", "none/exact", CONVERSATION], 1024]
 
 
 def test_the_connector_says_that_its_plugin_is_missing(model):

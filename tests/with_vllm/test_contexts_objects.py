@@ -106,6 +106,19 @@ def test_a_transfer_that_hangs_is_slow_and_keeps_its_row(store, monkeypatch):
     assert store.get(["b"]) == [b"x"]
 
 
+def test_a_transfer_that_cannot_begin_gives_its_row_back(store, monkeypatch):
+    def refuse(job):
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr(store._tier, "submit_store", refuse)
+    for _ in range(2 * ROWS):
+        with pytest.raises(StoreError, match="refused") as found:
+            store.write("d", b"x", 60)
+        assert found.value.what == "gone"
+    monkeypatch.undo()
+    assert store._free.qsize() == ROWS
+
+
 def test_a_server_that_is_gone_is_an_error_of_the_store():
     gone = Bucket()
     some = ObjectStore(gone.url, MOST, SLOWEST)
