@@ -72,7 +72,8 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         self._region = open_region(config, settings, None)
         if settings.disk is not None:
             view, name = self._region.create_kv_memoryview(), config.model_config.model
-            self._store = DiskStore(settings.disk, name_of(config, weights_on_disk(config)), view, grain, workers, name)
+            rows = name_of(config, weights_on_disk(config))
+            self._store = DiskStore(settings.disk, model_of(config, 0), view, grain, workers, name, rows)
         lower = [] if self._store is None else [(self._store.tier, self._store.disk)]
         if settings.remote is not None:
             tier, self._remote = open_remote(config, settings.remote, self._region.create_kv_memoryview(), grain)

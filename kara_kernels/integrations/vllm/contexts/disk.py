@@ -27,7 +27,7 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
-from kara_kernels.contexts.directory import Copy
+from kara_kernels.contexts.directory import Copy, read_snapshot
 from kara_kernels.contexts.folder import DIRECTORY, DISK, PACKETS, Slot, grain_name, own_folder, packet_files
 from kara_kernels.contexts.tiers import measure_tier
 from kara_kernels.contexts.utility import Tier
@@ -169,10 +169,11 @@ class DiskStore:
         grain: bytes of a row that one worker uses, by which packets are counted.
         workers: that use a part of each row.
         name: of the model, for people who look at the folder.
+        rows: names the weights and the configuration: contexts of others are deleted.
     """
 
     def __init__(
-        self, given: Mapping[str, Any], model: str, view: memoryview, grain: int, workers: int, name: str
+        self, given: Mapping[str, Any], model: str, view: memoryview, grain: int, workers: int, name: str, rows: str
     ) -> None:
         assert view.shape is not None
         self._slot = Slot(own_folder(Path(given["path"])) / model[:16])
@@ -180,13 +181,15 @@ class DiskStore:
         capacity = int(given["gib"] * GIB) // view.shape[1] * grain
         self.tier = Tier(DISK, capacity, *_speed(self._slot.path, grain / view.shape[1]))
         self._file = self._slot.path / DIRECTORY
-        self._about = {"model": name, "grain": grain, "row": view.shape[1], "workers": workers}
+        self._about = {"model": name, "grain": grain, "row": view.shape[1], "workers": workers, "rows": rows}
         self._saved, self._next = -1, 0.0  # the first is saved at once
         self._was_reset = False
 
     def restore(self, manager: ContextManager) -> None:
         """Takes over what an earlier server left here."""
         try:
+            if read_snapshot(self._file).about.get("rows") != self._about["rows"]:
+                raise ValueError("they are of other weights, or of another configuration")
             manager.restore(self._file, self.disk.is_whole)
         except FileNotFoundError:
             pass
