@@ -104,9 +104,8 @@ def test_no_context_waits_for_kernels_that_rank(page: int, monkeypatch: pytest.M
 
     def launch(kernel: Any, *_: Any, **arguments: Any) -> None:
         parameters = inspect.signature(kernel.fn).parameters
-        constants = {name for name, x in parameters.items() if x.annotation is _triton.tl.constexpr} | {*arguments} - {
-            *parameters
-        }
+        constants = {name for name, x in parameters.items() if x.annotation is _triton.tl.constexpr}
+        constants |= {*arguments} - {*parameters}  # warps and fusion
         compiled = {name: x if name in constants else getattr(x, "dtype", type(x)) for name, x in arguments.items()}
         seen.add((kernel, *compiled.items()))
 
@@ -118,6 +117,7 @@ def test_no_context_waits_for_kernels_that_rank(page: int, monkeypatch: pytest.M
     cache, table = PagedCache(context.k, context.v), context.table
     worker = ContextWorker(cache, torch.zeros(4, 256, dtype=torch.uint8), "a model")
     judges = Judges(lambda *_: None, torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16), None, 0.25)
+    worker._stream = object()  # type: ignore[assignment]
     worker.judge_by(judges, ["none/int8", "kara_sampled/int8"], 12_000)
     worker.shutdown()
     known = set(seen)

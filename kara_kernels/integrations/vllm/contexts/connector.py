@@ -206,7 +206,7 @@ def model_of(config: Any, rank: int) -> str:
 
 
 def name_of(config: Any, weights: str, **others: Any) -> str:
-    """Of all servers whose rows are equal. See :func:`.weights.shared_name`."""
+    """Names what servers with equal rows have in common. See :func:`.weights.shared_name`."""
     model = config.model_config
     return shared_name(
         weights=weights, model=model_of(config, 0), text_config=model.hf_text_config.to_dict(),
@@ -215,7 +215,8 @@ def name_of(config: Any, weights: str, **others: Any) -> str:
 
 
 def weights_on_disk(config: Any) -> str:
-    """The weights, as far as this machine can tell: a hub's model without a commit is known by its name alone."""
+    """Names the weights as far as this machine can tell. A hub's model without a commit has only its own name, which
+    :func:`model_of` holds."""
     with suppress(ValueError):
         return _weights_of(config, None)
     return ""

@@ -169,7 +169,7 @@ class DiskStore:
         grain: bytes of a row that one worker uses, by which packets are counted.
         workers: that use a part of each row.
         name: of the model, for people who look at the folder.
-        rows: names the weights and the configuration: contexts of others are deleted.
+        rows: names the weights and the configuration. What others left here is deleted.
     """
 
     def __init__(

@@ -65,14 +65,14 @@ class ContextWorker:
         self._pack(used, cache)
 
     def judge_by(self, judges: Judges, methods: Sequence[str], longest: int) -> None:
-        """The engine records queries. Warms up what ranks contexts of up to ``longest`` tokens. A GPU compiles each
-        length of a window, and contexts are scored in windows of a power of two."""
+        """The engine records queries. Warms up what ranks contexts of up to ``longest`` tokens. Contexts are scored in
+        windows of a power of two, and a GPU compiles each length. A CPU compiles nothing, so one length will do."""
         self._judges = judges
         cache, table = self._unpacked([1])
-        page = cache.shape[1]
-        window = 1 << page.bit_length() - 1
-        while window <= min(longest, MAX_WINDOW):
-            for scorer in {method.partition("/")[0] for method in filter(may_drop, methods)}:
+        page, scorers = cache.shape[1], {method.partition("/")[0] for method in filter(may_drop, methods)}
+        window, last = 1 << page.bit_length() - 1, page if self._stream is None else min(longest, MAX_WINDOW)
+        while window <= last:
+            for scorer in scorers:
                 ranked(cache, table.repeat(-(-window // page)), scorer, judges.blank, judges)
             window *= 2
 
