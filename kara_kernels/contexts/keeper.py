@@ -96,13 +96,13 @@ class Keeper:
 
     def finish(self, transfer: Transfer, ok: bool = True) -> bool:
         """Ends a transfer. Returns whether its target can be read now; for a load, ``ok``."""
+        target = transfer.target if transfer.target is not None and transfer.target.kept else None
         arrived = self.directory.finish(transfer, ok)
         self._running -= 1
-        if transfer.target is not None:
-            key = transfer.target.key
-            if not arrived and key in self.placement:
-                self._tell(key)
-            self._due[key] = None
+        if target is not None:  # else the context was lost or removed meanwhile, and the plan may be a newer one
+            if not arrived and target.key in self.placement:
+                self._tell(target.key)
+            self._due[target.key] = None
         return arrived
 
     def put_off(self, transfer: Transfer) -> None:

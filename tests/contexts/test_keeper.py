@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -95,6 +96,34 @@ def test_what_was_lost_is_forgotten_until_it_is_computed_again() -> None:
     some.use("a", 1.0, recomputed=True)
     carry_out(some)
     assert some.get("a") is not None
+
+
+@pytest.mark.parametrize("room", [10, 20])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("ok", [False, True])
+def test_a_move_of_what_was_lost_says_nothing_about_what_replaces_it(room: int, begun: bool, ok: bool) -> None:
+    """A request finds a packet damaged that is on its way up, and computes its rows again. The new packet may find no
+    room before the move has ended."""
+    some = keeper(Tier("ram", room, 100.0), DISK)
+    for key, size in ("a", 8), ("b", room):
+        some.add(context(key, size), hits=size)
+        carry_out(some)
+        some.forget_rows(key)
+    some.remove("b")
+    some.use("a", 1.0)
+    (move,) = some.work()
+    some.lost("a")
+    some.use("a", 2.0, recomputed=True)
+    stores = some.work() if begun else []
+    assert len(stores) == (begun and room == 20)
+    assert not some.finish(move, ok)
+    stores += some.work()
+    (store,) = stores
+    assert some.finish(store)
+    assert some.work() == []
+    home = some.get("a")
+    assert home is not None
+    assert (home.tier, home.option) == some.placement.where("a")
 
 
 def test_room_is_made_before_it_is_needed() -> None:
