@@ -1,14 +1,17 @@
 """Contexts that are enabled by vLLM's own --kv-transfer-config, which names our connector."""
 
 import json
+import operator
 
 import pytest
+import torch
 from contexts_harness import ON, serving
 from harness import KARA, MODES, asynchronous, engine, greedy, prompts
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from kara_kernels.integrations.vllm.contexts.connector import name_of
 from kara_kernels.integrations.vllm.contexts.settings import CONVERSATION
 from kara_kernels.integrations.vllm.contexts.worker import ContextWorker
 
@@ -35,6 +38,27 @@ def told(config):
     del transfer["kv_connector_extra_config"]
     classes = config.scheduler_config.scheduler_cls, config.parallel_config.worker_cls
     return transfer, dict(config.additional_config), classes
+
+
+DIFFERENT = {
+    "dtype": ("model_config", "dtype", torch.float16),
+    "model": ("model_config", "model", "another"),
+    "revision": ("model_config", "revision", "main"),
+    "quantization": ("model_config", "quantization", "fp8"),
+    "cache": ("cache_config", "cache_dtype", "fp8"),
+    "ranks": ("parallel_config", "tensor_parallel_size", 2),
+    "configuration": ("model_config.hf_text_config", "rms_norm_eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_servers_whose_rows_differ_have_different_names(model, monkeypatch, what):
+    config = configured(model)
+    path, name, value = DIFFERENT[what]
+    before = name_of(config, "weights")
+    assert name_of(configured(model), "weights") == before != name_of(config, "other weights")
+    monkeypatch.setattr(operator.attrgetter(path)(config), name, value)
+    assert name_of(config, "weights") != before
 
 
 @pytest.mark.parametrize("kara", [None, KARA], ids=["alone", "beside windows"])
