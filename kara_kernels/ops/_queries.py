@@ -40,11 +40,16 @@ def query_arguments(query: Layers, query_rows: Tensor | None) -> dict[str, Any]:
 
 
 @triton.jit
-def load_queries(queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):
-    """``SIZE`` dimensions from ``first`` on of query rows ``offs_m``, as ``[rows, dims]`` of ``FORM.dtype``.
+def load_queries(
+    queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
+    """``SIZE`` dimensions from ``first`` on of query rows ``offs_m``, as ``[rows, dims]`` of ``FORM.dtype``, and a factor
+    for each row: logits are products with keys times these.
 
-    Row ``m`` is query ``m // group``, member ``m % group`` of it. Float32 queries are scaled here, so that products
-    stay within float32's range if the logits do. Scaling the keys instead spilled on sm_120.
+    Row ``m`` is query ``m // group``, member ``m % group`` of it. With ``HALF``, dimensions are two halves of so many,
+    each padded to ``SIZE / 2``. Packed queries are loaded as their codes, which carry the sign of the factor, and the
+    factor is not negative. Float32 queries are scaled here, so that products stay within float32's range if the logits
+    do. Scaling the keys instead spilled on sm_120.
     """
     ALIGN: tl.constexpr = FORM.align
     FP8: tl.constexpr = FORM.query_fp8
@@ -56,36 +61,46 @@ def load_queries(queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, DI
     row = tl.multiple_of(queries.base + (query * queries.stride_query + member * queries.stride_head), ALIGN)
     if queries.scales is not None:
         step = queries.scales + (query * queries.stride_scale_query + member * queries.stride_scale_head)
-        step = tl.load(step, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(step, mask=inside, other=0.0).to(tl.float32) * scale
+        sign = tl.where(factor < 0, -1.0, 1.0)
         if SIZE > 16:
-            offs_b = first // 2 + tl.arange(0, SIZE // 2)
-            mask = inside[:, None] & (offs_b < DIM // 2)[None, :]
-            rows = unpack(tl.load(row[:, None] + offs_b[None, :], mask=mask, other=0))
+            offs_b, there = _dimensions(SIZE // 2, HALF // 2, DIM // 2, first // 2)
+            codes = tl.load(row[:, None] + offs_b[None, :], mask=inside[:, None] & there[None, :], other=0).to(tl.int32)
+            rows = tl.join(_signed(codes & 15, sign), _signed(codes >> 4, sign))
+            rows = tl.reshape(rows, [offs_m.shape[0], SIZE])
         else:  # Triton 3.6 multiplies 16 joined dimensions wrongly, so each loads its own byte
-            offs_d = first + tl.arange(0, SIZE)
-            mask = inside[:, None] & (offs_d < DIM)[None, :]
+            offs_d, there = _dimensions(SIZE, HALF, DIM, first)
+            mask = inside[:, None] & there[None, :]
             codes = tl.load(row[:, None] + (offs_d // 2)[None, :], mask=mask, other=0).to(tl.int32)
-            rows = _signed((codes >> (offs_d % 2 * 4)[None, :]) & 15)
-        rows = (rows * step[:, None]).to(FORM.dtype)  # exact, in float16 within its range
+            rows = _signed((codes >> (offs_d % 2 * 4)[None, :]) & 15, sign)
+            rows = tl.where(there[None, :], rows, 0.0)
+        return rows.to(FORM.dtype), tl.abs(factor)
     else:
-        offs_d = first + tl.arange(0, SIZE)
-        mask = inside[:, None] & (offs_d < DIM)[None, :]
-        rows = tl.load(row[:, None] + offs_d[None, :], mask=mask, other=0.0)
+        offs_d, there = _dimensions(SIZE, HALF, DIM, first)
+        rows = tl.load(row[:, None] + offs_d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
         if FP8 is not None:
             rows = fp8_to_float(rows, FP8, FORM.dtype)
         rows = rows.to(FORM.dtype)
-    return rows * scale if FORM.scale_first else rows
+        if FORM.scale_first:
+            rows = rows * scale
+        return rows, tl.full(offs_m.shape, 1.0 if FORM.scale_first else scale, tl.float32)
 
 
 @triton.jit
-def unpack(codes):
-    """float32 ``[rows, dims]`` from bytes ``[rows, dims / 2]``, whose low halves come first."""
-    codes = codes.to(tl.int32)
-    pairs = tl.join(_signed(codes & 15), _signed(codes >> 4))
-    return tl.reshape(pairs, [codes.shape[0], 2 * codes.shape[1]])
+def _dimensions(SIZE: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, first):
+    """``SIZE`` dimensions from ``first`` on, and whether they exist. With ``HALF``, those of two padded halves."""
+    offs = tl.arange(0, SIZE)
+    if 2 * HALF == SIZE or HALF == 0:
+        return first + offs, first + offs < DIM
+    else:
+        place = offs % (SIZE // 2)
+        return offs // (SIZE // 2) * HALF + place, place < HALF
 
 
 @triton.jit
-def _signed(code):
-    """float32 of four bits in two's complement."""
-    return ((code ^ 8) - 8).to(tl.float32)
+def _signed(code, sign):
+    """float32 of four bits in two's complement, times the sign of its row. 2^23 has room for them behind its exponent,
+    which takes an addition; converting integers is four times slower."""
+    bits = ((code ^ 8) | 0x4B000000).to(tl.float32, bitcast=True)  # 2^23 + 8 + code
+    sign = tl.broadcast_to(sign[:, None], code.shape)
+    return tl.fma(bits, sign, -8388616.0 * sign)

@@ -18,9 +18,11 @@ class ScoreConfig:
     block_w: int  # keys of a tile
     d0: int  # sliced: a slice of the head dimension. Otherwise all of it, as one power of two ...
     d1: int  # ... and a second one for the rest (0: none), because padding 192 to 256 would cost a third more work
-    halves: bool  # True: d0 and d1 are the halves of a head, which look_ahead pairs
+    halves: bool  # True: d0 are two halves of a head, which look_ahead pairs, each padded to a power of two
+    fold: int  # rows of a tile that a thread sums: see Architecture
     rows: int  # query rows of a program
     num_warps: int
+    num_stages: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -36,7 +38,7 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
     d1 = max(16, triton.next_power_of_2(dim - d0)) if dim > d0 else 0
     halves = pairs == "halves"
     if halves:
-        d0 = d1 = max(16, triton.next_power_of_2(dim // 2))
+        d0, d1 = 2 * max(16, triton.next_power_of_2(dim // 2)), 0
     # 64 accumulators per thread at 8 warps. 128 reached 255 registers, and spilled with a second query tile.
     # Two products per tile (d1) need more registers: 32 rows still spilled on sm_90 and sm_100.
     block_m = min(64, max(16, 16384 // block_w))
@@ -61,16 +63,18 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
         if fits(block_m):
             # For D >= 256, 4 warps filled only a sixteenth of a multiprocessor, and spilled at D = 576.
             num_warps = 4 if block_w <= 128 and d0 + d1 <= 128 else 8
-            return ScoreConfig(True, False, block_m, block_w, d0, d1, halves, rows, num_warps)
+            return ScoreConfig(True, False, block_m, block_w, d0, d1, halves, target.fold, rows, num_warps, 2)
+    stages = 2 if target.amd else 3
     slice_ = 32 if dtype == torch.float32 else target.slice_dims
     while dim % slice_ and slice_ > 16:
         slice_ //= 2
     # Heads too wide to keep on chip. One pass takes half the products and exponentials of two. There are 64
     # accumulators per thread, as above.
     if dtype != torch.float32 and block_w <= 256 and not pairs:
-        return ScoreConfig(True, True, 64, block_w, slice_, 0, False, rows, 8)
+        return ScoreConfig(True, True, 64, block_w, slice_, 0, False, target.fold, rows, 8, stages)
     # With 64 keys two programs fit a multiprocessor. 128 spilled on sm_100.
-    return ScoreConfig(False, True, 64 if dtype == torch.float32 else 128, min(64, block_w), slice_, 0, False, rows, 8)
+    block_m = 64 if dtype == torch.float32 else 128
+    return ScoreConfig(False, True, block_m, min(64, block_w), slice_, 0, False, target.fold, rows, 8, stages)
 
 
 def matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:

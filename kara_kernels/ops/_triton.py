@@ -15,6 +15,7 @@ from ..values import check_choice
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 except ImportError:  # macOS and Windows: kernels can be imported, and the PyTorch path runs
 
     class _Absent:
@@ -26,7 +27,7 @@ except ImportError:  # macOS and Windows: kernels can be imported, and the PyTor
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
 
-    triton = tl = _Absent()
+    triton = tl = libdevice = _Absent()
 
     HAS_TRITON = False
 else:
@@ -72,6 +73,16 @@ def window_of(seq, starts_ptr, seq_lens_ptr, protected_ptr, W: tl.constexpr):
 
 # With TRITON_INTERPRET=1 at import time, the decorator turned kernels into Python functions.
 INTERPRETED = HAS_TRITON and not isinstance(layer_pointer, triton.runtime.JITFunction)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def reciprocal(x):
+    """``1 / x`` for sizes up to 2^126. Division takes five more instructions for the others."""
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return libdevice.fast_dividef(1.0, x)
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,8 @@ class Architecture:
     query_tiles: int = 2
     """Query tiles in shared memory beside the keys: two in flight with mma.sync; a third with wgmma and tcgen05, which
     read their operands there; none on AMD, which keeps queries in registers."""
+    fold: int = 2
+    """Rows of a product that a thread holds, eight apart: mma.sync and wgmma leave two, tcgen05 and AMD's one."""
     slice_dims: int = 64
     """Head dimensions of a streamed key tile. On GPUs with little shared memory, slices of 64 spilled, because the
     assembler aims at 128 registers."""
@@ -94,7 +107,7 @@ class Architecture:
 
 
 def _amd(shared_memory: int) -> Architecture:
-    return Architecture(shared_memory, amd=True, query_tiles=0, float32_products="ieee")
+    return Architecture(shared_memory, amd=True, query_tiles=0, fold=1, float32_products="ieee")
 
 
 # Keys are Triton's names of the targets.
@@ -104,8 +117,8 @@ ARCHITECTURES: Mapping[int | str, Architecture] = MappingProxyType({
     87: Architecture(166912),
     89: Architecture(101376, slice_dims=32),
     90: Architecture(232448, query_tiles=3),
-    100: Architecture(232448, query_tiles=3),
-    103: Architecture(232448, query_tiles=3),
+    100: Architecture(232448, query_tiles=3, fold=1),
+    103: Architecture(232448, query_tiles=3, fold=1),
     120: Architecture(101376, slice_dims=32),
     "gfx942": _amd(65536),
     "gfx950": _amd(163840),

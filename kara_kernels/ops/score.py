@@ -31,7 +31,7 @@ from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, load_queries, query_arguments
 from ._rows import FP8_NAMES, PagedRows, pool_arguments
 from ._tiles import ScoreConfig, matrix_dtype, score_config
-from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
+from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, reciprocal, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -59,6 +59,7 @@ class ScoreForm:
     dtype: Any  # Triton's, of the products
     precision: str
     scale_first: bool  # True: queries are scaled before the product. False: the product is scaled
+    signed: bool  # True: the scale of the product may be negative
     query_fp8: str | None  # fp8 type of the queries
     rotary: int  # dimensions of a key that look_ahead turns
     interleaved: bool  # how they pair
@@ -71,12 +72,12 @@ class ScoreForm:
 
 
 @triton.jit
-def _masked(logits, offs_m, offs_w, scale, num_queries, FORM: tl.constexpr):
-    """Logits in units of log2, -inf for keys that a query may not see."""
+def _seen(offs_m, offs_w, num_queries, FORM: tl.constexpr):
+    """Whether a query row may see a key."""
     seen = (offs_w < FORM.window)[None, :]
     if FORM.causal:  # query i is window token W - N + i
         seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
-    return tl.where(seen, logits if FORM.scale_first else logits * scale, float("-inf"))
+    return seen
 
 
 @triton.jit
@@ -88,35 +89,68 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     BLOCK_W: tl.constexpr = CONFIG.block_w
     D0: tl.constexpr = CONFIG.d0
     D1: tl.constexpr = CONFIG.d1
+    HALF: tl.constexpr = FORM.rotary // 2 if CONFIG.halves else 0
     offs_w = tl.arange(0, BLOCK_W)
-    d0 = tl.arange(0, D0)
-    SECOND: tl.constexpr = FORM.rotary // 2 if CONFIG.halves else D0
-    if CONFIG.halves:
-        k0, k1 = load_halves(keys, offs_w, D0, FORMAT, FORM)
+    if CONFIG.halves:  # one product: of two in a row, the first takes a layout of its own, and its result is moved
+        first_half, second_half = load_halves(keys, offs_w, D0 // 2, FORMAT, FORM)
+        k0 = tl.reshape(tl.permute(tl.join(first_half, second_half), (2, 0, 1)), (D0, BLOCK_W))
     else:
-        k0 = load_keys(keys, offs_w, d0, FORMAT, FORM)
-        k1 = k0  # unused if one power of two covers D
-        if D1 > 0:
-            k1 = load_keys(keys, offs_w, D0 + tl.arange(0, D1), FORMAT, FORM)
-    columns = tl.zeros([BLOCK_W], tl.float32)
+        k0 = load_keys(keys, offs_w, tl.arange(0, D0), FORMAT, FORM)
+    k1 = k0  # unused if one power of two covers D
+    if D1 > 0:
+        k1 = load_keys(keys, offs_w, D0 + tl.arange(0, D1), FORMAT, FORM)
+    columns = _no_columns(CONFIG)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q0 = load_queries(queries, scale, offs_m, 0, row_last, D0, FORMAT.dim, FORM)
-        logits = tl.dot(q0, k0, input_precision=FORM.precision)
+        q0, factor = load_queries(queries, scale, offs_m, 0, row_last, D0, HALF, FORMAT.dim, FORM)
+        products = tl.dot(q0, k0, input_precision=FORM.precision)
         if D1 > 0:
-            q1 = load_queries(queries, scale, offs_m, SECOND, row_last, D1, FORMAT.dim, FORM)
-            logits = tl.dot(q1, k1, logits, input_precision=FORM.precision)
-        logits = _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
-        columns += _column_sums(logits, offs_m, row_last, FORM)
-    tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
+            q1, factor = load_queries(queries, scale, offs_m, D0, row_last, D1, 0, FORMAT.dim, FORM)
+            products = tl.dot(q1, k1, products, input_precision=FORM.precision)
+        columns = _add_rows(columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG)
+    _store_columns(out, columns, offs_w, FORM, CONFIG)
 
 
 @triton.jit
-def _column_sums(logits, offs_m, row_last, FORM: tl.constexpr):
-    """Column sums of the softmax of whole rows."""
-    p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-    p = p * tl.where(offs_m < row_last, 1.0 / tl.sum(p, 1), 0.0)[:, None]
-    return tl.sum(p * p if FORM.squares else p, 0)
+def _no_columns(CONFIG: tl.constexpr):
+    """Sums of columns that threads keep to themselves while they walk over the query tiles. Reducing each tile across
+    lanes and warps took a third of all instructions."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_W: tl.constexpr = CONFIG.block_w
+    if CONFIG.fold == 2:
+        return tl.zeros([BLOCK_M // 16, 8, BLOCK_W], tl.float32)
+    else:
+        return tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+
+
+@triton.jit
+def _add_rows(columns, products, factor, scale, offs_m, offs_w, left, num_queries,
+              FORM: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
+    """Adds the softmax of the first ``left`` rows of logits, ``products * factor``, or its squares."""
+    MASKED: tl.constexpr = FORM.causal or FORM.window < CONFIG.block_w
+    seen = _seen(offs_m, offs_w, num_queries, FORM)
+    if FORM.signed and scale < 0:
+        peak = tl.min(tl.where(seen, products, float("inf")) if MASKED else products, 1) * factor
+    else:
+        peak = tl.max(tl.where(seen, products, float("-inf")) if MASKED else products, 1) * factor
+    factor = tl.broadcast_to(factor[:, None], products.shape)
+    p = tl.exp2(tl.fma(products, factor, tl.broadcast_to(-peak[:, None], products.shape)))
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    p = p * tl.where(tl.arange(0, CONFIG.block_m) < left, reciprocal(tl.sum(p, 1)), 0.0)[:, None]
+    if CONFIG.fold == 2:
+        pairs = tl.reshape(p, (CONFIG.block_m // 16, 2, 8, CONFIG.block_w))
+        first, second = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+        columns = tl.fma(first, first, columns) if FORM.squares else columns + first
+        p = second
+    return tl.fma(p, p, columns) if FORM.squares else columns + p
+
+
+@triton.jit
+def _store_columns(out, columns, offs_w, FORM: tl.constexpr, CONFIG: tl.constexpr):
+    if CONFIG.fold == 2:
+        columns = tl.sum(columns, 0)
+    tl.store(out + offs_w, tl.sum(columns, 0), mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -126,28 +160,36 @@ def _columns_sliced(out, queries, keys, scale, row_first, row_last,
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     offs_w = tl.arange(0, BLOCK_W)
-    columns = tl.zeros([BLOCK_W], tl.float32)
+    columns = _no_columns(CONFIG)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-        columns += _column_sums(logits, offs_m, row_last, FORM)
-    tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
+        products, factor = _tile_products(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
+        columns = _add_rows(columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG)
+    _store_columns(out, columns, offs_w, FORM, CONFIG)
+
+
+@triton.jit
+def _tile_products(queries, keys, scale, offs_m, offs_w, row_last,
+                   FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
+    """Products of a tile of queries and one of keys, summed over slices of the head dimension, and their factors."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_W: tl.constexpr = CONFIG.block_w
+    BLOCK_D: tl.constexpr = CONFIG.d0
+    products = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    factor = tl.zeros([BLOCK_M], tl.float32)
+    for d in range(0, FORMAT.dim, BLOCK_D):
+        q, factor = load_queries(queries, scale, offs_m, d, row_last, BLOCK_D, 0, FORMAT.dim, FORM)
+        k = load_keys(keys, offs_w, d + tl.arange(0, BLOCK_D), FORMAT, FORM)
+        products = tl.dot(q, k, products, input_precision=FORM.precision)
+    return products, factor
 
 
 @triton.jit
 def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
                  FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """One tile of masked logits, as a matrix product over slices of the head dimension."""
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    BLOCK_D: tl.constexpr = CONFIG.d0
-    logits = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    for d in range(0, FORMAT.dim, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        q = load_queries(queries, scale, offs_m, d, row_last, BLOCK_D, FORMAT.dim, FORM)
-        k = load_keys(keys, offs_w, offs_d, FORMAT, FORM)
-        logits = tl.dot(q, k, logits, input_precision=FORM.precision)
-    return _masked(logits, offs_m, offs_w, scale, queries.count, FORM)
+    """Logits in units of log2, -inf for keys that a query may not see."""
+    products, factor = _tile_products(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
+    return tl.where(_seen(offs_m, offs_w, queries.count, FORM), products * factor[:, None], float("-inf"))
 
 
 @triton.jit
@@ -276,14 +318,17 @@ def launch_score(
     q, device = a.query[0], partials.device
     dtype = matrix_dtype(q, a.cache.k[0])
     cos, sin, interleaved = a.look_ahead or (None, None, False)
+    by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
+    scale = a.scale if by_head is not None else a.scale * a.k_scale
+    scale_first = dtype == torch.float32
     form = ScoreForm(
         heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
         a.scoring.attention == "causal", rows.squares, int(rows.value_norm), int(rows.redundancy > 0),
         # The interpreter's bfloat16 arithmetic is wrong, so it takes products in float32.
         tl.float32 if INTERPRETED else TRITON_DTYPES[dtype], architecture(device).float32_products,
-        dtype == torch.float32, FP8_NAMES.get(q.dtype), 0 if cos is None else 2 * len(cos), interleaved,
+        scale_first, not scale_first and a.query.scales is None and (by_head is not None or scale < 0),
+        FP8_NAMES.get(q.dtype), 0 if cos is None else 2 * len(cos), interleaved,
     )  # fmt: skip
-    by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
     # Allow only explicit fused multiply-adds. If a lane holds one term of a sum across lanes, the compiler produces
     # `shfl y, x*x; fma x, x, y`. The lane then rounds its partner's product but not its own, the partner does the
     # opposite, and the two store different last bits of one sum to the same address. This affected sums of narrow or
@@ -292,12 +337,12 @@ def launch_score(
         score_kernel, (sequences * heads, tiles, layers), device,
         partials_ptr=partials, **query_arguments(a.query, a.query_rows),
         block_tables_ptr=a.block_tables, starts_ptr=a.window_starts, seq_lens_ptr=a.seq_lens,
-        protected_ptr=a.protected_lens, scale=a.scale if isinstance(a.k_scale, Tensor) else a.scale * a.k_scale,
+        protected_ptr=a.protected_lens, scale=scale,
         k_scale_ptr=by_head, cos_ptr=cos, sin_ptr=sin, num_queries=_count(a), num_tiles=tiles, first_layer=first_layer,
         stride_t_s=a.block_tables.stride(0), stride_ks_l=0 if by_head is None else by_head.stride(0),
         stride_ks_h=0 if by_head is None else by_head.stride(1),
         **pool_arguments("k", a.cache.k), **pool_arguments("v", values),
-        FORM=form, CONFIG=config, num_warps=config.num_warps, enable_fp_fusion=False,
+        FORM=form, CONFIG=config, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
 
 
