@@ -327,6 +327,7 @@ EXPECTED: dict[str, tuple[list[str], str, Callable]] = {
     "abs.s32": (["s32"], "s32", abs),
     "div.full.f32": (["f32"] * 2, "f32", divided),
     "div.approx.f32": (["f32"] * 2, "f32", divided),
+    "div.approx.ftz.f32": (["f32"] * 2, "f32", lambda a, b: flushed(divided(flushed(a), flushed(b)))),
     "div.rn.f64": (["f64"] * 2, "f64", lambda a, b: float(np.float64(a) / np.float64(b))),
     "sqrt.rn.f32": (["f32"], "f32", root),
     "sqrt.approx.ftz.f32": (["f32"], "f32", lambda a: root(flushed(a))),

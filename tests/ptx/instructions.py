@@ -188,6 +188,8 @@ PURE: list[tuple[str, Callable[[re.Match], tuple[list[str], str, Callable]]]] = 
     (r"abs\.(s32|f32)", lambda m: ([m[1]], m[1], np.abs)),
     (r"div\.(?:full|approx|rn)\.(f32)|div\.rn\.(f64)", lambda m: ([m[1] or m[2]] * 2, m[1] or m[2], np.divide)),
     (r"sqrt\.rn\.f32", lambda m: (["f32"], "f32", np.sqrt)),
+    (r"div\.approx\.ftz\.f32",
+     lambda m: (["f32"] * 2, "f32", lambda a, b: _flushed(np.divide(_flushed(a), _flushed(b))))),
     (r"sqrt\.approx\.ftz\.f32", lambda m: (["f32"], "f32", lambda a: np.sqrt(_flushed(a)))),
     (r"ex2\.approx\.f32", lambda m: (["f32"], "f32", np.exp2)),
     (r"ex2\.approx\.ftz\.f32", lambda m: (["f32"], "f32", lambda a: _flushed(np.exp2(_flushed(a))))),
