@@ -40,11 +40,10 @@ def query_arguments(query: Layers, query_rows: Tensor | None) -> dict[str, Any]:
 
 
 @triton.jit
-def load_queries(
-    queries, scale, offs_m, first, row_last, SIZE: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr
-):  # fmt: skip
-    """``SIZE`` dimensions from ``first`` on of query rows ``offs_m``, as ``[rows, dims]`` of ``FORM.dtype``, and a factor
-    for each row: logits are products with keys times these.
+def load_queries(queries, scale, offs_m, first, row_last,
+                 SIZE: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+    """``SIZE`` dimensions from ``first`` on of query rows ``offs_m``, as ``[rows, dims]`` of ``FORM.dtype``, and the
+    factors of rows: logits are products with keys times these.
 
     Row ``m`` is query ``m // group``, member ``m % group`` of it. With ``HALF``, dimensions are two halves of so many,
     each padded to ``SIZE / 2``. Packed queries are loaded as their codes, which carry the sign of the factor, and the

@@ -24,6 +24,11 @@ class ScoreConfig:
     num_warps: int
     num_stages: int
 
+    @property
+    def sums(self) -> int:
+        """Rows of column sums, in eights."""
+        return self.block_m // self.fold // 8
+
 
 @functools.lru_cache(maxsize=256)
 def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture, pairs: str = "") -> ScoreConfig:

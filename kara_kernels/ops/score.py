@@ -26,12 +26,13 @@ from ..arguments import ScoreArguments, check_score_window
 from ..packed import Queries
 from ..paged import row_alignment
 from ..reference.score import score_windows
+from ._columns import add_rows, seen_keys
 from ._keys import KeyRows, load_halves, load_keys, pairs_of
 from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, load_queries, query_arguments
 from ._rows import FP8_NAMES, PagedRows, pool_arguments
 from ._tiles import ScoreConfig, matrix_dtype, score_config
-from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, reciprocal, resolve_backend, tl, triton, window_of
+from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, launch_pool
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -72,21 +73,13 @@ class ScoreForm:
 
 
 @triton.jit
-def _seen(offs_m, offs_w, num_queries, FORM: tl.constexpr):
-    """Whether a query row may see a key."""
-    seen = (offs_w < FORM.window)[None, :]
-    if FORM.causal:  # query i is window token W - N + i
-        seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
-    return seen
-
-
-@triton.jit
 def _columns_whole(out, queries, keys, scale, row_first, row_last,
                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """All keys stay on chip. A tile has whole softmax rows, so one pass is enough."""
     # Triton 3.6 takes block shapes only from names, not from fields.
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
+    SUMS: tl.constexpr = CONFIG.sums
     D0: tl.constexpr = CONFIG.d0
     D1: tl.constexpr = CONFIG.d1
     HALF: tl.constexpr = FORM.rotary // 2 if CONFIG.halves else 0
@@ -99,7 +92,7 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
     k1 = k0  # unused if one power of two covers D
     if D1 > 0:
         k1 = load_keys(keys, offs_w, D0 + tl.arange(0, D1), FORMAT, FORM)
-    columns = _no_columns(CONFIG)
+    columns = tl.zeros([SUMS, 8, BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         q0, factor = load_queries(queries, scale, offs_m, 0, row_last, D0, HALF, FORMAT.dim, FORM)
@@ -107,50 +100,10 @@ def _columns_whole(out, queries, keys, scale, row_first, row_last,
         if D1 > 0:
             q1, factor = load_queries(queries, scale, offs_m, D0, row_last, D1, 0, FORMAT.dim, FORM)
             products = tl.dot(q1, k1, products, input_precision=FORM.precision)
-        columns = _add_rows(columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG)
-    _store_columns(out, columns, offs_w, FORM, CONFIG)
-
-
-@triton.jit
-def _no_columns(CONFIG: tl.constexpr):
-    """Sums of columns that threads keep to themselves while they walk over the query tiles. Reducing each tile across
-    lanes and warps took a third of all instructions."""
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    if CONFIG.fold == 2:
-        return tl.zeros([BLOCK_M // 16, 8, BLOCK_W], tl.float32)
-    else:
-        return tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-
-
-@triton.jit
-def _add_rows(columns, products, factor, scale, offs_m, offs_w, left, num_queries,
-              FORM: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """Adds the softmax of the first ``left`` rows of logits, ``products * factor``, or its squares."""
-    MASKED: tl.constexpr = FORM.causal or FORM.window < CONFIG.block_w
-    seen = _seen(offs_m, offs_w, num_queries, FORM)
-    if FORM.signed and scale < 0:
-        peak = tl.min(tl.where(seen, products, float("inf")) if MASKED else products, 1) * factor
-    else:
-        peak = tl.max(tl.where(seen, products, float("-inf")) if MASKED else products, 1) * factor
-    factor = tl.broadcast_to(factor[:, None], products.shape)
-    p = tl.exp2(tl.fma(products, factor, tl.broadcast_to(-peak[:, None], products.shape)))
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    p = p * tl.where(tl.arange(0, CONFIG.block_m) < left, reciprocal(tl.sum(p, 1)), 0.0)[:, None]
-    if CONFIG.fold == 2:
-        pairs = tl.reshape(p, (CONFIG.block_m // 16, 2, 8, CONFIG.block_w))
-        first, second = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
-        columns = tl.fma(first, first, columns) if FORM.squares else columns + first
-        p = second
-    return tl.fma(p, p, columns) if FORM.squares else columns + p
-
-
-@triton.jit
-def _store_columns(out, columns, offs_w, FORM: tl.constexpr, CONFIG: tl.constexpr):
-    if CONFIG.fold == 2:
-        columns = tl.sum(columns, 0)
-    tl.store(out + offs_w, tl.sum(columns, 0), mask=offs_w < FORM.window)
+        columns = add_rows(
+            columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG
+        )
+    tl.store(out + offs_w, tl.sum(tl.sum(columns, 0), 0), mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -159,13 +112,16 @@ def _columns_sliced(out, queries, keys, scale, row_first, row_last,
     """All logits stay on chip, and keys are streamed in slices of the head dimension. One pass is enough."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
+    SUMS: tl.constexpr = CONFIG.sums
     offs_w = tl.arange(0, BLOCK_W)
-    columns = _no_columns(CONFIG)
+    columns = tl.zeros([SUMS, 8, BLOCK_W], tl.float32)
     for first in range(row_first, row_last, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         products, factor = _tile_products(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-        columns = _add_rows(columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG)
-    _store_columns(out, columns, offs_w, FORM, CONFIG)
+        columns = add_rows(
+            columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG
+        )
+    tl.store(out + offs_w, tl.sum(tl.sum(columns, 0), 0), mask=offs_w < FORM.window)
 
 
 @triton.jit
@@ -189,7 +145,7 @@ def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
                  FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
     """Logits in units of log2, -inf for keys that a query may not see."""
     products, factor = _tile_products(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-    return tl.where(_seen(offs_m, offs_w, queries.count, FORM), products * factor[:, None], float("-inf"))
+    return tl.where(seen_keys(offs_m, offs_w, queries.count, FORM), products * factor[:, None], float("-inf"))
 
 
 @triton.jit
