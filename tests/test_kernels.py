@@ -20,7 +20,7 @@ from worlds import FP8, Plan, Sequenced, World, plans
 
 import kara_kernels
 from kara_kernels import CompressedWindow, reference
-from kara_kernels.ops import compact_blocks, expand_chunks, score_window, select_topk
+from kara_kernels.ops import compact_blocks, expand_chunks, pack_queries, score_window, select_topk
 from kara_kernels.ops._tiles import score_config
 from kara_kernels.ops._triton import ARCHITECTURES
 
@@ -121,6 +121,28 @@ def test_float32_products_beyond_float32(sign: int, causal: bool, dtype: torch.d
     for module, options in ((ops, {"backend": "triton"}), (reference, {})):
         scores = score(world, module, **how, **options)
         worlds.assert_scores_of_huge_products(world, scores, scale=how["scale"], causal=causal)
+
+
+@pytest.mark.parametrize("window", [64, 52])  # without and with keys of a tile that nobody sees
+@pytest.mark.parametrize("dim", [64, 576, 24])  # whole, sliced, streamed
+@pytest.mark.parametrize("packed", [False, True])
+def test_scales_of_any_sign(window: int, dim: int, packed: bool) -> None:
+    """The greatest logit of a row belongs to the smallest product where the scale is negative."""
+    dtype = torch.float32 if dim == 24 else torch.bfloat16
+    plan = Plan((Sequenced(3, tail=2),), heads=3, group=2, window=window, queries=50, dim=dim, v_dim=dim, page=16,
+                dtype=dtype, query_dtype=dtype)  # fmt: skip
+    world = World(plan)
+    if packed:
+        world.query = pack_queries(torch.stack(world.query))
+        world.query.scales[..., ::2] *= -1
+    else:
+        assert_scores_agree(world, scale=-20.0)
+    by_head = torch.tensor([0.5, -0.5, 0.0])
+    # So large that powers of a wrong one's distances leave float32.
+    for options in ({"scale": -20.0}, {"scale": 20.0, "k_scale": by_head}, {"scale": -20.0, "k_scale": by_head}):
+        found, expected = score(world, ops, backend="triton", **options), score(world, reference, **options)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
+    assert not torch.allclose(found[:, :, 0], found[:, :, 1], rtol=1e-2)
 
 
 def test_bfloat16_products_beyond_float32_are_no_scores() -> None:

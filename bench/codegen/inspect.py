@@ -93,6 +93,22 @@ def read_sass(text: str) -> dict[str, int]:
     }
 
 
+def sass_loops(text: str) -> list[list[str]]:
+    """The opcodes of every loop, from a label to a branch back to it."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            opcodes.append(found[1])
+            back = re.search(r"\.L_x_\d+", found[2]) if found[1].startswith("BRA") else None
+            if back and back[0] in labels:
+                loops.append(opcodes[labels[back[0]] :])
+    return loops
+
+
 def _width(opcode: str) -> int:
     parts = opcode.split(".")
     return next((int(bits) // 8 for bits in ("256", "128", "64") if bits in parts),
