@@ -274,8 +274,7 @@ def launch_score(
     q, device = a.query[0], partials.device
     dtype = matrix_dtype(q, a.cache.k[0])
     cos, sin, interleaved = a.look_ahead or (None, None, False)
-    by_head = a.k_scale if isinstance(a.k_scale, Tensor) else None
-    scale = a.scale if by_head is not None else a.scale * a.k_scale
+    by_head, scale = (a.k_scale, a.scale) if isinstance(a.k_scale, Tensor) else (None, a.scale * a.k_scale)
     scale_first = dtype == torch.float32
     form = ScoreForm(
         heads, q.shape[2] // heads, window, a.query.alignment, row_alignment(partials),
