@@ -63,13 +63,6 @@ EXCEPTIONS: tuple[Excuse, ...] = (
     ),
     Excuse(
         "no spills",
-        lambda row: _of_old_triton(row, "sm_80", "sm_90") and row["spills"] <= 112 and row["shape"].endswith("recorded")
-        and re.match(r"W 256, D (128|192/128),", row["shape"]),
-        "Triton 3.6 only: 8 bytes a thread with queries as recorded, and up to 112 for heads of 192, whose halves are "
-        "padded to 128. Triton 3.9 makes the same kernels without.",
-    ),
-    Excuse(
-        "no spills",
         lambda row: _of_old_triton(row, "sm_100") and row["spills"] == 8 and row["shape"].endswith("fp8 queries"),
         "Triton 3.6 only: 8 bytes a thread where key tiles stream under fp8 queries.",
     ),
