@@ -173,7 +173,7 @@ def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, 
     """The cost of one event: ``rows`` query rows per KV head score one window, weighted by values if there are any."""
     memory, window, heads = gpu.bandwidth * BANDWIDTH_SHARE, policy.window, model.layers * model.heads
     pairs = "halves" if model.v_dim and not way.every_query else ""  # what looking ahead turns; not latent keys
-    config = score_config(window, model.dim, torch.bfloat16, ARCHITECTURES[gpu.target], pairs)
+    config = score_config(window, model.dim, torch.bfloat16, ARCHITECTURES[gpu.target], pairs, not way.every_query)
     passes = 1 if config.whole else 2
     values = model.v_dim if way.value_norm else 0
     query_bytes = 2 * model.dim if way.every_query else model.dim // 2 + 2

@@ -40,49 +40,66 @@ def query_arguments(query: Layers, query_rows: Tensor | None) -> dict[str, Any]:
 
 
 @triton.jit
-def load_queries(queries, scale, offs_m, first, row_last,
+def row_factors(queries, scale, offs_m, row_last, FORM: tl.constexpr):
+    """What :func:`load_queries` multiplies rows ``offs_m`` by, and what is left for their products with keys, so that
+    these are logits.
+
+    Codes of packed queries carry only the sign. Float32 queries are scaled before, so that products stay within
+    float32's range if the logits do. Scaling the keys instead spilled on sm_120.
+    """
+    one = tl.full(offs_m.shape, 1.0, tl.float32)
+    if queries.scales is not None:
+        query, member, inside = _query_of(queries, offs_m, row_last, FORM)
+        step = queries.scales + (query * queries.stride_scale_query + member * queries.stride_scale_head)
+        factor = tl.load(step, mask=inside, other=0.0).to(tl.float32) * scale
+        return tl.where(factor < 0, -one, one), tl.abs(factor)
+    elif FORM.scale_first:
+        return one * scale, one
+    else:
+        return one, one * scale
+
+
+@triton.jit
+def load_queries(queries, factor, offs_m, first, row_last,
                  SIZE: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
-    """``SIZE`` dimensions from ``first`` on of query rows ``offs_m``, as ``[rows, dims]`` of ``FORM.dtype``, and the
-    factors of rows: logits are products with keys times these.
+    """``SIZE`` dimensions from ``first`` on of query rows ``offs_m``, as ``[rows, dims]`` of ``FORM.dtype``, times the
+    first of :func:`row_factors`.
 
     Row ``m`` is query ``m // group``, member ``m % group`` of it. With ``HALF``, dimensions are two halves of so many,
-    each padded to ``SIZE / 2``. Packed queries are loaded as their codes, which carry the sign of the factor, and the
-    factor is not negative. Float32 queries are scaled here, so that products stay within float32's range if the logits
-    do. Scaling the keys instead spilled on sm_120.
+    each padded to ``SIZE / 2``. Packed queries are loaded as their codes.
     """
     ALIGN: tl.constexpr = FORM.align
     FP8: tl.constexpr = FORM.query_fp8
-    inside = offs_m < row_last
-    query, member = offs_m // FORM.group, (offs_m % FORM.group).to(tl.int64)
-    if queries.places is not None:
-        query = tl.load(queries.places + query, mask=inside, other=0)
-    query = query.to(tl.int64)
+    query, member, inside = _query_of(queries, offs_m, row_last, FORM)
     row = tl.multiple_of(queries.base + (query * queries.stride_query + member * queries.stride_head), ALIGN)
-    if queries.scales is not None:
-        step = queries.scales + (query * queries.stride_scale_query + member * queries.stride_scale_head)
-        factor = tl.load(step, mask=inside, other=0.0).to(tl.float32) * scale
-        sign = tl.where(factor < 0, -1.0, 1.0)
-        if SIZE > 16:
-            offs_b, there = _dimensions(SIZE // 2, HALF // 2, DIM // 2, first // 2)
-            codes = tl.load(row[:, None] + offs_b[None, :], mask=inside[:, None] & there[None, :], other=0).to(tl.int32)
-            rows = tl.join(_signed(codes & 15, sign), _signed(codes >> 4, sign))
-            rows = tl.reshape(rows, [offs_m.shape[0], SIZE])
-        else:  # Triton 3.6 multiplies 16 joined dimensions wrongly, so each loads its own byte
-            offs_d, there = _dimensions(SIZE, HALF, DIM, first)
-            mask = inside[:, None] & there[None, :]
-            codes = tl.load(row[:, None] + (offs_d // 2)[None, :], mask=mask, other=0).to(tl.int32)
-            rows = _signed((codes >> (offs_d % 2 * 4)[None, :]) & 15, sign)
-            rows = tl.where(there[None, :], rows, 0.0)
-        return rows.to(FORM.dtype), tl.abs(factor)
-    else:
+    if queries.scales is None:
         offs_d, there = _dimensions(SIZE, HALF, DIM, first)
         rows = tl.load(row[:, None] + offs_d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
         if FP8 is not None:
             rows = fp8_to_float(rows, FP8, FORM.dtype)
         rows = rows.to(FORM.dtype)
-        if FORM.scale_first:
-            rows = rows * scale
-        return rows, tl.full(offs_m.shape, 1.0 if FORM.scale_first else scale, tl.float32)
+        return rows * factor[:, None] if FORM.scale_first else rows
+    elif SIZE > 16:
+        offs_b, there = _dimensions(SIZE // 2, HALF // 2, DIM // 2, first // 2)
+        codes = tl.load(row[:, None] + offs_b[None, :], mask=inside[:, None] & there[None, :], other=0).to(tl.int32)
+        rows = tl.join(_signed(codes & 15, factor), _signed(codes >> 4, factor))
+        return tl.reshape(rows, [offs_m.shape[0], SIZE]).to(FORM.dtype)
+    else:  # Triton 3.6 multiplies 16 joined dimensions wrongly, so each loads its own byte
+        offs_d, there = _dimensions(SIZE, HALF, DIM, first)
+        mask = inside[:, None] & there[None, :]
+        codes = tl.load(row[:, None] + (offs_d // 2)[None, :], mask=mask, other=0).to(tl.int32)
+        rows = _signed((codes >> (offs_d % 2 * 4)[None, :]) & 15, factor)
+        return tl.where(there[None, :], rows, 0.0).to(FORM.dtype)
+
+
+@triton.jit
+def _query_of(queries, offs_m, row_last, FORM: tl.constexpr):
+    """Of rows ``offs_m``: where their queries are, which member of the group they are, and whether they exist."""
+    inside = offs_m < row_last
+    query, member = (offs_m // FORM.group).to(tl.int64), (offs_m % FORM.group).to(tl.int64)
+    if queries.places is not None:
+        query = tl.load(queries.places + query, mask=inside, other=0).to(tl.int64)
+    return query, member, inside
 
 
 @triton.jit

@@ -19,6 +19,7 @@ class ScoreConfig:
     d0: int  # sliced: a slice of the head dimension. Otherwise all of it, as one power of two ...
     d1: int  # ... and a second one for the rest (0: none), because padding 192 to 256 would cost a third more work
     halves: bool  # True: d0 are two halves of a head, which look_ahead pairs, each padded to a power of two
+    ahead: bool  # whole: the next tile's queries are loaded before the softmax of a tile
     fold: int  # rows of a tile that a thread sums: see Architecture
     rows: int  # query rows of a program
     num_warps: int
@@ -31,11 +32,14 @@ class ScoreConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture, pairs: str = "") -> ScoreConfig:
+def score_config(
+    window: int, dim: int, dtype: torch.dtype, target: Architecture, pairs: str = "", packed: bool = False
+) -> ScoreConfig:
     """Launch configuration from shape and target alone. A choice that depended on the batch would change last bits.
 
     ``dtype`` is the input type of the matrix products. ``pairs`` are those that ``look_ahead`` turns: ``"halves"``
-    are turned as two operands, others with a second load of every key, which takes twice the registers.
+    are loaded once, others with a second load of every key, which takes twice the registers. ``packed``:
+    queries are unpacked in registers.
     """
     rows = 512  # keys are read and a partial row is written once per 512 query rows: under 2 % of the bytes at W = 256
     block_w = max(16, triton.next_power_of_2(window))
@@ -53,6 +57,8 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
         block_m = 32 if block_w <= 128 and not target.amd else 16
     if target.slice_dims == 32 and block_w == 256:
         block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
+    if packed and target.query_tiles == 2:  # 64 spilled on sm_80 with Triton 3.6, and halved the occupancy at D = 64
+        block_m = min(block_m, 32)
 
     def fits(block_m: int) -> bool:
         needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize
@@ -61,14 +67,18 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
     # float32 runs as three TF32 products. Their fragments leave registers only for a slice of 32 dimensions.
     turnable = not pairs or halves or block_w * (d0 + d1) <= 16384
     if dtype != torch.float32 and block_w <= 1024 and turnable:
-        if d1 and not fits(block_m):
+        if (d1 or halves) and not fits(block_m):
             block_m = 16
         if d0 == 256 and block_w == 256 and (target.amd or not fits(block_m)):
             block_m = 32  # W = 256 on sm_90 and sm_100; 64 spilled on gfx950
         if fits(block_m):
             # For D >= 256, 4 warps filled only a sixteenth of a multiprocessor, and spilled at D = 576.
             num_warps = 4 if block_w <= 128 and d0 + d1 <= 128 else 8
-            return ScoreConfig(True, False, block_m, block_w, d0, d1, halves, target.fold, rows, num_warps, 2)
+            by_warps = target.by_warps(block_m)
+            # If Triton sees four bits behind an operand of mma.sync, it permutes both operands for them. Version 3.9
+            # does not see through a loop, and a tile takes a third to half fewer instructions.
+            ahead, fold = packed and by_warps, 2 if by_warps else target.fold
+            return ScoreConfig(True, False, block_m, block_w, d0, d1, halves, ahead, fold, rows, num_warps, 2)
     stages = 2 if target.amd else 3
     slice_ = 32 if dtype == torch.float32 else target.slice_dims
     while dim % slice_ and slice_ > 16:
@@ -76,10 +86,11 @@ def score_config(window: int, dim: int, dtype: torch.dtype, target: Architecture
     # Heads too wide to keep on chip. One pass takes half the products and exponentials of two. There are 64
     # accumulators per thread, as above.
     if dtype != torch.float32 and block_w <= 256 and not pairs:
-        return ScoreConfig(True, True, 64, block_w, slice_, 0, False, target.fold, rows, 8, stages)
+        block_m = 32 if packed and target.query_tiles == 2 else 64
+        return ScoreConfig(True, True, block_m, block_w, slice_, 0, False, False, target.fold, rows, 8, stages)
     # With 64 keys two programs fit a multiprocessor. 128 spilled on sm_100.
     block_m = 64 if dtype == torch.float32 else 128
-    return ScoreConfig(False, True, block_m, min(64, block_w), slice_, 0, False, target.fold, rows, 8, stages)
+    return ScoreConfig(False, True, block_m, min(64, block_w), slice_, 0, False, False, target.fold, rows, 8, stages)
 
 
 def matrix_dtype(query: Tensor, keys: Tensor) -> torch.dtype:

@@ -105,6 +105,10 @@ class Architecture:
     """How float32 is multiplied. AMD has an instruction for it. On NVIDIA, "ieee" is scalar code that spills at any
     tile size; three TF32 products have an error of about 2^-22."""
 
+    def by_warps(self, rows: int) -> bool:
+        """Whether mma.sync multiplies tiles of so many rows. wgmma and tcgen05 need 64."""
+        return not self.amd and (self.query_tiles == 2 or rows < 64)
+
 
 def _amd(shared_memory: int) -> Architecture:
     return Architecture(shared_memory, amd=True, query_tiles=0, fold=1, float32_products="ieee")

@@ -26,13 +26,13 @@ from ..arguments import ScoreArguments, check_score_window
 from ..packed import Queries
 from ..paged import row_alignment
 from ..reference.score import score_windows
-from ._columns import add_rows, seen_keys
-from ._keys import KeyRows, load_halves, load_keys, pairs_of
+from ._columns import columns_sliced, columns_streamed, columns_whole
+from ._keys import KeyRows, pairs_of
 from ._norms import mean_cosines, value_norms
-from ._queries import QueryRows, load_queries, query_arguments
+from ._queries import QueryRows, query_arguments
 from ._rows import FP8_NAMES, PagedRows, pool_arguments
 from ._tiles import ScoreConfig, matrix_dtype, score_config
-from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, triton, window_of
+from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, window_of
 from .pool import PartialRows, launch_pool
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -70,113 +70,6 @@ class ScoreForm:
         """Dimensions in a row whose partners lie in a row, too, up to 16."""
         half = self.rotary // 2
         return min(16, half & -half)
-
-
-@triton.jit
-def _columns_whole(out, queries, keys, scale, row_first, row_last,
-                   FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """All keys stay on chip. A tile has whole softmax rows, so one pass is enough."""
-    # Triton 3.6 takes block shapes only from names, not from fields.
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    SUMS: tl.constexpr = CONFIG.sums
-    D0: tl.constexpr = CONFIG.d0
-    D1: tl.constexpr = CONFIG.d1
-    HALF: tl.constexpr = FORM.rotary // 2 if CONFIG.halves else 0
-    offs_w = tl.arange(0, BLOCK_W)
-    if CONFIG.halves:  # one product: of two in a row, the first takes a layout of its own, and its result is moved
-        first_half, second_half = load_halves(keys, offs_w, D0 // 2, FORMAT, FORM)
-        k0 = tl.reshape(tl.permute(tl.join(first_half, second_half), (2, 0, 1)), (D0, BLOCK_W))
-    else:
-        k0 = load_keys(keys, offs_w, tl.arange(0, D0), FORMAT, FORM)
-    k1 = k0  # unused if one power of two covers D
-    if D1 > 0:
-        k1 = load_keys(keys, offs_w, D0 + tl.arange(0, D1), FORMAT, FORM)
-    columns = tl.zeros([SUMS, 8, BLOCK_W], tl.float32)
-    for first in range(row_first, row_last, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        q0, factor = load_queries(queries, scale, offs_m, 0, row_last, D0, HALF, FORMAT.dim, FORM)
-        products = tl.dot(q0, k0, input_precision=FORM.precision)
-        if D1 > 0:
-            q1, factor = load_queries(queries, scale, offs_m, D0, row_last, D1, 0, FORMAT.dim, FORM)
-            products = tl.dot(q1, k1, products, input_precision=FORM.precision)
-        columns = add_rows(
-            columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG
-        )
-    tl.store(out + offs_w, tl.sum(tl.sum(columns, 0), 0), mask=offs_w < FORM.window)
-
-
-@triton.jit
-def _columns_sliced(out, queries, keys, scale, row_first, row_last,
-                    FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """All logits stay on chip, and keys are streamed in slices of the head dimension. One pass is enough."""
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    SUMS: tl.constexpr = CONFIG.sums
-    offs_w = tl.arange(0, BLOCK_W)
-    columns = tl.zeros([SUMS, 8, BLOCK_W], tl.float32)
-    for first in range(row_first, row_last, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        products, factor = _tile_products(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-        columns = add_rows(
-            columns, products, factor, scale, offs_m, offs_w, row_last - first, queries.count, FORM, CONFIG
-        )
-    tl.store(out + offs_w, tl.sum(tl.sum(columns, 0), 0), mask=offs_w < FORM.window)
-
-
-@triton.jit
-def _tile_products(queries, keys, scale, offs_m, offs_w, row_last,
-                   FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """Products of a tile of queries and one of keys, summed over slices of the head dimension, and their factors."""
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    BLOCK_D: tl.constexpr = CONFIG.d0
-    products = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    factor = tl.zeros([BLOCK_M], tl.float32)
-    for d in range(0, FORMAT.dim, BLOCK_D):
-        q, factor = load_queries(queries, scale, offs_m, d, row_last, BLOCK_D, 0, FORMAT.dim, FORM)
-        k = load_keys(keys, offs_w, d + tl.arange(0, BLOCK_D), FORMAT, FORM)
-        products = tl.dot(q, k, products, input_precision=FORM.precision)
-    return products, factor
-
-
-@triton.jit
-def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
-                 FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """Logits in units of log2, -inf for keys that a query may not see."""
-    products, factor = _tile_products(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-    return tl.where(seen_keys(offs_m, offs_w, queries.count, FORM), products * factor[:, None], float("-inf"))
-
-
-@triton.jit
-def _columns_streamed(out, queries, keys, scale, row_first, row_last,
-                      FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """Streams key tiles twice per query tile: first for each row's log-sum-exp, then for the columns."""
-    BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_W: tl.constexpr = CONFIG.block_w
-    for first in range(row_first, row_last, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        # A causal row may see no key of a tile. Starting from the lowest finite value avoids -inf - -inf.
-        peak = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        for tile in range(0, FORM.window, BLOCK_W):
-            offs_w = tile + tl.arange(0, BLOCK_W)
-            logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-            higher = tl.maximum(peak, tl.max(logits, 1))
-            total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
-            peak = higher
-        weight = tl.where(offs_m < row_last, 1.0 / total, 0.0)
-        for tile in range(0, FORM.window, BLOCK_W):
-            offs_w = tile + tl.arange(0, BLOCK_W)
-            logits = _tile_logits(queries, keys, scale, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-            p = tl.exp2(logits - peak[:, None]) * weight[:, None]
-            columns = tl.sum(p * p if FORM.squares else p, 0)
-            if first > row_first:
-                # The program's own partial row is its accumulator. A thread may load what another thread stored.
-                tl.debug_barrier()
-                columns += tl.load(out + offs_w, mask=offs_w < FORM.window, other=0.0)
-                tl.debug_barrier()
-            tl.store(out + offs_w, columns, mask=offs_w < FORM.window)
 
 
 @kernel
@@ -234,11 +127,11 @@ def score_kernel(
             row_first = tile * CONFIG.rows
             row_last = tl.minimum(row_first + CONFIG.rows, num_queries * FORM.group)
             if CONFIG.whole and CONFIG.sliced:
-                _columns_sliced(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
+                columns_sliced(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
             elif CONFIG.whole:
-                _columns_whole(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
+                columns_whole(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
             else:
-                _columns_streamed(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
+                columns_streamed(out, queries, keys, factor, row_first, row_last, FORM, K, CONFIG)
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
@@ -249,7 +142,9 @@ def plan_score(a: ScoreArguments) -> tuple[ScoreConfig, PartialRows]:
     assert a.query is not None
     q, k, how = a.query[0], a.cache.k[0], a.scoring
     dim = k.shape[3]
-    config = score_config(a.window, dim, matrix_dtype(q, k), architecture(k.device), pairs_of(a.look_ahead, dim))
+    packed = a.query.scales is not None
+    pairs = pairs_of(a.look_ahead, dim)
+    config = score_config(a.window, dim, matrix_dtype(q, k), architecture(k.device), pairs, packed)
     rows = _count(a) * (q.shape[2] // k.shape[2])
     tiles = -(-rows // config.rows) + a.value_norm + (how.redundancy > 0)  # triton.cdiv takes 10 us here
     return config, PartialRows(tiles, 1 / rows, how.reduction == "rms", a.value_norm, how.redundancy)
