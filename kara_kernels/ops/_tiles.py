@@ -86,8 +86,7 @@ def score_config(
     # Heads too wide to keep on chip. One pass takes half the products and exponentials of two. There are 64
     # accumulators per thread, as above.
     if dtype != torch.float32 and block_w <= 256 and not pairs:
-        block_m = 32 if packed and target.query_tiles == 2 else 64
-        return ScoreConfig(True, True, block_m, block_w, slice_, 0, False, False, target.fold, rows, 8, stages)
+        return ScoreConfig(True, True, 64, block_w, slice_, 0, False, False, target.fold, rows, 8, stages)
     # With 64 keys two programs fit a multiprocessor. 128 spilled on sm_100.
     block_m = 64 if dtype == torch.float32 else 128
     return ScoreConfig(False, True, block_m, min(64, block_w), slice_, 0, False, False, target.fold, rows, 8, stages)
