@@ -57,7 +57,7 @@ def score_config(
         block_m = 32 if block_w <= 128 and not target.amd else 16
     if target.slice_dims == 32 and block_w == 256:
         block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
-    if packed and target.query_tiles == 2:  # 64 spilled on sm_80 with Triton 3.6, and halved the occupancy at D = 64
+    if packed and target.query_tiles == 2 and dim > 64:  # 64 spilled on sm_80 where keys are fp8, with Triton 3.6
         block_m = min(block_m, 32)
 
     def fits(block_m: int) -> bool:
