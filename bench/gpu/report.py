@@ -66,7 +66,8 @@ def _modelled(run: Run) -> list[str]:
         return []
     return [
         "## Against the cost model\n\nMicroseconds of the published event of one sequence, W 256, by "
-        "[the model](model.md), which counts instructions and assumes how fast they issue, and as measured:\n",
+        "[the model](model.md), which counts instructions of today's code and assumes how fast they issue, and as "
+        "measured at the commit above:\n",
         markdown(("case", "modelled", "measured", "measured / modelled"),
                  ((name, f"{1e6 * guess:.0f}", f"{1e6 * time:.0f}", f"{time / guess:.2f}")
                   for name, guess, time in found)),
