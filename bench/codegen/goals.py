@@ -73,12 +73,6 @@ EXCEPTIONS: tuple[Excuse, ...] = (
     ),
     Excuse(
         "no spills",
-        lambda row: row["target"] == "sm_120" and row["spills"] == 8 and "causal" in row["shape"],
-        "8 bytes a thread at W 256, D 128 with the causal mask, which is for ablations. The assembler keeps to 128 "
-        "registers. Tiles of 16 rows need fewer, and take twice the iterations.",
-    ),
-    Excuse(
-        "no spills",
         lambda row: row["target"].startswith("sm") and row["spills"] <= 16
         and row["shape"] == "W 256, D 192/128, G 4, P 16, bfloat16, recorded",
         "Up to 16 bytes a thread before the loop over queries, where 256 keys of 192 dimensions, padded to 256, are "

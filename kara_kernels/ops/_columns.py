@@ -154,15 +154,17 @@ def _add_rows(columns, products, factor, scale, offs_m, offs_w, left, num_querie
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_W: tl.constexpr = CONFIG.block_w
     MASKED: tl.constexpr = FORM.causal or FORM.window < CONFIG.block_w
-    seen = _seen_keys(offs_m, offs_w, num_queries, FORM)
-    if FORM.signed and scale < 0:
-        peak = tl.min(tl.where(seen, products, float("inf")) if MASKED else products, 1) * factor
+    if MASKED:  # once: with a mask of the peak and one of the powers, sm_120 spilled
+        seen = _seen_keys(offs_m, offs_w, num_queries, FORM)
+        logits = tl.where(seen, products * factor[:, None], float("-inf"))
+        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
     else:
-        peak = tl.max(tl.where(seen, products, float("-inf")) if MASKED else products, 1) * factor
-    factor = tl.broadcast_to(factor[:, None], products.shape)
-    p = tl.exp2(tl.fma(products, factor, tl.broadcast_to(-peak[:, None], products.shape)))
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
+        if FORM.signed and scale < 0:
+            peak = tl.min(products, 1) * factor
+        else:
+            peak = tl.max(products, 1) * factor
+        factor = tl.broadcast_to(factor[:, None], products.shape)
+        p = tl.exp2(tl.fma(products, factor, tl.broadcast_to(-peak[:, None], products.shape)))
     p = p * tl.where(tl.arange(0, BLOCK_M) < left, reciprocal(tl.sum(p, 1)), 0.0)[:, None]
     if CONFIG.fold == 2:
         first, p = tl.split(tl.permute(tl.reshape(p, (BLOCK_M // 16, 2, 8, BLOCK_W)), (0, 2, 3, 1)))
