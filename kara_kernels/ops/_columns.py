@@ -95,10 +95,10 @@ def _tile_products(queries, keys, factor, offs_m, offs_w, row_last,
 @triton.jit
 def _tile_logits(queries, keys, scale, offs_m, offs_w, row_last,
                  FORM: tl.constexpr, FORMAT: tl.constexpr, CONFIG: tl.constexpr):  # fmt: skip
-    """Logits in units of log2, -inf for keys that a query may not see."""
+    """Masked logits of a tile of queries and one of keys."""
     before, factor = row_factors(queries, scale, offs_m, row_last, FORM)
     products = _tile_products(queries, keys, before, offs_m, offs_w, row_last, FORM, FORMAT, CONFIG)
-    return tl.where(_seen_keys(offs_m, offs_w, queries.count, FORM), products * factor[:, None], float("-inf"))
+    return _masked(products, factor, offs_m, offs_w, queries.count, FORM)
 
 
 @triton.jit
@@ -133,12 +133,12 @@ def columns_streamed(out, queries, keys, scale, row_first, row_last,
 
 
 @triton.jit
-def _seen_keys(offs_m, offs_w, num_queries, FORM: tl.constexpr):
-    """Whether a query row may see a key."""
+def _masked(products, factor, offs_m, offs_w, num_queries, FORM: tl.constexpr):
+    """Logits in units of log2, -inf for keys that a query may not see."""
     seen = (offs_w < FORM.window)[None, :]
     if FORM.causal:  # query i is window token W - N + i
         seen = seen & (offs_w[None, :] <= (FORM.window - num_queries + offs_m // FORM.group)[:, None])
-    return seen
+    return tl.where(seen, products * factor[:, None], float("-inf"))
 
 
 @triton.jit
@@ -155,8 +155,7 @@ def _add_rows(columns, products, factor, scale, offs_m, offs_w, left, num_querie
     BLOCK_W: tl.constexpr = CONFIG.block_w
     MASKED: tl.constexpr = FORM.causal or FORM.window < CONFIG.block_w
     if MASKED:  # once: with a mask of the peak and one of the powers, sm_120 spilled
-        seen = _seen_keys(offs_m, offs_w, num_queries, FORM)
-        logits = tl.where(seen, products * factor[:, None], float("-inf"))
+        logits = _masked(products, factor, offs_m, offs_w, num_queries, FORM)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
     else:
         if FORM.signed and scale < 0:
