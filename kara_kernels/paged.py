@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -160,6 +160,7 @@ class PagedCache:
             self.v = v_caches if isinstance(v_caches, Layers) else Layers("v_cache", v_caches)
         _check_pools(self.k, self.v)
         self.k.pool = self  # lets a pair that was checked together pass without another check
+        self.events: dict[Hashable, Any] = {}  # what calls of :func:`kara_kernels.compress_window` keep
 
     @functools.cached_property
     def keys_alone(self) -> PagedCache:

@@ -31,7 +31,7 @@ from bench.compile_only import SHARED, TARGETS, Build, CompileOnly, compiling_fo
 from kara_kernels import PackedQueries, PagedCache, compress_window
 from kara_kernels.engine import Plan, Policy, QueryRing, Span, execute, warm_up
 from kara_kernels.ops import compact_blocks, expand_chunks, pack_queries, rank_rows, score_window, select_topk
-from kara_kernels.ops._triton import ARCHITECTURES, architecture, launch
+from kara_kernels.ops._triton import ARCHITECTURES, architecture, launch, launch_again
 from kara_kernels.ops.chunks import launch_keep
 from kara_kernels.ops.quantize import launch_dequantize, launch_quantize
 from kara_kernels.ops.select import launch_topk
@@ -511,8 +511,10 @@ def test_kernels_run_where_their_tensors_are(two_gpus: Driver) -> None:
     assert two_gpus.launched == [there] * 4
     launch_topk(torch.zeros(3, 9).int(), torch.zeros(3, 64).as_subclass(OnSecond), 9)
     rows = torch.zeros(1, 1, 3, 64).as_subclass(OnSecond)
-    launch_keep(torch.zeros(1, 1, 3, 9).int(), rows, rows[:, :, :, None], None, None, 2, 8)
-    assert two_gpus.launched == [there] * 6
+    made = launch_keep(torch.zeros(1, 1, 3, 9).int(), rows, rows[:, :, :, None], None, None, 2, 8)
+    again = made.again(("partials_ptr", "indices_ptr"))
+    launch_again([again, again], rows.device, {"partials_ptr": rows, "indices_ptr": torch.zeros(3, 9).int()})
+    assert two_gpus.launched == [there] * 8
     assert two_gpus.current == first
     for index, target in two_gpus.targets.items():
         assert architecture(torch.device("cuda", index)) == ARCHITECTURES[target.arch]
@@ -520,7 +522,7 @@ def test_kernels_run_where_their_tensors_are(two_gpus: Driver) -> None:
     two_gpus.current = second
     two_gpus.switched.clear()
     compress_window(**given, keep=32, pool="layer", backend="triton")
-    assert two_gpus.launched == [there] * 10
+    assert two_gpus.launched == [there] * 12
     assert not two_gpus.switched
 
 

@@ -1,13 +1,15 @@
-"""Host overhead of a call of compress_window: checks, allocation and launch, for 36 layers.
+"""Host time of a call of compress_window: checks, allocation and launches, for 36 layers.
 
-The whole call is timed and shown. The limit of 60 us applies to the library's part, the call without its three
-launches. Triton's own handling of a launch takes about 18 us in Python, which callers cannot change. The launcher does
-nothing here, so the driver's time to enqueue a kernel is not included. Run alone, with TRITON_INTERPRET=0.
+The first call of a kind takes the ordinary way, in which Triton looks for each kernel by all of its arguments. Later
+calls repeat its launches. The goal for them is 25 us; the limit here is higher, because shared machines differ by half.
+The launcher does nothing, so the driver's time to enqueue three kernels is not included. Run alone, with
+TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
 
 import timeit
+from typing import Any
 
 import pytest
 import torch
@@ -19,33 +21,51 @@ if INTERPRETED:
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.compile_only import compiling_for
-from kara_kernels import PagedCache, compress_window
+from kara_kernels import LookAhead, PagedCache, compress_window
+from kara_kernels.engine import Policy
+from kara_kernels.ops import pack_queries
 
 LAYERS, SEQUENCES, HEADS, GROUP, DIM, WINDOW, PAGE = 36, 4, 8, 4, 128, 256, 16
-GOAL = 60e-6  # seconds
+LIMIT = 45e-6  # seconds
 
 
-def test_host_overhead_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recorded", [False, True], ids=["every query", "as the engine calls it"])
+def test_host_time_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
     blocks = SEQUENCES * (WINDOW // PAGE)
     pools = [[torch.zeros(blocks, PAGE, HEADS, DIM, dtype=torch.bfloat16) for _ in range(LAYERS)] for _ in range(2)]
     cache = PagedCache(*pools)
     query = torch.zeros(LAYERS, SEQUENCES, WINDOW, HEADS * GROUP, DIM, dtype=torch.bfloat16)
     tables = torch.arange(blocks, dtype=torch.int32).view(SEQUENCES, -1)
     lengths = torch.full((SEQUENCES,), WINDOW, dtype=torch.int32)
+    given: dict[str, Any] = {"query": query}
+    if recorded:
+        rows = torch.arange(SEQUENCES * WINDOW, dtype=torch.int32).view(SEQUENCES, WINDOW)
+        angles = torch.zeros(DIM // 2)
+        given = {
+            "query": pack_queries(query.flatten(1, 2), backend="torch"), "query_rows": rows,
+            "window_starts": lengths - WINDOW, "protected_lens": lengths - WINDOW,
+            "look_ahead": LookAhead(angles + 1, angles), **Policy().selection,
+        }  # fmt: skip
     # Contents are checked on the CPU but not on a GPU, and this test times GPU calls.
-    monkeypatch.setattr("kara_kernels.windows.request.contents_are_checked", lambda device: False)
+    for module in ("request", "repeat"):
+        monkeypatch.setattr(f"kara_kernels.windows.{module}.contents_are_checked", lambda device: False)
 
     def call() -> None:
-        compress_window(query, cache.k, cache.v, tables, lengths, window=WINDOW, keep=WINDOW // 2, backend="triton")
+        compress_window(
+            k_cache=cache.k, v_cache=cache.v, block_tables=tables, seq_lens=lengths, window=WINDOW, keep=WINDOW // 2,
+            backend="triton", **given,
+        )  # fmt: skip
+
+    def first() -> None:
+        cache.events.clear()
+        call()
 
     with compiling_for("sm_90"):
         call()  # compiles
-        benchmark.pedantic(call, rounds=200, iterations=5, warmup_rounds=20)
-        for launch in ("launch_score", "launch_keep", "launch_compact"):
-            monkeypatch.setattr(f"kara_kernels.windows.run.{launch}", lambda *arguments: None)
-        own = min(timeit.repeat(call, number=20, repeat=200)) / 20
-    whole = benchmark.stats.stats
-    told = f"own {1e6 * own:.1f} us; whole call {1e6 * whole.min:.1f} us at least, {1e6 * whole.median:.1f} us median"
+        ordinary = min(timeit.repeat(first, number=20, repeat=50)) / 20
+        benchmark.pedantic(call, rounds=400, iterations=5, warmup_rounds=20)
+    stats = benchmark.stats.stats
+    told = f"ordinary {1e6 * ordinary:.1f} us; repeated {1e6 * stats.min:.1f} us, {1e6 * stats.median:.1f} us median"
     print("\n" + told)
     # Other load only adds time, so the fastest round is the cost.
-    assert own < GOAL, told
+    assert stats.min < min(LIMIT, ordinary / 5), told

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import Windows
 from ..checks import check_chunks, check_scores, require_rows
 from ..reference.chunks import expanded_positions
-from ._triton import kernel, launch, resolve_backend, tl, triton, window_of
+from ._triton import Launch, kernel, launch, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, partial_arguments, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
 
@@ -107,14 +107,14 @@ def keep_kernel(
 def launch_keep(
     indices: Tensor, scores: Tensor, partials: Tensor, w: Windows | None, rows: PartialRows | None, chunk_budget: int,
     max_chunk: int,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     """Selects from ``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and ``scores [l, S, h, W]``.
 
     ``rows`` describes the partials. None means one tile, the scores themselves, and ``scores`` is not written. Without
     ``w`` every row is selected from. Checks nothing.
     """
     layers, sequences, lists, _, window = partials.shape
-    launch(
+    return launch(
         keep_kernel, (lists, sequences, layers), scores.device,
         indices_ptr=indices, keep=indices.shape[-1], chunk_budget=chunk_budget, max_chunk=max_chunk,
         **partial_arguments(partials, scores, w, rows),

@@ -15,7 +15,7 @@ from ..arguments import Windows, check_compact_blocks
 from ..checks import check_unit_stride
 from ..reference.compact import compact_windows
 from ._rows import PagedRows, pool_arguments, row_pointer
-from ._triton import kernel, launch, layer_pointer, resolve_backend, tl, triton
+from ._triton import Launch, kernel, launch, layer_pointer, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
 
@@ -105,7 +105,7 @@ def row_block(dim: int, itemsize: int) -> tuple[int, int]:
     return min(block_d, max(1, 256 // itemsize)), 128
 
 
-def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_indices: Tensor) -> None:
+def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_indices: Tensor) -> Launch:
     """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``.
 
     ``frontiers`` (int32 ``[S]``) receives the end of the kept rows of each sequence. It is ``start + K``, or for a
@@ -116,7 +116,7 @@ def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_
     block_d, block_r = row_block(keys[0].shape[3], keys[0].element_size())
     block_dv, block_rv = row_block(values[0].shape[3], values[0].element_size())
     stride_layer, stride_sequence, stride_head, _ = keep_indices.stride()
-    launch(
+    return launch(
         compact_kernel, (sequences * heads, 1 if w.cache.v is None else 2, layers), new_lens.device,
         new_lens_ptr=new_lens, frontiers_ptr=frontiers, block_tables_ptr=w.block_tables, starts_ptr=w.window_starts,
         seq_lens_ptr=w.seq_lens, protected_ptr=w.protected_lens, keep_ptr=keep_indices, keep=keep,

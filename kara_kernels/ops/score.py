@@ -32,7 +32,7 @@ from ._norms import mean_cosines, value_norms
 from ._queries import QueryRows, query_arguments
 from ._rows import FP8_NAMES, PagedRows, pool_arguments
 from ._tiles import ScoreConfig, matrix_dtype, score_config
-from ._triton import INTERPRETED, architecture, kernel, launch, layer_pointer, resolve_backend, tl, window_of
+from ._triton import INTERPRETED, Launch, architecture, kernel, launch, layer_pointer, resolve_backend, tl, window_of
 from .pool import PartialRows, launch_pool
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -158,7 +158,7 @@ def _count(a: ScoreArguments) -> int:
 
 def launch_score(
     partials: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows, first_layer: int = 0
-) -> None:
+) -> Launch:
     """Writes the partial rows of all sequences in ``L`` layers of the pools from ``first_layer`` on into ``partials``.
 
     ``partials`` is ``[L, S, H, tiles, W]``. Checks nothing.
@@ -183,7 +183,7 @@ def launch_score(
     # `shfl y, x*x; fma x, x, y`. The lane then rounds its partner's product but not its own, the partner does the
     # opposite, and the two store different last bits of one sum to the same address. This affected sums of narrow or
     # misaligned rows on all targets, and all columns on sm_100, where each lane holds one query row.
-    launch(
+    return launch(
         score_kernel, (sequences * heads, tiles, layers), device,
         partials_ptr=partials, **query_arguments(a.query, a.query_rows),
         block_tables_ptr=a.block_tables, starts_ptr=a.window_starts, seq_lens_ptr=a.seq_lens,

@@ -12,6 +12,7 @@ from ..ahead import LookAhead
 from ..options import Options
 from ..packed import Queries
 from .graph import in_graph
+from .repeat import kept_event, kind_of
 from .request import ReduceScores, check_request
 from .run import run
 
@@ -130,4 +131,8 @@ def compress_window(
     }  # fmt: skip
     if torch.compiler.is_compiling():
         return CompressedWindow(*in_graph(query, k_cache, v_cache, block_tables, seq_lens, backend=backend, **given))
-    return CompressedWindow(*run(check_request(query, k_cache, v_cache, block_tables, seq_lens, **given), backend))
+    kind = kind_of(query, k_cache, v_cache, block_tables, seq_lens, backend, given)
+    if kind is not None and (event := kept_event(k_cache, kind)) is not None:
+        return CompressedWindow(*event(query, block_tables, seq_lens, given))
+    request = check_request(query, k_cache, v_cache, block_tables, seq_lens, **given)
+    return CompressedWindow(*run(request, backend, kind))

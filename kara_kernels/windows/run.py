@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops._triton import resolve_backend
+from ..ops._triton import Launch, resolve_backend
 from ..ops.chunks import launch_keep
 from ..ops.compact import launch_compact
 from ..ops.pool import PartialRows, launch_pool
@@ -15,6 +16,7 @@ from ..ops.score import launch_score, launch_scores, layers_at_once, plan_score
 from ..reference.chunks import expanded_positions
 from ..reference.compact import compact_sequence
 from ..reference.score import score_sequence
+from .repeat import Event, Results, keep_event
 from .request import Request
 
 
@@ -27,16 +29,20 @@ class Lists(NamedTuple):
     frontiers: Tensor  # int32 [S]
 
 
-def run(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(request: Request, backend: str, kind: Hashable = None) -> Results:
     """Executes a request. Returns lengths, keep indices ``[L, S, H, K]``, scores ``[L, S, H, W]`` and frontiers.
 
-    Keep indices and scores have no ``L`` for one layer. Pooled ones are expanded views.
+    Keep indices and scores have no ``L`` for one layer. Pooled ones are expanded views. With a ``kind``, the pool keeps
+    the launches if they can be repeated.
     """
-    compress = by_torch
     if resolve_backend(backend, request.seq_lens.device) == "triton" and request.seq_lens.shape[0]:
         request.require_kernel_layout()
-        compress = by_triton
-    lengths, keep_indices, scores, frontiers = compress(request)
+        lists, launches = by_triton(request)
+        if kind is not None and launches is not None:
+            keep_event(request.cache, kind, Event(launches))
+    else:
+        lists = by_torch(request)
+    lengths, keep_indices, scores, frontiers = lists
     shape = len(request.cache.k), request.seq_lens.shape[0], request.cache.shape[2]
     keep_indices, scores = keep_indices.expand(*shape, -1), scores.expand(*shape, -1)
     if not request.many:
@@ -87,27 +93,32 @@ def _pooled(r: Request, scores: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- Triton
 
 
-def by_triton(r: Request) -> Lists:
+def by_triton(r: Request) -> tuple[Lists, list[Launch] | None]:
     """The same in three launches whatever ``L`` and ``S`` are, or four if scores are pooled or reduced.
 
     Scoring writes partial rows, which selection sums. If those of all layers would take too much memory, some layers
-    are scored at a time, each time followed by a launch that sums their rows.
+    are scored at a time, each time followed by a launch that sums their rows. The launches are returned if they are
+    all that another call of the same kind needs.
     """
     if r.scores is not None:
-        return _select_and_move(r, r.scores[:, :, :, None], None)
+        return _select_and_move(r, r.scores[:, :, :, None], None)[0], None
     layers, sequences, heads = len(r.cache.k), r.seq_lens.shape[0], r.cache.shape[2]
     config, rows = plan_score(r)
     if layers_at_once(sequences, heads, r.window, rows) >= layers:
         partials = r.seq_lens.new_empty(layers, sequences, heads, rows.tiles, r.window, dtype=torch.float32)
-        launch_score(partials, r, config, rows)
-        return _select_and_move(r, partials, rows)
+        scoring = launch_score(partials, r, config, rows)
+        lists, others = _select_and_move(r, partials, rows)
+        pooled = r.selection.pool != "head" or r.reduce_scores is not None
+        return lists, None if pooled or r.dry_run else [scoring, *others]
     scores = r.seq_lens.new_empty(layers, sequences, heads, r.window, dtype=torch.float32)
     launch_scores(scores, r, config, rows)
-    return _select_and_move(r, scores[:, :, :, None], None)
+    return _select_and_move(r, scores[:, :, :, None], None)[0], None
 
 
-def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> Lists:
-    """Selects by ``partials [L, S, H, tiles, W]`` and moves rows. Without ``rows`` the partials are the scores."""
+def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> tuple[Lists, list[Launch]]:
+    """Selects by ``partials [L, S, H, tiles, W]`` and moves rows. Without ``rows`` the partials are the scores.
+
+    Returns the last two launches, too."""
     if r.selection.pool != "head" or (rows is not None and r.reduce_scores is not None):
         pooled = partials.new_empty(*r.lists, r.window)
         launch_pool(pooled, partials, r, rows)
@@ -118,10 +129,11 @@ def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> 
     else:
         scores = partials.new_empty(*r.lists, r.window)
     keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
-    launch_keep(keep_indices, scores, partials, r, rows, r.chunk_budget, r.selection.max_chunk)
+    launches = [launch_keep(keep_indices, scores, partials, r, rows, r.chunk_budget, r.selection.max_chunk)]
     if r.dry_run:
         new_lens, frontiers = r.lengths(*r.windows())
-        return Lists(new_lens, keep_indices, scores, frontiers)
-    new_lens, frontiers = torch.empty_like(r.seq_lens), torch.empty_like(r.seq_lens)
-    launch_compact(new_lens, frontiers, r, keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1))
-    return Lists(new_lens, keep_indices, scores, frontiers)
+    else:
+        new_lens, frontiers = torch.empty_like(r.seq_lens), torch.empty_like(r.seq_lens)
+        everywhere = keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1)
+        launches.append(launch_compact(new_lens, frontiers, r, everywhere))
+    return Lists(new_lens, keep_indices, scores, frontiers), launches
