@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench.codegen.goals import judge
 from bench.codegen.inspect import facts, occupancy, sass, sass_loops
-from bench.codegen.shapes import PayloadShape, Shape
+from bench.codegen.shapes import MOVES, PayloadShape, launch_moves, Shape
 from bench.compile_only import SHARED, TARGETS, Build, CompileOnly, compiling_for, driving
 from kara_kernels import PackedQueries, PagedCache, compress_window
 from kara_kernels.engine import Plan, Policy, QueryRing, Span, execute, warm_up
@@ -105,6 +105,18 @@ def test_every_kernel_compiles_well(shape: str, target: str) -> None:
                 r"ld\.global\.[^ ]*v4\.b32|cp\.async\.cg.*, 0x10|(global|buffer)_load_(lds_)?dwordx4",
                 builds[name].assembly,
             ), name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("move", MOVES, ids=str)
+def test_whole_rows_move_well(move: tuple[int, int, torch.dtype], target: str) -> None:
+    """As in calls with many heads. The calls above have few, and their rows are shared by programs."""
+    with compiling_for(target) as builds:
+        launch_moves(*move)
+    (build,) = builds
+    assert build.resources()["spills"] == 0, f"{build.name} spills: {build.resources()}"
+    assert_barrier_before_store(build, moves=2)
+    assert re.search(r"ld\.global\.[^ ]*v4\.b32|(global|buffer)_load_dwordx4", build.assembly)
 
 
 def tile_of(build: Build) -> list[str]:

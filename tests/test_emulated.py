@@ -6,6 +6,7 @@ in several warp orders. Then bugs are planted in the compiled code to check that
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from ptx import ORDERS, Launch, emulating
 from worlds import Plan, Sequenced, World
 
 from kara_kernels import compress_window, ops, reference
+from kara_kernels.ops import compact, compact_blocks
 from kara_kernels.options import RECOMMENDED
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -280,8 +282,61 @@ def problems(name: str, rewrite: Callable[[str, str], str], order: str = "togeth
     return {problem.kind for launch in launches for problem in launch.problems}
 
 
+MOVED = ("llama", "latent cache", "fp8 cache", "odd head dimensions", "misaligned by one element")
+
+
 @pytest.mark.parametrize("order", ORDERS)
-def test_compaction_without_its_barrier_is_reported(order: str) -> None:
+@pytest.mark.parametrize("name", MOVED)
+def test_whole_rows_move_in_place(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in calls with many heads. Worlds here have few, and their rows are shared by programs."""
+    monkeypatch.setattr(compact, "FEW", 0)
+    world, keep = World(WORLDS[name][0]), WORLDS[name][2]
+    lists = oracle_lists(world, keep)
+    before = world.snapshot()
+    with emulating(order, memory(world)) as launches:
+        compact_blocks(
+            world.k_caches, world.v_caches, world.block_tables, world.window_starts, world.seq_lens,
+            torch.tensor(lists).int(), world.plan.window, backend="triton",
+        )  # fmt: skip
+    clean(launches)
+    world.assert_compacted(before, lists)
+
+
+def oracle_lists(world: World, keep: int) -> list[list[list[list[int]]]]:
+    """Random keep lists, -1 throughout for skipped sequences."""
+    random_ = random.Random(0)
+    return [
+        [
+            [[-1] * keep if skipped else sorted(random_.sample(range(world.plan.window), keep))
+             for _ in range(world.plan.heads)]
+            for skipped in world.skipped
+        ]
+        for _ in range(world.plan.layers)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "v_dim", "before"), [(128, 128, 68), (64, 64, 68), (576, 0, 332)])
+def test_a_long_tail_rarely_waits_for_memory(dim: int, v_dim: int, before: int) -> None:
+    """A program of one KV head waits a quarter as often as when it moved whole rows and asked for their blocks tile by
+    tile. Those numbers were counted in the same way."""
+    plan = Plan((Sequenced(tail=4096),), 1, 1, 1, 256, 1, dim, v_dim, 16, dtype=BF16)
+    world = World(plan)
+    lists = oracle_lists(world, 128)
+    with emulating("together", memory(world), timed=True) as launches:
+        compact_blocks(
+            world.k_caches, world.v_caches, world.block_tables, world.window_starts, world.seq_lens,
+            torch.tensor(lists).int(), 256, backend="triton",
+        )  # fmt: skip
+    clean(launches)
+    (trips,) = (launch.counts.round_trips for launch in launches)
+    assert trips is not None
+    assert 9 <= trips <= before / 4
+
+
+@pytest.mark.parametrize("few", [0, 10**6], ids=["rows whole", "rows shared"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_compaction_without_its_barrier_is_reported(order: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "FEW", few)
     found = problems("llama", without(r"bar\.sync", "compact_kernel"), order)
     assert found & {"write races in global memory", "read races with a write of global memory"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -20,7 +21,7 @@ from worlds import FP8, Plan, Sequenced, World, plans
 
 import kara_kernels
 from kara_kernels import CompressedWindow, reference
-from kara_kernels.ops import compact_blocks, expand_chunks, pack_queries, score_window, select_topk
+from kara_kernels.ops import compact, compact_blocks, expand_chunks, pack_queries, score_window, select_topk
 from kara_kernels.ops._tiles import score_config
 from kara_kernels.ops._triton import ARCHITECTURES
 
@@ -267,16 +268,19 @@ def test_compaction_moves_bytes_and_nothing_else(plan: Plan, data: st.DataObject
     world = World(plan)
     keep = data.draw(worlds.keep_lists(plan, data.draw(st.integers(1, plan.window))))
     before = world.snapshot()
-    new_lens = ops.compact_blocks(
-        world.k_caches, world.v_caches, world.block_tables, world.window_starts, world.seq_lens,
-        torch.tensor(keep, dtype=torch.int32), plan.window, backend="triton",
-    )  # fmt: skip
+    with mock.patch.object(compact, "FEW", data.draw(st.sampled_from([0, 10**6]))):  # rows whole, and shared
+        new_lens = ops.compact_blocks(
+            world.k_caches, world.v_caches, world.block_tables, world.window_starts, world.seq_lens,
+            torch.tensor(keep, dtype=torch.int32), plan.window, backend="triton",
+        )  # fmt: skip
     assert new_lens.tolist() == world.assert_compacted(before, keep)
 
 
-@pytest.mark.parametrize("tail", [0, 1, 300])
-def test_long_tails_follow_in_many_tiles(tail: int) -> None:
-    plan = Plan(sequences=(Sequenced(start=3, tail=tail),), window=150, queries=1, dim=128, v_dim=128, page=4)
+@pytest.mark.parametrize("tail", [0, 1, 300, 1100])
+@pytest.mark.parametrize("few", [0, 10**6], ids=["rows whole", "rows shared"])
+def test_long_tails_follow_in_many_tiles(tail: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "FEW", few)
+    plan = Plan(sequences=(Sequenced(start=3, tail=tail),), window=150, queries=1, dim=128, v_dim=72, page=4)
     world, keep = World(plan), [[[[*range(0, 150, 2)]]]]
     before = world.snapshot()
     new_lens = ops.compact_blocks(

@@ -72,6 +72,30 @@ def aligned(values: np.ndarray) -> np.ndarray:
     return out
 
 
+CHASE = "ld.global.b64 %rd1, [%rd0];\nld.global.b64 %rd2, [%rd1];\nadd.s64 %rd3, %rd2, %rd2;\n"
+SIDE_BY_SIDE = "ld.global.b32 %r2, [%rd0];\nld.global.b32 %r3, [%rd0+8];\nadd.s32 %r4, %r2, %r3;\n"
+OF_ONE_WARP = "setp.lt.u32 %p1, %r0, 32;\n"
+ANOTHER = "bar.sync 0;\nld.global.b32 %r5, [%rd0];\nmov.b32 %r6, %r5;\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "trips"),
+    [
+        (CHASE, 2), (SIDE_BY_SIDE, 1), (CHASE + SIDE_BY_SIDE, 3), ("ld.global.b32 %r2, [%rd0];", 0),
+        ("setp.lt.u32 %p1, %r0, 0;\n@%p1 ld.global.b32 %r2, [%rd0];\nmov.b32 %r3, %r2;", 0),  # nobody asks
+        (OF_ONE_WARP + "@%p1 ld.global.b32 %r2, [%rd0];\nmov.b32 %r3, %r2;\n" + ANOTHER, 2),  # the other waits for it
+        (OF_ONE_WARP + "@%p1 ld.global.b32 %r2, [%rd0];\n" + ANOTHER, 1),  # a barrier alone waits for no load
+        ("ld.global.b32 %r2, [%rd0];\nst.global.b32 [%rd0+8], %r2;\n" + SIDE_BY_SIDE, 2),  # a store waits for its data
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("order", ORDERS)
+def test_round_trips_are_counted(body: str, trips: int, order: str) -> None:
+    place = aligned(np.zeros(4, np.uint64))
+    place[0] = place.ctypes.data
+    assert execute(body, place, warps=2, order=order, timed=True).counts.round_trips == trips
+    assert execute(body, place, warps=2, order=order).counts.round_trips is None
+
+
 def test_a_parameter_that_a_program_chooses() -> None:
     """Compilers merge two branches that differ in arguments only into one that loads from a chosen address."""
     out, first, second = aligned(np.zeros(32, np.uint64)), np.zeros(1, np.uint64), np.zeros(1, np.uint64)

@@ -102,6 +102,10 @@ def _compile(target: str, quick: bool) -> Iterator[Row]:
         for shape in shapes.QUICK if quick else shapes.SHAPES:
             shape.launch()
             yield from fresh(shape.label)
+        for move in shapes.MOVES[:1] if quick else shapes.MOVES:
+            shapes.launch_moves(*move)
+            dtype = str(move[2]).removeprefix("torch.")
+            yield from fresh(f"D {move[0]}/{move[1]}, {dtype}, {shapes.HEADS} heads")
         for window in shapes.WINDOWS[:1] if quick else shapes.WINDOWS:
             shapes.launch_rows(window)
             yield from fresh(f"W {window}")

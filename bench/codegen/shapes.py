@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from kara_kernels import LookAhead, PackedQueries, PagedCache, compress_window
+from kara_kernels.arguments import CompactArguments
 from kara_kernels.ops import (
+    compact,
     crc32_of_ranges,
     expand_chunks,
     gather,
@@ -167,6 +169,23 @@ PAYLOADS += [PayloadShape(dtype=FP32), PayloadShape(channels=80), PayloadShape(f
 def launch_packing(dim: int) -> None:
     """Queries of one decoding step, packed."""
     pack_queries(torch.zeros(4, 8, dim, dtype=BF16), backend="triton")
+
+
+HEADS = 64  # of two layers: as many programs as whole rows are moved with; the shapes above have fewer
+
+
+def launch_moves(dim: int, v_dim: int, dtype: torch.dtype) -> None:
+    k, v = (torch.zeros(2, 17, 16, HEADS, width, dtype=dtype) for width in (dim, v_dim))
+    zeros = torch.zeros(2, 1, HEADS, 128, dtype=torch.int32)
+    first = torch.zeros(1, dtype=torch.int32)
+    given = CompactArguments(
+        cache=PagedCache(k, v), block_tables=torch.zeros(1, 17, dtype=torch.int32), window=256, many=True,
+        window_starts=first, seq_lens=first, keep_indices=zeros,
+    )  # fmt: skip
+    compact.launch_compact(torch.empty_like(first), None, given, zeros)
+
+
+MOVES = [(64, 64, BF16), (128, 128, BF16), (256, 256, BF16), (192, 128, BF16), (128, 128, FP8), (128, 128, FP32)]
 
 
 def launch_rows(window: int) -> None:

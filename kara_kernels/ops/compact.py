@@ -7,6 +7,7 @@ moved and never recomputed, so any dtype works.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,24 +22,39 @@ from ._triton import Launch, kernel, launch, layer_pointer, resolve_backend, tl,
 
 
 @triton.jit
-def _move_rows(rows, keep_list, length, keep, W: tl.constexpr, FORMAT: tl.constexpr,
-               BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """Moves all rows of one head from the window's start to ``length``, in ascending order, ``BLOCK_R`` at a time."""
+def _rows_of_tile(rows, keep_list, offs_r, count, keep, W: tl.constexpr, P: tl.constexpr):
+    """Where rows ``offs_r`` after the move come from, and the blocks of both places."""
+    survivor = tl.load(keep_list + offs_r, mask=offs_r < keep, other=0)
+    source = rows.start + tl.where(offs_r < keep, survivor, offs_r - keep + W)
+    target = rows.start + offs_r
+    moves = (offs_r < count) & (source != target)
+    from_block = tl.load(rows.table + source // P, mask=moves, other=0)
+    to_block = tl.load(rows.table + target // P, mask=moves, other=0)
+    return source, from_block, to_block
+
+
+@triton.jit
+def _move_rows(rows, keep_list, length, keep, part, W: tl.constexpr, FORMAT: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Moves all rows of one head from the window's start to ``length``, in ascending order, ``BLOCK_R`` at a time.
+
+    With several ``PARTS`` it moves slice ``part`` of every row. The next tile's block ids are on their way while a tile
+    moves, so a tile waits for memory once.
+    """
     P: tl.constexpr = FORMAT.page
     D: tl.constexpr = FORMAT.dim
+    SPAN: tl.constexpr = D if PARTS == 1 else BLOCK_D
     count = length - rows.start - W + keep  # rows after the move: survivors, then the tail
+    source, from_block, to_block = _rows_of_tile(rows, keep_list, tl.arange(0, BLOCK_R), count, keep, W, P)
     for first in range(0, count, BLOCK_R):
         offs_r = first + tl.arange(0, BLOCK_R)
-        survivor = tl.load(keep_list + offs_r, mask=offs_r < keep, other=0)
-        source = rows.start + tl.where(offs_r < keep, survivor, offs_r - keep + W)
         target = rows.start + offs_r
         moves = (offs_r < count) & (source != target)  # a row that stays in place costs nothing
-        from_block = tl.load(rows.table + source // P, mask=moves, other=0)
-        to_block = tl.load(rows.table + target // P, mask=moves, other=0)
         from_row = row_pointer(rows, from_block, source % P, FORMAT)
         to_row = row_pointer(rows, to_block, target % P, FORMAT)
-        for slice_ in range(0, D, BLOCK_D):
-            offs_d = slice_ + tl.arange(0, BLOCK_D)
+        source, from_block, to_block = _rows_of_tile(rows, keep_list, offs_r + BLOCK_R, count, keep, W, P)
+        for slice_ in range(0, SPAN, BLOCK_D):
+            offs_d = part * BLOCK_D + slice_ + tl.arange(0, BLOCK_D)
             mask = moves[:, None] & (offs_d < D)[None, :]
             words = tl.load(from_row[:, None] + offs_d[None, :], mask=mask)
             tl.debug_barrier()  # all warps have loaded their rows before any is overwritten
@@ -53,13 +69,13 @@ def compact_kernel(
     stride_v_l: tl.int64, stride_v_b: tl.int64, stride_v_p: tl.int64, stride_v_h: tl.int64,
     stride_t_s: tl.int64,
     stride_i_l: tl.int64, stride_i_s: tl.int64, stride_i_h: tl.int64,
-    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_RV: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, caches, L)``: one program moves one head of one cache. A keep list of -1 skips its
-    sequence."""
+    """Grid ``(S*H, caches * parts, L)``: one program moves one head of one cache, or a part of each of its rows. A keep
+    list of -1 skips its sequence."""
     seq = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
+    part = tl.program_id(1)
     layer = tl.program_id(2).to(tl.int64)
     length = tl.load(seq_lens_ptr + seq)
     if starts_ptr is None:
@@ -68,7 +84,7 @@ def compact_kernel(
         start = tl.load(starts_ptr + seq)
     keep_list = keep_ptr + layer * stride_i_l + seq * stride_i_s + head * stride_i_h
     alive = tl.load(keep_list) >= 0
-    if (head == 0) & (layer == 0) & (tl.program_id(1) == 0):
+    if (head == 0) & (layer == 0) & (part == 0):
         tl.store(new_lens_ptr + seq, tl.where(alive, length - W + keep, length))
         if frontiers_ptr is not None:
             untouched = 0
@@ -78,31 +94,61 @@ def compact_kernel(
     if alive:
         table = block_tables_ptr + seq * stride_t_s
         # Keys and values may have different types, so one variable cannot hold both.
-        if tl.program_id(1) == 0:
+        if part < K_TILE.parts:
             k_base = layer_pointer(k_ptr, k_table, stride_k_l, layer) + head * stride_k_h
             keys = PagedRows(k_base, table, start, stride_k_b, stride_k_p)
-            _move_rows(keys, keep_list, length, keep, W, K, BLOCK_D, BLOCK_R)
+            _move_rows(keys, keep_list, length, keep, part, W, K, K_TILE.dims, K_TILE.rows, K_TILE.parts)
         else:
             v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer) + head * stride_v_h
             values = PagedRows(v_base, table, start, stride_v_b, stride_v_p)
-            _move_rows(values, keep_list, length, keep, W, V, BLOCK_DV, BLOCK_RV)
+            part -= K_TILE.parts
+            _move_rows(values, keep_list, length, keep, part, W, V, V_TILE.dims, V_TILE.rows, V_TILE.parts)
 
 
 # --------------------------------------------------------------------------------------------- how it is launched
 
 
-def row_block(dim: int, itemsize: int) -> tuple[int, int]:
-    """``(BLOCK_D, rows of a tile)``.
+@dataclass(frozen=True)
+class MoveTile:
+    """What a program moves at once: ``rows`` rows of ``dims`` elements. ``parts`` programs share a row; 1: none do."""
 
-    Rows are moved in slices of up to 256 bytes. A slice is a power of two, and divides the row if one of at least 32
-    bytes does, so that no lane idles for rows of 192 or 576 elements. A tile has 128 rows, one per thread. Block ids
-    are then loaded once each and passed on through shared memory. With fewer rows than threads, every thread of a row
-    loads its block ids itself, which requests 35 % more bytes at D = 128.
+    dims: int
+    rows: int
+    parts: int = 1
+
+
+TILE_BYTES = 32768
+FEW = 128  # programs of a sequence. 128 tiles are what an H200 moves in 0.9 us, about the latency of its memory
+
+
+def row_slice(dim: int, itemsize: int, most: int = 256) -> int:
+    """Elements of a slice of up to ``most`` bytes.
+
+    A slice is a power of two, and divides the row if one of at least 32 bytes does, so that no lane idles for rows of
+    192 or 576 elements.
     """
     block_d = dim & -dim  # the largest power of two that divides it
     if block_d * itemsize < 32:
         block_d = triton.next_power_of_2(dim)
-    return min(block_d, max(1, 256 // itemsize)), 128
+    return min(block_d, max(1, most // itemsize))
+
+
+def move_tile(dim: int, itemsize: int, programs: int) -> MoveTile:
+    """The tile of rows of ``dim`` elements, if a sequence has ``programs`` heads of all caches and layers.
+
+    A tile has 32 KB, so that each of 128 threads has 256 bytes on their way. Usually it is 128 rows, one per thread, of
+    up to 256 bytes. Block ids are then loaded once each and passed on through shared memory. With fewer rows than
+    threads, every thread of a row loads its block ids itself, which requests 35 % more bytes at D = 128.
+
+    A single sequence with few heads would leave most of a GPU idle and wait for one tile after another. Several programs
+    then share a row. A slice has an eighth of it, but at least 64 bytes, which DRAM reads at once. Each program loads
+    the block ids, up to 7 % of the bytes, once more. ``programs`` does not depend on the batch.
+    """
+    if programs >= FEW:
+        return MoveTile(row_slice(dim, itemsize), 128)
+    eighth = 1 << (max(64, dim * itemsize // 8).bit_length() - 1)
+    dims = row_slice(dim, itemsize, min(256, eighth))
+    return MoveTile(dims, TILE_BYTES // max(64, dims * itemsize), -(-dim // dims))
 
 
 def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_indices: Tensor) -> Launch:
@@ -113,17 +159,19 @@ def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_
     """
     layers, sequences, heads, keep = keep_indices.shape
     keys, values = w.cache.k, w.cache.v or w.cache.k
-    block_d, block_r = row_block(keys[0].shape[3], keys[0].element_size())
-    block_dv, block_rv = row_block(values[0].shape[3], values[0].element_size())
+    caches = 1 if w.cache.v is None else 2
+    k_tile, v_tile = (
+        move_tile(half[0].shape[3], half[0].element_size(), layers * heads * caches) for half in (keys, values)
+    )
     stride_layer, stride_sequence, stride_head, _ = keep_indices.stride()
     return launch(
-        compact_kernel, (sequences * heads, 1 if w.cache.v is None else 2, layers), new_lens.device,
+        compact_kernel, (sequences * heads, k_tile.parts + (v_tile.parts if caches == 2 else 0), layers), new_lens.device,
         new_lens_ptr=new_lens, frontiers_ptr=frontiers, block_tables_ptr=w.block_tables, starts_ptr=w.window_starts,
         seq_lens_ptr=w.seq_lens, protected_ptr=w.protected_lens, keep_ptr=keep_indices, keep=keep,
         stride_t_s=w.block_tables.stride(0), stride_i_l=stride_layer, stride_i_s=stride_sequence,
         stride_i_h=stride_head, **pool_arguments("k", keys, decoded=False),
-        **pool_arguments("v", values, decoded=False), H=heads, W=w.window, BLOCK_D=block_d, BLOCK_R=block_r,
-        BLOCK_DV=block_dv, BLOCK_RV=block_rv, num_warps=4, enable_fp_fusion=True,
+        **pool_arguments("v", values, decoded=False), H=heads, W=w.window, K_TILE=k_tile, V_TILE=v_tile,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

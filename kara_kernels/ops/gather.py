@@ -29,7 +29,7 @@ from ._payload import (
 )
 from ._rows import pool_arguments
 from ._triton import kernel, launch, resolve_backend, tl
-from .compact import row_block
+from .compact import row_slice
 
 # ------------------------------------------------------------------------------------------------- device code
 
@@ -107,7 +107,7 @@ def _arguments(a: PayloadArguments, index: bool, kind: str) -> dict[str, object]
     return {
         **payload_arguments(a, index, kind), **pool_arguments("k", keys, decoded=False),
         **pool_arguments("v", values, decoded=False), "words_ptr": a.payload.view(WORDS[itemsize]),
-        "BLOCK_D": row_block(a.layout.k_dim, itemsize)[0], "BLOCK_DV": row_block(values[0].shape[3], itemsize)[0],
+        "BLOCK_D": row_slice(a.layout.k_dim, itemsize), "BLOCK_DV": row_slice(values[0].shape[3], itemsize),
         "num_warps": 2, "enable_fp_fusion": True,
     }  # fmt: skip
 

@@ -37,7 +37,7 @@ from ._payload import (
 )
 from ._rows import FP8_NAMES, pool_arguments
 from ._triton import architecture, kernel, launch, resolve_backend, tl, triton
-from .compact import row_block
+from .compact import row_slice
 from .gather import launch_gather, launch_scatter
 
 # ------------------------------------------------------------------------------------------------- device code
@@ -171,7 +171,7 @@ def _launch(kernel: Any, a: PayloadArguments, index: bool, parts: int | None, **
     plan, count = a.layout, a.layout.rows_in(a.sections) - a.layout.exact_rows
     keys, values = a.cache.k, a.cache.v or a.cache.k
     run, block_v = plan.run if plan.rotate else 0, max(2, triton.next_power_of_2(values[0].shape[3]))
-    block_k = max(2, run, min(row_block(plan.k_dim, plan.dtype.itemsize)[0], TILE_ELEMENTS // GROUP))
+    block_k = max(2, run, min(row_slice(plan.k_dim, plan.dtype.itemsize), TILE_ELEMENTS // GROUP))
     rows_v = 0 if a.cache.v is None else min(GROUP, max(1, TILE_ELEMENTS // block_v))
     parts = parts or -(-plan.k_dim // block_k)
     grid = -(-count // GROUP), plan.layers * plan.heads, parts + (GROUP // rows_v if rows_v else 0)

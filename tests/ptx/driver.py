@@ -22,13 +22,13 @@ Rewrite = Callable[[str, str], str]  # (kernel's name, its PTX) -> PTX
 
 @contextmanager
 def emulating(
-    order: str = "together", memory: Iterable[torch.Tensor] = (), rewrite: Rewrite | None = None
+    order: str = "together", memory: Iterable[torch.Tensor] = (), rewrite: Rewrite | None = None, timed: bool = False
 ) -> Iterator[list[Launch]]:
     """Runs every kernel launched inside in the emulator and appends its report to the list.
 
     A launch may touch its tensor arguments and ``memory``: tensors that it reaches through a table of addresses or by
-    the stride between layers. ``rewrite`` changes the code before it runs, to plant a bug. Needs
-    TRITON_INTERPRET=0.
+    the stride between layers. ``rewrite`` changes the code before it runs, to plant a bug.
+    ``timed``: round trips to memory are counted. Needs TRITON_INTERPRET=0.
     """
     launches: list[Launch] = []
     memory = tuple(memory)
@@ -41,7 +41,7 @@ def emulating(
                        leave: Any, *arguments: Any) -> None:  # fmt: skip
                 given = [value for value, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
                 (build,) = [build for build in builds if build.kernel._run is launch]
-                launches.append(_run(build, (x, y, z), given, memory, order, rewrite))
+                launches.append(_run(build, (x, y, z), given, memory, order, rewrite, timed))
 
             return launch
 
@@ -50,13 +50,13 @@ def emulating(
 
 
 def _run(build: Build, grid: tuple[int, int, int], given: list[Any], memory: Iterable[torch.Tensor], order: str,
-         rewrite: Rewrite | None) -> Launch:  # fmt: skip
+         rewrite: Rewrite | None, timed: bool) -> Launch:  # fmt: skip
     ptx = build.assembly if rewrite is None else rewrite(build.name, build.assembly)
     tensors = [*memory, *(value for value in given if isinstance(value, torch.Tensor))]
     return run(
         _kernel(ptx), grid, [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given],
         spans=[span for tensor in tensors for span in _spans(tensor)],
-        warps=build.kernel.metadata.num_warps, shared=build.shared, order=order,
+        warps=build.kernel.metadata.num_warps, shared=build.shared, order=order, timed=timed,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from .clock import Clock
 from .instructions import TYPES, Step, compile_step
 from .memory import Counts, GlobalMemory, Problem, SharedMemory, Threads, sectors, wavefronts
 from .program import Instruction, Program, parse
@@ -66,12 +67,13 @@ class Kernel:
 
 def run(
     kernel: Kernel, grid: tuple[int, int, int], arguments: Sequence[int | float | np.ndarray], *, warps: int,
-    shared: int = 0, order: str = "together", spans: Sequence[tuple[int, int]] = (),
+    shared: int = 0, order: str = "together", spans: Sequence[tuple[int, int]] = (), timed: bool = False,
 ) -> Launch:  # fmt: skip
     """Run a kernel.
 
     ``arguments`` in the order of its parameters; an array stands for its address and may be touched. ``spans`` are more
-    addresses that may be, ``shared`` the bytes of shared memory of a block, ``warps`` how many a block has.
+    addresses that may be, ``shared`` the bytes of shared memory of a block, ``warps`` how many a block has. ``timed``:
+    round trips are counted, which takes as long as running.
     """
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
@@ -88,7 +90,7 @@ def run(
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), side_by_side):
             _Blocks(kernel, grid, blocks[first : first + side_by_side], warps, shared, order, memory, parameters,
-                    launch).run()  # fmt: skip
+                    launch, timed).run()  # fmt: skip
     launch.counts.touched_load_sectors = sum(int(touched.sum()) for touched in memory.loaded)
     launch.counts.touched_store_sectors = sum(int(touched.sum()) for touched in memory.stored)
     return launch
@@ -113,7 +115,8 @@ class _Blocks:
     """Some concurrent thread blocks."""
 
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], blocks: np.ndarray, warps: int, shared: int,
-                 order: str, memory: GlobalMemory, parameters: dict[str, bytes], launch: Launch):  # fmt: skip
+                 order: str, memory: GlobalMemory, parameters: dict[str, bytes], launch: Launch,
+                 timed: bool):  # fmt: skip
         self.kernel, self.grid, self.blocks, self.warps = kernel, grid, blocks, warps
         self.memory, self.parameters, self.launch = memory, parameters, launch
         self.shared = SharedMemory(len(blocks), shared, kernel.shared_unit)
@@ -124,7 +127,7 @@ class _Blocks:
             turns.reverse()
         elif order == "shuffled":
             turns = [turns[at] for at in np.random.default_rng(5).permutation(warps)]
-        self.groups = [Warps(self, turn) for turn in turns]
+        self.groups = [Warps(self, turn, timed) for turn in turns]
 
     def run(self) -> None:
         while any((group.next < GONE).any() for group in self.groups):
@@ -132,6 +135,8 @@ class _Blocks:
                 group.run_to_barrier()
             self._open_barriers()
         counts = self.launch.counts
+        for clock in (group.clock for group in self.groups if group.clock is not None):
+            counts.round_trips = max(counts.round_trips or 0, int(clock.now.max()))
         for issued, steps, opcodes in zip(self.issued.tolist(), self.kernel.steps, self.kernel.opcodes, strict=True):
             counts.instructions += issued * len(steps)
             for opcode, times in opcodes.items() if issued else ():
@@ -150,7 +155,13 @@ class _Blocks:
         opened = (waiting < GONE).any(1)
         self.launch.counts.barriers += int(opened.sum())
         self.phase += opened.astype(np.int32)
+        latest = np.zeros(len(self.blocks), np.int64)
         for group in self.groups:
+            if group.clock is not None:
+                np.maximum.at(latest, group.block[:, 0], group.clock.now)
+        for group in self.groups:
+            if group.clock is not None:
+                group.clock.now = np.where(group.waiting.any(1), latest[group.block[:, 0]], group.clock.now)
             group.waiting[:] = False
             group.phase = np.broadcast_to(self.phase[group.block], group.block.shape)
 
@@ -164,7 +175,7 @@ class _Blocks:
 class Warps:
     """Warps that run together: the same warps of every block. Arrays are ``[warps, 32]``."""
 
-    def __init__(self, machine: _Blocks, turn: np.ndarray):
+    def __init__(self, machine: _Blocks, turn: np.ndarray, timed: bool):
         self.machine, self.counts, self.parameters = machine, machine.launch.counts, machine.parameters
         block, warp = (
             index.reshape(-1, 1) for index in np.meshgrid(np.arange(len(machine.blocks)), turn, indexing="ij")
@@ -178,6 +189,7 @@ class Warps:
         self.next = np.zeros(shape, np.int32)  # block of code
         self.waiting = np.zeros(shape, bool)
         self.at_barrier: Instruction | None = None
+        self.clock = Clock(len(block)) if timed else None
         self.mask, self.full = np.ones(shape, bool), True
         self.committed = np.zeros(shape, np.int64)  # groups of asynchronous copies
         self.copies: list[_Copy] = []
@@ -209,7 +221,10 @@ class Warps:
             if issued[block] > STEP_LIMIT:
                 raise RuntimeError(f"{self.machine.kernel.program.name}: runs forever around block {block}")
             self.next = np.where(self.mask, np.int32(block + 1), self.next)
-            for step in steps[block]:
+            instructions = self.machine.kernel.program.blocks[block].instructions
+            for step, instruction in zip(steps[block], instructions, strict=True):
+                if self.clock is not None:
+                    self.clock.tick(self, instruction)
                 step(self)
 
     def jump(self, label: str) -> None:

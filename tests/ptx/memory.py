@@ -52,6 +52,7 @@ class Counts:
     shared_least_wavefronts: int = 0
     matrix_operations: int = 0  # multiply-adds on tensor cores, times two
     barriers: int = 0  # of blocks
+    round_trips: int | None = None  # to global memory, one after another, of the slowest warp; None: not counted
 
 
 @dataclass
