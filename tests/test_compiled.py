@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench.codegen.goals import judge
 from bench.codegen.inspect import facts, occupancy, sass, sass_loops
-from bench.codegen.shapes import MOVES, PayloadShape, launch_moves, Shape
+from bench.codegen.shapes import MOVES, PayloadShape, Shape, launch_moves
 from bench.compile_only import SHARED, TARGETS, Build, CompileOnly, compiling_for, driving
 from kara_kernels import PackedQueries, PagedCache, compress_window
 from kara_kernels.engine import Plan, Policy, QueryRing, Span, execute, warm_up

@@ -333,6 +333,21 @@ def test_a_long_tail_rarely_waits_for_memory(dim: int, v_dim: int, before: int) 
     assert 9 <= trips <= before / 4
 
 
+@pytest.mark.parametrize(("dim", "before"), [(128, 33), (64, 33)])
+def test_value_norms_rarely_wait_for_memory(dim: int, before: int) -> None:
+    """The program of value norms waits an eighth as often as when it took 16 rows at a time."""
+    world = World(Plan(ONE, 1, 1, 1, 256, 1, dim, dim, 16, dtype=BF16, query_dtype=BF16)).give_values()
+    with emulating("together", memory(world), timed=True) as launches:
+        ops.score_window(
+            world.query[0], world.k_caches[0], world.block_tables, world.window_starts, 256, v_cache=world.v_caches[0],
+            backend="triton",
+        )  # fmt: skip
+    clean(launches)
+    (trips,) = (launch.counts.round_trips for launch in launches if launch.name == "score_kernel")
+    assert trips is not None
+    assert 3 <= trips <= before / 8
+
+
 @pytest.mark.parametrize("few", [0, 10**6], ids=["rows whole", "rows shared"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_compaction_without_its_barrier_is_reported(order: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,20 +72,22 @@ def aligned(values: np.ndarray) -> np.ndarray:
     return out
 
 
-CHASE = "ld.global.b64 %rd1, [%rd0];\nld.global.b64 %rd2, [%rd1];\nadd.s64 %rd3, %rd2, %rd2;\n"
-SIDE_BY_SIDE = "ld.global.b32 %r2, [%rd0];\nld.global.b32 %r3, [%rd0+8];\nadd.s32 %r4, %r2, %r3;\n"
-OF_ONE_WARP = "setp.lt.u32 %p1, %r0, 32;\n"
-ANOTHER = "bar.sync 0;\nld.global.b32 %r5, [%rd0];\nmov.b32 %r6, %r5;\n"
+CHASE = "ld.global.b64 %rd1, [%rd0];\nld.global.b64 %rd2, [%rd1];\n"
+SIDE_BY_SIDE = "ld.global.b32 %r2, [%rd0];\nadd.s32 %r2, %r2, %r2;\nld.global.b32 %r3, [%rd0+8];\n"
+STORE = "st.global.b32 [%rd0+16], %r2;\nst.global.b32 [%rd0+20], %r3;\n"
+BY_ONE_WARP = "setp.lt.u32 %p1, %r0, 32;\n@%p1 ld.global.b32 %r2, [%rd0];\n"
+BARRIER = "bar.sync 0;\nld.global.b32 %r3, [%rd0];\n"
 
 
 @pytest.mark.parametrize(
     ("body", "trips"),
     [
-        (CHASE, 2), (SIDE_BY_SIDE, 1), (CHASE + SIDE_BY_SIDE, 3), ("ld.global.b32 %r2, [%rd0];", 0),
-        ("setp.lt.u32 %p1, %r0, 0;\n@%p1 ld.global.b32 %r2, [%rd0];\nmov.b32 %r3, %r2;", 0),  # nobody asks
-        (OF_ONE_WARP + "@%p1 ld.global.b32 %r2, [%rd0];\nmov.b32 %r3, %r2;\n" + ANOTHER, 2),  # the other waits for it
-        (OF_ONE_WARP + "@%p1 ld.global.b32 %r2, [%rd0];\n" + ANOTHER, 1),  # a barrier alone waits for no load
-        ("ld.global.b32 %r2, [%rd0];\nst.global.b32 [%rd0+8], %r2;\n" + SIDE_BY_SIDE, 2),  # a store waits for its data
+        (CHASE, 1), (CHASE + "st.global.b64 [%rd0+16], %rd2;", 2), (SIDE_BY_SIDE, 0), (SIDE_BY_SIDE + STORE, 1),
+        (SIDE_BY_SIDE + STORE + CHASE, 2), (STORE + CHASE, 1),
+        ("setp.lt.u32 %p1, %r0, 0;\n@%p1 ld.global.b32 %r2, [%rd0];\n" + STORE, 0),  # nobody asks
+        (BY_ONE_WARP + "st.global.b32 [%rd0+16], %r2;\n" + BARRIER + STORE, 2),  # the other warp waits, too
+        (BY_ONE_WARP + BARRIER + STORE, 1),  # a barrier alone waits for no load
+        ("ld.global.b32 %r2, [%rd0];\nsetp.eq.u32 %p1, %r2, 7;\n@%p1 bra $L;\n$L:\n" + BARRIER + STORE, 2),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("order", ORDERS)

@@ -95,7 +95,15 @@ CASES = (
     Case("Llama-3.1-8B, as published", 256, 128, 4, published=True),
     Case("SmolLM2, as published", 256, 64, 3, programs=180, published=True),
     Case(
-        "DeepSeek-V3, latent, as published", 256, 576, 16, v_dim=0, heads=1, programs=61, page=64, published=True,
+        "DeepSeek-V3, latent, as published",
+        256,
+        576,
+        16,
+        v_dim=0,
+        heads=1,
+        programs=61,
+        page=64,
+        published=True,
         most_queries=64,
     ),
 )

@@ -1,6 +1,6 @@
 """Device code of scoring: value norms, and the similarity of each key to the others in its window."""
 
-from ._rows import load_rows
+from ._rows import load_blocks, load_rows, load_rows_of
 from ._triton import tl, triton
 
 
@@ -41,11 +41,18 @@ def _unit(keys):
 
 @triton.jit
 def value_norms(out, rows, W: tl.constexpr, FORMAT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Write the Euclidean norm of every value of the window."""
+    """Write the Euclidean norm of every value of the window.
+
+    The next rows' block ids come while rows are summed. With ids loaded where they are used, 128 rows spilled on sm_120
+    (Triton 3.6) and gfx950.
+    """
     offs_d = tl.arange(0, BLOCK_D)
+    block = load_blocks(rows, tl.arange(0, BLOCK_R), W, FORMAT)
     for first in range(0, W, BLOCK_R):
         offs_w = first + tl.arange(0, BLOCK_R)
-        values = load_rows(rows, offs_w, offs_d, W, FORMAT, tl.float32)
+        following = load_blocks(rows, offs_w + BLOCK_R, W, FORMAT)
+        values = load_rows_of(rows, block, offs_w, offs_d, W, FORMAT, tl.float32)
+        block = following
         largest = tl.max(tl.abs(values), 0)
         unit = values / tl.where(largest > 0, largest, 1.0)[None, :]
         tl.store(out + offs_w, largest * tl.sqrt_rn(tl.sum(unit * unit, 0)), mask=offs_w < W)

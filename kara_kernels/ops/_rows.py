@@ -83,9 +83,21 @@ def load_rows(rows, offs_w, offs_d, W: tl.constexpr, FORMAT: tl.constexpr, DTYPE
 
     ``rows`` are PagedRows, ``FORMAT`` their RowFormat.
     """
+    block = load_blocks(rows, offs_w, W, FORMAT)
+    return load_rows_of(rows, block, offs_w, offs_d, W, FORMAT, DTYPE)
+
+
+@triton.jit
+def load_blocks(rows, offs_w, W: tl.constexpr, FORMAT: tl.constexpr):
+    """The block ids of window tokens ``offs_w``."""
+    return tl.load(rows.table + (rows.start + offs_w) // FORMAT.page, mask=offs_w < W, other=0)
+
+
+@triton.jit
+def load_rows_of(rows, block, offs_w, offs_d, W: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """:func:`load_rows` of tokens whose block ids were loaded before."""
     FP8: tl.constexpr = FORMAT.fp8
     token = rows.start + offs_w
-    block = tl.load(rows.table + token // FORMAT.page, mask=offs_w < W, other=0)
     row = row_pointer(rows, block, token % FORMAT.page, FORMAT)
     mask = (offs_w < W)[None, :] & (offs_d < FORMAT.dim)[:, None]
     keys = tl.load(row[None, :] + offs_d[:, None], mask=mask, other=0.0)

@@ -71,8 +71,8 @@ def compact_kernel(
     stride_i_l: tl.int64, stride_i_s: tl.int64, stride_i_h: tl.int64,
     H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(S*H, caches * parts, L)``: one program moves one head of one cache, or a part of each of its rows. A keep
-    list of -1 skips its sequence."""
+    """Grid ``(S*H, parts, L)``: one program moves one head of one cache, or a part of each of its rows. Keys have
+    the first parts. A keep list of -1 skips its sequence."""
     seq = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     part = tl.program_id(1)
@@ -140,9 +140,9 @@ def move_tile(dim: int, itemsize: int, programs: int) -> MoveTile:
     up to 256 bytes. Block ids are then loaded once each and passed on through shared memory. With fewer rows than
     threads, every thread of a row loads its block ids itself, which requests 35 % more bytes at D = 128.
 
-    A single sequence with few heads would leave most of a GPU idle and wait for one tile after another. Several programs
-    then share a row. A slice has an eighth of it, but at least 64 bytes, which DRAM reads at once. Each program loads
-    the block ids, up to 7 % of the bytes, once more. ``programs`` does not depend on the batch.
+    A single sequence with few heads would leave most of a GPU idle and wait for one tile after another. Several
+    programs then share a row. A slice has an eighth of it, but at least 64 bytes, which DRAM reads at once. Each
+    program loads the block ids, up to 7 % of the bytes, once more. ``programs`` does not depend on the batch.
     """
     if programs >= FEW:
         return MoveTile(row_slice(dim, itemsize), 128)
@@ -164,8 +164,9 @@ def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_
         move_tile(half[0].shape[3], half[0].element_size(), layers * heads * caches) for half in (keys, values)
     )
     stride_layer, stride_sequence, stride_head, _ = keep_indices.stride()
+    parts = k_tile.parts + (v_tile.parts if caches == 2 else 0)
     return launch(
-        compact_kernel, (sequences * heads, k_tile.parts + (v_tile.parts if caches == 2 else 0), layers), new_lens.device,
+        compact_kernel, (sequences * heads, parts, layers), new_lens.device,
         new_lens_ptr=new_lens, frontiers_ptr=frontiers, block_tables_ptr=w.block_tables, starts_ptr=w.window_starts,
         seq_lens_ptr=w.seq_lens, protected_ptr=w.protected_lens, keep_ptr=keep_indices, keep=keep,
         stride_t_s=w.block_tables.stride(0), stride_i_l=stride_layer, stride_i_s=stride_sequence,

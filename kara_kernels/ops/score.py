@@ -72,6 +72,9 @@ class ScoreForm:
         return min(16, half & -half)
 
 
+NORM_ELEMENTS = tl.constexpr(16384)  # of values at a time: 32 KB on their way, as in compaction
+
+
 @kernel
 def score_kernel(
     partials_ptr, q_ptr, q_table, q_scales_ptr, q_scales_table, query_rows_ptr, k_ptr, k_table, v_ptr, v_table,
@@ -91,7 +94,8 @@ def score_kernel(
     A sequence whose window does not fit is skipped, and its partial rows are never read.
     """
     ALIGN: tl.constexpr = FORM.align_partials
-    BLOCK_R: tl.constexpr = 16  # tokens per step of norms and cosines
+    BLOCK_R: tl.constexpr = 16  # tokens per step of cosines
+    NORM_ROWS: tl.constexpr = 16 if V.block > 256 else NORM_ELEMENTS // V.block
     seq = (tl.program_id(0) // FORM.heads).to(tl.int64)
     head = (tl.program_id(0) % FORM.heads).to(tl.int64)
     tile = tl.program_id(1)
@@ -108,7 +112,7 @@ def score_kernel(
         elif FORM.value_norm and tile == num_tiles - 1 - FORM.redundancy:
             v_base = layer_pointer(v_ptr, v_table, stride_v_l, layer) + head * stride_v_h
             values = PagedRows(v_base, table, start, stride_v_b, stride_v_p)
-            value_norms(out, values, FORM.window, V, V.block, BLOCK_R)
+            value_norms(out, values, FORM.window, V, V.block, NORM_ROWS)
         else:
             q_base = layer_pointer(q_ptr, q_table, stride_q_l, layer) + seq * stride_q_s
             scales, places = q_scales_ptr, query_rows_ptr

@@ -1,8 +1,8 @@
 """Counts the round trips to global memory that a program waits for one after another.
 
-A warp issues its instructions in order. An instruction waits for its operands, a load from global memory answers one
-round trip after it was issued, and a barrier waits for the slowest warp. Everything else takes no time. Loads that do
-not depend on each other thus share a round trip.
+Accesses to memory, barriers and branches are issued in order, and wait for their operands. A load from global memory
+answers one round trip after it was issued, and a barrier waits for the slowest warp. Everything else takes no time, and
+arithmetic holds nothing up, because assemblers move it. Loads that do not depend on each other thus share a round trip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .program import Address, Instruction, Operand, Register
 if TYPE_CHECKING:
     from .machine import Warps
 
-WRITES_NOTHING = ("st", "bar", "barrier", "bra", "ret", "exit", "cp", "red")
+WRITES_NOTHING = ("st.", "bar", "bra", "ret", "exit", "cp.", "red.")
+IN_ORDER = (*WRITES_NOTHING, "ld.")
 
 
 def _registers(operand: Operand) -> Iterator[str]:
@@ -41,17 +42,18 @@ class Clock:
         """Call it before the instruction runs, with the mask of the warps that run it."""
         issued = warps.mask.any(1)
         writes = not instruction.opcode.startswith(WRITES_NOTHING)
-        read = instruction.operands[1:] if writes else instruction.operands
-        for name in _registers((*read, *([instruction.predicate] if instruction.predicate else []))):
-            if name in self.ready:
-                self.now = np.where(issued, np.maximum(self.now, self.ready[name]), self.now)
+        operands = (*instruction.operands[writes:], *([instruction.predicate] if instruction.predicate else []))
+        ready = np.zeros_like(self.now)
+        for name in _registers(operands):
+            ready = np.maximum(ready, self.ready.get(name, 0))
+        if instruction.opcode.startswith(IN_ORDER):
+            self.now = ready = np.where(issued, np.maximum(self.now, ready), self.now)
         if not writes:
             return
-        answered = self.now
         if instruction.opcode.startswith("ld.global"):
             asked = warps.mask
             if instruction.predicate is not None:
                 asked = asked & (warps.registers[instruction.predicate.name] != instruction.negated)
-            answered = self.now + asked.any(1)
+            ready = ready + asked.any(1)
         for name in _registers(instruction.operands[0]):
-            self.ready[name] = np.where(issued, answered, self.ready.get(name, 0))
+            self.ready[name] = np.where(issued, ready, self.ready.get(name, 0))
