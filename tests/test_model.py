@@ -46,7 +46,7 @@ def test_an_event_by_hand() -> None:
     assert cost.scoring == pytest.approx((6 * (10 * (8 + 2) + 2 * 32 * 32) + partials) / 10)
     assert cost.selection == pytest.approx((partials + 6 * 4 * (32 + 8)) / 10)
     assert cost.compaction == pytest.approx(2 * 6 * (8 + 4) * 32 * 2 / 10)
-    assert cost.total == pytest.approx(3 * m.LAUNCH + cost.scoring + cost.selection + cost.compaction)
+    assert cost.total == pytest.approx(m.COPY + 3 * m.LAUNCH + cost.scoring + cost.selection + cost.compaction)
     slow_matrix = replace(GPU, bandwidth=1e30, clock=1e30)
     assert m.event(MODEL, slow_matrix, POLICY, counted, 10).scoring == pytest.approx(2 * 6 * 10 * 32 * 16 / 10)
     slow_special = replace(GPU, bandwidth=1e30, matrix=1e30, issue=10**9)
@@ -54,6 +54,11 @@ def test_an_event_by_hand() -> None:
     slow_issue = replace(GPU, bandwidth=1e30, matrix=1e30, special=10**9)
     issued = 2.0 * 6 * 10 * 32 / (4 * m.ISSUE_SHARE)
     assert m.event(MODEL, slow_issue, POLICY, counted, 10).scoring == pytest.approx(issued)
+    slow_crossbar = replace(slow_issue, issue=10**9, shuffles=0.5)
+    shuffling = Measured(2.0, 1.0, shuffles=0.1)
+    assert m.event(MODEL, slow_crossbar, POLICY, shuffling, 10).scoring == pytest.approx(0.1 * 6 * 10 * 32 / 0.5)
+    waiting = m.event(MODEL, replace(slow_matrix, matrix=1e30), POLICY, Measured(2.0, 1.0, trips=7), 10)
+    assert waiting.compaction == pytest.approx(7 * m.LATENCY)
 
 
 def test_streaming_doubles_matrix_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +83,7 @@ def test_memory_decides_how_many_sequences() -> None:
     assert found is not None
     assert found[0] == 10
     assert found[1] == pytest.approx(10 / m.step(MODEL, roomy, 10, plain))
-    more = m.throughput(MODEL, roomy, POLICY, Event(0, 0, 0), 1000)
+    more = m.throughput(MODEL, roomy, POLICY, Event({"memory": 0}, 0, 0), 1000)
     assert more is not None
     assert more[0] == int(10.5 * plain // kara)
     assert m.throughput(MODEL, GPU, None, None, 1000) is None
@@ -97,8 +102,9 @@ def test_what_rises_with_what() -> None:
 
 def counted(case: str, instructions: int) -> dict[str, Any]:
     """1000 logits of 2 dimensions."""
-    scoring = {"instructions": instructions, "compulsory_ratio": 1.0}
-    return {"case": case, "dim": 2, "matrix_operations": 8000, "matrix_ratio": 2.0, "steps": {"scoring": scoring}}
+    scoring = {"instructions": instructions, "compulsory_ratio": 1.0, "shuffles": 10}
+    steps = {"scoring": scoring, "compaction": {"round_trips": 4}}
+    return {"case": case, "dim": 2, "matrix_operations": 8000, "matrix_ratio": 2.0, "steps": steps}
 
 
 @pytest.fixture

@@ -87,10 +87,10 @@ CASES = (
     Case("Llama-3.1-8B", 256, 128, 4),
     Case("Qwen3-14B, W 512", 512, 128, 5, programs=640),
     Case("SmolLM2", 256, 64, 3, programs=180),
-    Case("Llama-3.1-8B, TP 8", 256, 128, 4, heads=1, programs=64),
     Case("Llama-3.1-8B, fp8 cache", 256, 128, 4, dtype=torch.float8_e4m3fn),
     Case("wide window, streamed", 2048, 128, 4, heads=1, page=32, most_queries=128),
     Case("DeepSeek-V3, latent", 256, 576, 16, v_dim=0, heads=1, programs=61, page=64, most_queries=64),
+    Case("Llama-3.1-8B, TP 8", 256, 128, 4, heads=1, programs=64),
     Case("Llama-3.1-8B, redundancy", 256, 128, 4, redundancy=1.0),
     Case("Llama-3.1-8B, as published", 256, 128, 4, published=True),
     Case("SmolLM2, as published", 256, 64, 3, programs=180, published=True),
@@ -200,7 +200,7 @@ def measure(case: Case) -> dict[str, Any]:
     reached = [*queries, *given["k_cache"], *(given["v_cache"] or [])]
     # One layer is counted, moved as in a call with all of them.
     few = mock.patch.object(compact, "FEW", 10**6 if case.programs < compact.FEW else 0)
-    with emulating("together", reached) as launches, few:
+    with emulating("together", reached, timed=True) as launches, few:
         result = compress_window(**given, keep=case.keep, backend="triton", **case.options)
         config, partial = plan_score(check_score_window(
             given["query"], given["k_cache"], given["v_cache"] if case.norms else None, given["block_tables"],
@@ -236,6 +236,8 @@ def counts_of(launches: list[Launch], least: int) -> dict[str, float]:
         "compulsory_ratio": compulsory / least, "requested_ratio": requested / least,
         "sector_ratio": SECTOR * sectors / requested,
         "instructions": sum(c.instructions for c in counts),
+        "shuffles": sum(n for c in counts for opcode, n in c.opcodes.items() if opcode.startswith("shfl.")),
+        "round_trips": sum(c.round_trips or 0 for c in counts),
         "bank_ratio": sum(c.shared_wavefronts for c in counts) / max(1, sum(c.shared_least_wavefronts for c in counts)),
     }  # fmt: skip
 
@@ -254,7 +256,10 @@ def goals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 # Goals that a case cannot meet, and why. An unused excuse is an error of `missed`, so that none outlives its reason.
-EXCUSES: dict[tuple[str, str], str] = {}
+EXCUSES: dict[tuple[str, str], str] = {
+    ("Llama-3.1-8B, TP 8", "compaction, requested"): "Four programs share a row, and each asks for its block ids. They "
+    "wait for memory 4 times instead of 5, and with a tail of 4,096 rows 12 times instead of 36.",
+}
 
 
 def missed(row: dict[str, Any]) -> list[str]:

@@ -1,14 +1,14 @@
 """A model of the cost of one compression (event) on GPUs. Nothing in it was measured on a GPU.
 
-    kernel = max(bytes / memory, matrix operations / tensor cores,
-                 exponentials / special functions, instructions / issue)
-    event  = launches * LAUNCH + scoring + selection + compaction        of one sequence, all layers
+    kernel = max(bytes / memory, matrix operations / tensor cores, exponentials / special functions,
+                 instructions / issue, shuffles / crossbar, round trips * LATENCY)
+    event  = COPY + launches * LAUNCH + scoring + selection + compaction        of one sequence, all layers
     step   = max(bytes / memory, operations / tensor cores) + layers * KERNELS_PER_LAYER * KERNEL_GAP
     share  = (batch / window) * event / step
 
 A sequence is compressed once per ``window`` decoded tokens, because each window starts where the last one ended. Bytes
-and operations are exact functions of the shapes. Instructions were counted by `make traffic`. The sustained shares of
-the vendors' peaks are assumptions, listed below.
+and operations are exact functions of the shapes. Instructions, shuffles and round trips to memory that wait for each
+other were counted by `make traffic`. The sustained shares of the vendors' peaks are assumptions, listed below.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ BANDWIDTH_SHARE = 0.8  # of peak, for streams of whole rows; typical for copies
 MATRIX_SHARE = 0.5  # of peak, for tiles of 16 to 64 rows between softmaxes and for decoding's small batches
 ISSUE_SHARE = 0.5  # of one instruction per clock and scheduler
 LAUNCH = 5e-6  # seconds per launch if nothing hides it; three launches per event
+COPY = 5e-6  # seconds for the upload of an event's lengths and block tables, a few KB from pinned memory
+LATENCY = 0.6e-6  # seconds of a round trip to memory under load
 KERNELS_PER_LAYER, KERNEL_GAP = 10, 2e-6  # of a decode step under a graph
 MEMORY_SHARE = 0.9  # of a GPU's memory, for weights and KV cache: vLLM's default
 PROMPT = 1024  # tokens before decoding starts
@@ -50,13 +52,16 @@ class Gpu:
     special: int = 16  # exponentials per clock and unit
     issue: int = 4  # instructions of warps per clock and unit
     lanes: int = 32
+    shuffles: float = 1.0  # instructions of warps per clock and unit: CUDA's table of arithmetic throughput
 
 
 GPUS = {
     "A100": Gpu(2.039e12, 312e12, 80e9, 108, 1.41e9, 80),  # A100 80GB SXM data sheet
     "H100": Gpu(3.35e12, 989e12, 80e9, 132, 1.83e9, 90),  # H100 SXM data sheet
     "H200": Gpu(4.8e12, 989e12, 141e9, 132, 1.83e9, 90),  # H200 SXM data sheet
-    "MI300X": Gpu(5.3e12, 1307e12, 192e9, 304, 2.1e9, "gfx942", lanes=64),  # MI300X data sheet, CDNA3 paper
+    "MI300X": Gpu(
+        5.3e12, 1307e12, 192e9, 304, 2.1e9, "gfx942", lanes=64, shuffles=4.0
+    ),  # MI300X data sheet, CDNA3 paper; lanes exchange by operand modifiers
 }
 
 # ---- models: their public configurations ----------------------------------------------------------------------------
@@ -123,10 +128,13 @@ WAYS = (  # the first is the default
 
 @dataclass(frozen=True)
 class Measured:
-    """From traffic.csv, by case: warp instructions per logit, and bytes relative to the floor."""
+    """From traffic.csv, by case: warp instructions per logit, and bytes relative to the floor; shuffles per logit, and
+    round trips of compaction."""
 
     per_logit: float
     compulsory: float
+    shuffles: float = 0.0
+    trips: int = 0
 
     @classmethod
     def of(cls, rows: list[Row], case: str) -> Measured:
@@ -136,7 +144,8 @@ class Measured:
         [row] = found
         scoring = row["steps"]["scoring"]
         logits = row["matrix_operations"] / row["matrix_ratio"] / 2 / row["dim"]
-        return cls(scoring["instructions"] / logits, scoring["compulsory_ratio"])
+        trips = row["steps"]["compaction"]["round_trips"]
+        return cls(scoring["instructions"] / logits, scoring["compulsory_ratio"], scoring["shuffles"] / logits, trips)
 
 
 def measured(model: Model, path: Path, way: Way) -> Measured:
@@ -151,13 +160,18 @@ def measured(model: Model, path: Path, way: Way) -> Measured:
 class Event:
     """Seconds of one sequence's compression."""
 
-    scoring: float
+    limits: dict[str, float]
+    """What scoring would take if nothing else limited it."""
     selection: float
     compaction: float
 
     @property
+    def scoring(self) -> float:
+        return max(self.limits.values())
+
+    @property
     def total(self) -> float:
-        return 3 * LAUNCH + self.scoring + self.selection + self.compaction
+        return COPY + 3 * LAUNCH + self.scoring + self.selection + self.compaction
 
 
 def queries(policy: Policy, way: Way, model: Model) -> int:
@@ -185,16 +199,17 @@ def event(model: Model, gpu: Gpu, policy: Policy, counted: Measured, rows: int, 
     # Programs of a row tile run in parallel. If there are fewer than units, units stay idle.
     busy = min(1.0, heads * tiles / gpu.units)
     # Instructions were counted on sm_80 for the target's own number of passes. Warps of 64 lanes need half as many.
-    instructions = counted.per_logit * heads * rows * window * 32 / gpu.lanes
-    scoring = max(
-        read * counted.compulsory / memory,
-        2 * logits * model.dim / (gpu.matrix * MATRIX_SHARE * busy),
-        logits / (gpu.special * clocks * busy),
-        instructions / (gpu.issue * clocks * ISSUE_SHARE * busy),
-    )
+    of_warps = heads * rows * window * 32 / gpu.lanes
+    limits = {
+        "memory": read * counted.compulsory / memory,
+        "matrix": 2 * logits * model.dim / (gpu.matrix * MATRIX_SHARE * busy),
+        "exponentials": logits / (gpu.special * clocks * busy),
+        "instructions": counted.per_logit * of_warps / (gpu.issue * clocks * ISSUE_SHARE * busy),
+        "shuffles": counted.shuffles * of_warps / (gpu.shuffles * clocks * busy),
+    }
     selection = (partials + heads * 4 * (window + policy.keep)) / memory
     moved = heads * (policy.keep + policy.tail) * (model.dim + model.v_dim) * 2
-    return Event(scoring, selection, 2 * moved / memory)
+    return Event(limits, selection, max(2 * moved / memory, counted.trips * LATENCY))
 
 
 def step(model: Model, gpu: Gpu, batch: float, context: float) -> float:

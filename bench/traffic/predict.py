@@ -19,6 +19,18 @@ KIND = "a model: nothing here was measured on a GPU"
 BATCHES, CONTEXTS, GENERATED = (1, 32, 256), (8192, 32768), (8192, 32768)
 TABLES = ("events", "shares", "serving")
 GOAL = 0.01  # of decode time, at batches of 32 and more
+PEERS = """## What others report
+
+Their own figures for their own work, as published, not measured here and not comparable in shape. They say which order
+of magnitude is usual.
+
+| who | what | figure |
+|---|---|---|
+| GrowPage, A100, Qwen3-8B | one event: scoring, top-k, compaction | 8.54 + 8.72 + 19.05 ms |
+| FlashInfer | top-k of 256, 512, 1,024 | 4.3, 5.5, 8.6 us |
+| row regrouping in Triton, H100 | rows moved | 2.18 TB/s, given as 90.8 % of peak |
+| TensorRT-LLM's framework | an event every 2,048 tokens | 1.61 times the throughput |
+"""
 
 
 def predict(counts: Path, policy: Policy) -> dict[str, Any]:
@@ -34,7 +46,8 @@ def predict(counts: Path, policy: Policy) -> dict[str, Any]:
                 way: m.event(model, gpu, policy, counted[way], m.queries(policy, way, model), way) for way in m.WAYS
             }
             for way, cost in costs.items():
-                events.append({**where, "fits": True, "way": way.name, "total": cost.total, **asdict(cost)})
+                events.append({**where, "fits": True, "way": way.name, "total": cost.total,
+                               "scoring": cost.scoring, **asdict(cost)})  # fmt: skip
                 shares += [{**where, "way": way.name, **share} for share in _shares(model, gpu, policy, cost)]
             for generated in GENERATED:
                 plain, kara = (m.throughput(model, gpu, p, costs[m.WAYS[0]], generated) for p in (None, policy))
@@ -76,7 +89,8 @@ def page(result: dict[str, Any]) -> str:
         f"{m.SEQUENCES} sequences. *Published, every query*: mean attention, from the window's queries in 16 bits. "
         "Throughput is with the first.\n",
         f"Assumptions: {m.BANDWIDTH_SHARE:.0%} of peak bandwidth, {m.MATRIX_SHARE:.0%} of peak matrix rate, "
-        f"{m.ISSUE_SHARE:.0%} of peak issue, {m.LAUNCH * 1e6:.0f} us a launch, {m.KERNELS_PER_LAYER} kernels a layer "
+        f"{m.ISSUE_SHARE:.0%} of peak issue, {m.LAUNCH * 1e6:.0f} us a launch, {m.COPY * 1e6:.0f} us for the upload of "
+        f"lengths and tables, {m.LATENCY * 1e6:.1f} us a round trip to memory, {m.KERNELS_PER_LAYER} kernels a layer "
         f"with {m.KERNEL_GAP * 1e6:.0f} us between them, {m.MEMORY_SHARE:.0%} of memory for weights and cache. "
         "Constants of GPUs and models and their sources: `bench/traffic/model.py`. Left out: all-reduces, and that an "
         "event may run beside a step.\n",
@@ -90,6 +104,17 @@ def page(result: dict[str, Any]) -> str:
           *(f"{1e6 * e[key]:.0f}" for key in ("total", "scoring", "selection", "compaction"))) if e["fits"]
          else (e["model"], e["gpu"], "the weights do not fit", "", "", "", "") for e in result["events"]),
     ))  # fmt: skip
+    limits = next(list(e["limits"]) for e in result["events"] if e["fits"])
+    parts.append(
+        "## What limits scoring\n\nMicroseconds that each limit alone would take, at its sustained share. The largest "
+        "is the prediction. How far it is from *matrix* is what a perfect kernel would gain.\n"
+    )
+    parts.append(markdown(
+        ("model", "GPU", "way", *limits),
+        ((e["model"], e["gpu"], e["way"], *(f"{1e6 * e['limits'][name]:.0f}" for name in limits))
+         for e in result["events"] if e["fits"]),
+    ))  # fmt: skip
+    parts.append(PEERS)
     parts.append("## Predicted share of decode time\n\nStarred: the full cache would not fit in this memory.\n")
     columns = [(batch, context) for batch in BATCHES for context in CONTEXTS]
     header = ("model", "GPU", "way", *(f"batch {b}, {c // 1024}k" for b, c in columns))
