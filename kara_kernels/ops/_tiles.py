@@ -55,10 +55,10 @@ def score_config(
         block_m = min(block_m, 64 if d0 + d1 <= 128 else 32)
     elif d1:  # 16 rows of W = 128, D = 192 left sm_120's assembler at 64 registers, where it spilled; 32 did not
         block_m = 32 if block_w <= 128 and not target.amd else 16
-    if target.slice_dims == 32 and block_w == 256:
-        block_m = min(block_m, 32)  # 64 spilled on sm_120 at D = 64 and G = 3, and do not fit at D = 128
-    if packed and target.query_tiles == 2 and dim > 64:  # 64 spilled on sm_80 where keys are fp8, with Triton 3.6
-        block_m = min(block_m, 32)
+    if block_w == 256:
+        block_m = min(block_m, target.rows_of_256)
+    if packed and dim > 64:
+        block_m = min(block_m, target.packed_rows)
 
     def fits(block_m: int) -> bool:
         needed = (block_w + target.query_tiles * block_m) * (d0 + d1) * dtype.itemsize

@@ -87,7 +87,11 @@ def reciprocal(x):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Properties of a GPU that launch configurations depend on."""
+    """Properties of a GPU that launch configurations depend on.
+
+    Sizes are vendors' figures. What a limit avoids was seen in code compiled for the six targets of `make codegen`, by
+    Triton 3.6 and 3.9. Nothing was chosen by timing.
+    """
 
     shared_memory: int
     """Bytes that one program may use: CUDA programming guide, table of compute capabilities (less the 1 KB that CUDA
@@ -98,9 +102,13 @@ class Architecture:
     read their operands there; none on AMD, which keeps queries in registers."""
     fold: int = 2
     """Rows of a product that a thread holds, eight apart: mma.sync and wgmma leave two, tcgen05 and AMD's one."""
+    rows_of_256: int = 64
+    """Query rows of a tile with 256 keys, at most. On sm_120, 64 spilled at D = 64 and G = 3, and do not fit at 128."""
+    packed_rows: int = 64
+    """Packed query rows of a tile with D > 64, at most. On sm_80, 64 spilled with fp8 keys and Triton 3.6."""
     slice_dims: int = 64
-    """Head dimensions of a streamed key tile. On GPUs with little shared memory, slices of 64 spilled, because the
-    assembler aims at 128 registers."""
+    """Head dimensions of a streamed key tile. On sm_120, slices of 64 spilled, because its assembler aims at 128
+    registers."""
     float32_products: str = "tf32x3"
     """How float32 is multiplied. AMD has an instruction for it. On NVIDIA, "ieee" is scalar code that spills at any
     tile size; three TF32 products have an error of about 2^-22."""
@@ -110,26 +118,32 @@ class Architecture:
         return not self.amd and (self.query_tiles == 2 or rows < 64)
 
 
+def _small(shared_memory: int) -> Architecture:
+    return Architecture(shared_memory, rows_of_256=32, packed_rows=32, slice_dims=32)
+
+
 def _amd(shared_memory: int) -> Architecture:
     return Architecture(shared_memory, amd=True, query_tiles=0, fold=1, float32_products="ieee")
 
 
-# Keys are Triton's names of the targets.
+# Keys are Triton's names of the targets. 86, 87, 89 and 103 were not compiled for. They are as the nearest of the six.
 ARCHITECTURES: Mapping[int | str, Architecture] = MappingProxyType({
-    80: Architecture(166912),
-    86: Architecture(101376, slice_dims=32),
-    87: Architecture(166912),
-    89: Architecture(101376, slice_dims=32),
+    80: Architecture(166912, packed_rows=32),
+    86: _small(101376),
+    87: Architecture(166912, packed_rows=32),
+    89: _small(101376),
     90: Architecture(232448, query_tiles=3),
     100: Architecture(232448, query_tiles=3, fold=1),
     103: Architecture(232448, query_tiles=3, fold=1),
-    120: Architecture(101376, slice_dims=32),
+    120: _small(101376),
     "gfx942": _amd(65536),
     "gfx950": _amd(163840),
 })  # fmt: skip
 # Other targets get the minimum of any Triton target, 64 KB (sm_75, gfx90a). That may be slower, but it launches.
-UNKNOWN, UNKNOWN_AMD = Architecture(65536, slice_dims=32), _amd(65536)
-INTERPRETER = Architecture(166912, float32_products="ieee")  # tiles as on sm_80, products as NumPy computes them
+UNKNOWN, UNKNOWN_AMD = _small(65536), _amd(65536)
+INTERPRETER = Architecture(
+    166912, packed_rows=32, float32_products="ieee"
+)  # tiles as on sm_80, products as NumPy computes them
 
 
 @functools.cache

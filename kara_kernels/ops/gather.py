@@ -45,7 +45,10 @@ def gather_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEPT: tl.constexpr, TILE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(tiles, L*H, caches)``: rows ``places`` of the context go to the payload, in order."""
+    """Grid ``(tiles, L*H, caches)``: rows ``places`` of the context go to the payload, in order.
+
+    A tile is 64 rows in slices of up to 256 bytes: 16 KB, 256 bytes for each of 64 threads, 16 at a time.
+    """
     heads = tl.program_id(1).to(tl.int64)
     tile = tile_of(tl.program_id(0) * TILE, heads, 0, rows, grade_rows)
     offs = tl.arange(0, TILE)

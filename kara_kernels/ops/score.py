@@ -91,6 +91,11 @@ def score_kernel(
     ``FORM.squares``), then a row of value norms with ``FORM.value_norm``, and last a row of redundancy's softmax with
     ``FORM.redundancy``. ``L`` counts from ``first_layer`` of the pools.
 
+    Copy plan at W = 256, D = 128, 16 bits, 256 threads: keys once, 64 KB, 256 bytes a thread, and stay on chip. Query
+    tiles of 64 rows, 16 KB, 64 bytes a thread, 16 at a time, one tile ahead of the products. Packed ones take 4 KB. A
+    partial row, 1 KB, is written once per 512 query rows. Where keys stream (`columns_streamed`, `columns_sliced`), a
+    stage is 64 dimensions of 64 keys or of the whole window.
+
     A sequence whose window does not fit is skipped, and its partial rows are never read.
     """
     ALIGN: tl.constexpr = FORM.align_partials
