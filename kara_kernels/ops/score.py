@@ -100,7 +100,7 @@ def score_kernel(
     """
     ALIGN: tl.constexpr = FORM.align_partials
     BLOCK_R: tl.constexpr = 16  # tokens per step of cosines
-    NORM_ROWS: tl.constexpr = 16 if V.block > 256 else NORM_ELEMENTS // V.block
+    NORM_ROWS: tl.constexpr = 16 if V.block > 256 else min(128, NORM_ELEMENTS // V.block)
     seq = (tl.program_id(0) // FORM.heads).to(tl.int64)
     head = (tl.program_id(0) % FORM.heads).to(tl.int64)
     tile = tl.program_id(1)
