@@ -157,6 +157,7 @@ def test_what_decides_about_launches_is_part_of_a_kind() -> None:
         ({"seq_lens": torch.tensor([30.0, 41.0])}, "seq_lens: expected dtype torch.int32"),
         ({"seq_lens": torch.tensor([30, 41, 7]).int()}, r"seq_lens: expected shape \[2\]"),
         ({"block_tables": torch.zeros(8, 2).int().t()}, "block_tables: expected stride 1"),
+        ({"look_ahead": torch.ones(8)}, "look_ahead: expected LookAhead"),
         ({"look_ahead": (torch.ones(8), torch.ones(8), 0)}, "look_ahead.interleaved: expected"),
         ({"unknown": 1}, "unknown: expected options among"),
     ],

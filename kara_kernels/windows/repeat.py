@@ -43,14 +43,14 @@ def kind_of(
         return None
     if given["scores"] is not None or given["reduce_scores"] is not None or given["dry_run"] is not False:
         return None
-    options, look_ahead, k_scale = given["options"], given["look_ahead"] or (), given["k_scale"]
+    options = given["options"]
     try:
         parts = tuple(query) if query.__class__ is PackedQueries else (query,)
         count, width = block_tables.shape  # the width differs from call to call
         unit = block_tables.stride(1)
         tensors = [*parts, seq_lens, *[given[name] for name in _GIVEN]]
         numbers = [given["window"], given["keep"], given["scale"], *options.values()]
-        for value in (k_scale, *look_ahead):
+        for value in (given["k_scale"], *(given["look_ahead"] or ())):
             (tensors if isinstance(value, Tensor) else numbers).append(value)
         return (
             backend, len(parts), *[part.data_ptr() & 15 for part in parts],
