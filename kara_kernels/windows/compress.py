@@ -114,9 +114,10 @@ def compress_window(
     prefix cache still read. The engine must make sure that they are not written.
 
     Before serving, call it once with ``seq_lens`` of zeros. That skips every sequence and compiles every kernel. Batch,
-    lengths, ``N`` and ``keep`` may then change without recompilation. For CUDA graphs pass a
-    :class:`~kara_kernels.PagedCache` and one stacked ``query``, because lists of tensors cost an upload of addresses
-    per call.
+    lengths, ``N`` and ``keep`` may then change without recompilation. Pass a :class:`~kara_kernels.PagedCache` and one
+    stacked ``query``. Lists of tensors cost an upload of addresses per call, which a CUDA graph cannot capture. With
+    both, calls of the same shapes and options after the first take a tenth of its time on the host, because the pool
+    keeps their launches.
 
     Under ``torch.compile`` the call is one node of the graph. Queries and caches must be tensors there, stacked
     ones for many layers. Lists, a :class:`~kara_kernels.PagedCache`, ``reduce_scores`` and ``dry_run`` raise TypeError.
