@@ -164,6 +164,18 @@ def test_figures_agree_with_each_other(demo: SimpleNamespace) -> None:
         assert 0 <= column["top1"] <= 1
 
 
+def test_names_of_lines_that_end_together_do_not_overlap() -> None:
+    from matplotlib.figure import Figure
+
+    from demos.generate.picture import _names
+
+    axes = Figure().subplots()
+    axes.set_ylim(0, 14)
+    _names(axes, 1, [(13, "first", "k"), (13, "second", "k"), (5, "third", "k")], 2)
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights == {"third": pytest.approx(5), "first": pytest.approx(12), "second": pytest.approx(14)}
+
+
 def test_picture_is_drawn(demo: SimpleNamespace) -> None:
     from matplotlib.image import imread
 

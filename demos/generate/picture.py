@@ -50,15 +50,29 @@ def _name(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
     )
 
 
+def _names(axes: Axes, x: float, named: list[tuple[float, str, str]], gap: float) -> None:
+    """Labels lines that end at these heights, at least ``gap`` apart and below the top of the axes."""
+    named = sorted(named)
+    heights: list[float] = []
+    for height, _, _ in named:
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    most = axes.get_ylim()[1]
+    for height, (_, name, colour) in reversed([*zip(heights, named, strict=True)]):
+        _name(axes, name, x, min(height, most), colour)
+        most = min(height, most) - gap
+
+
 def _blocks(axes: Axes, result: dict[str, Any]) -> None:
     full, kara = result["full"], result["kara"]
     count = full["tokens"]
-    tokens = range(1, count + 1)
+    tokens, named = range(1, count + 1), []
     for run, colour, name in ((full, GREY, "full cache"), (kara, BLUE, "Kara")):
         axes.plot(tokens, run["blocks"], color=colour, linewidth=2, drawstyle="steps-post")
-        _name(axes, f"{name}\n{run['blocks_end']}", count, run["blocks"][-1], colour)
+        named.append((run["blocks"][-1], f"{name}\n{run['blocks_end']}", colour))
     axes.fill_between(tokens, kara["blocks"], full["blocks"], step="post", color=BLUE, alpha=0.08, lw=0)
-    axes.set_ylim(0, max(full["blocks"]) * 1.08)
+    top = max(full["blocks"]) * 1.08
+    axes.set_ylim(0, top)
+    _names(axes, count, named, 0.2 * top)
     axes.set_xlim(1, max(count, 2))
     axes.set_ylabel("blocks in use")
     instead = "" if kara["blocks_end"] == full["blocks_end"] else f" instead of {full['blocks_end']}"
@@ -78,11 +92,6 @@ def _closeness(axes: Axes, result: dict[str, Any]) -> None:
             axes.plot(tokens, smooth, color=colour, linewidth=2)
             names.append((smooth[-1], name, colour))
     top = top * 1.8 or 1.0  # scale the axis to the lines; single tokens lie far above them
-    names.sort()
-    for number, (height, name, colour) in enumerate(names):
-        # Labels of lines that end close together must not overlap.
-        lift = 0.09 * top if number and height - names[0][0] < 0.09 * top else 0.0
-        _name(axes, name, count, (names[0][0] if lift else height) + lift, colour)
     for index, window in enumerate(result["kara"]["windows"]):
         axes.axvline(window["decoded_tokens"], color=GREY, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
         if index == 0:
@@ -98,6 +107,7 @@ def _closeness(axes: Axes, result: dict[str, Any]) -> None:
                 va="top",
             )
     axes.set_ylim(0, top)
+    _names(axes, count, names, 0.09 * top)
     axes.set_ylabel("KL to full cache, nats")
     axes.set_xlabel(f"decoded tokens (lines: mean of the last {span}, points: single tokens)")
     title = "Nothing was compressed, so nothing changed"
