@@ -63,13 +63,13 @@ EXCEPTIONS: tuple[Excuse, ...] = (
     ),
     Excuse(
         "no spills",
-        lambda row: _of_old_triton(row, "sm_100") and row["spills"] == 8 and row["shape"].endswith("fp8 queries"),
-        "Triton 3.6 only: 8 bytes a thread where key tiles stream under fp8 queries.",
+        lambda row: row["target"] == "gfx950" and row["spills"] <= 16 and row["shape"].endswith("fp8 queries"),
+        "Up to 16 registers where fp8 keys stream under fp8 queries, and both are decoded.",
     ),
     Excuse(
         "no spills",
-        lambda row: row["target"] == "gfx950" and row["spills"] == 14 and row["shape"].endswith("fp8 queries"),
-        "14 registers where fp8 keys stream under fp8 queries, and both are decoded.",
+        lambda row: _of_old_triton(row, "sm_100") and row["spills"] == 8 and row["shape"].endswith("fp8 queries"),
+        "Triton 3.6 only: 8 bytes a thread where key tiles stream under fp8 queries.",
     ),
     Excuse(
         "no spills",

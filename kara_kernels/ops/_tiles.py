@@ -24,6 +24,7 @@ class ScoreConfig:
     rows: int  # query rows of a program
     num_warps: int
     num_stages: int
+    norm_rows: int = 16  # values at once. Where keys stream, more would take more registers than the scores
 
     @property
     def sums(self) -> int:
@@ -78,7 +79,8 @@ def score_config(
             # If Triton sees four bits behind an operand of mma.sync, it permutes both operands for them. Version 3.9
             # does not see through a loop, and a tile takes a third to half fewer instructions.
             ahead, fold = packed and by_warps, 2 if by_warps else target.fold
-            return ScoreConfig(True, False, block_m, block_w, d0, d1, halves, ahead, fold, rows, num_warps, 2)
+            norms = target.norm_rows
+            return ScoreConfig(True, False, block_m, block_w, d0, d1, halves, ahead, fold, rows, num_warps, 2, norms)
     stages = 2 if target.amd else 3
     slice_ = 32 if dtype == torch.float32 else target.slice_dims
     while dim % slice_ and slice_ > 16:

@@ -106,6 +106,9 @@ class Architecture:
     """Query rows of a tile with 256 keys, at most. On sm_120, 64 spilled at D = 64 and G = 3, and do not fit at 128."""
     packed_rows: int = 64
     """Packed query rows of a tile with D > 64, at most. On sm_80, 64 spilled with fp8 keys and Triton 3.6."""
+    norm_rows: int = 128
+    """Values whose norms a program takes at once, at most. They are 32 KB at D = 128, as in compaction. On sm_120 they
+    spilled, and halved the occupancy where keys turn."""
     slice_dims: int = 64
     """Head dimensions of a streamed key tile. On sm_120, slices of 64 spilled, because its assembler aims at 128
     registers."""
@@ -119,7 +122,7 @@ class Architecture:
 
 
 def _small(shared_memory: int) -> Architecture:
-    return Architecture(shared_memory, rows_of_256=32, packed_rows=32, slice_dims=32)
+    return Architecture(shared_memory, rows_of_256=32, packed_rows=32, norm_rows=32, slice_dims=32)
 
 
 def _amd(shared_memory: int) -> Architecture:

@@ -72,9 +72,6 @@ class ScoreForm:
         return min(16, half & -half)
 
 
-NORM_ELEMENTS = tl.constexpr(16384)  # of values at a time: 32 KB on their way, as in compaction
-
-
 @kernel
 def score_kernel(
     partials_ptr, q_ptr, q_table, q_scales_ptr, q_scales_table, query_rows_ptr, k_ptr, k_table, v_ptr, v_table,
@@ -100,7 +97,7 @@ def score_kernel(
     """
     ALIGN: tl.constexpr = FORM.align_partials
     BLOCK_R: tl.constexpr = 16  # tokens per step of cosines
-    NORM_ROWS: tl.constexpr = 16 if V.block > 256 else min(128, NORM_ELEMENTS // V.block)
+    NORM_ROWS: tl.constexpr = 16 if V.block > 256 else min(CONFIG.norm_rows, 16384 // V.block)
     seq = (tl.program_id(0) // FORM.heads).to(tl.int64)
     head = (tl.program_id(0) % FORM.heads).to(tl.int64)
     tile = tl.program_id(1)
