@@ -92,6 +92,7 @@ def call(cache: PagedCache, given: dict[str, Any]) -> CompressedWindow:
 def test_repetitions_equal_ordinary_calls(form: str, latent: bool) -> None:
     caches = [PagedCache(*(pool.clone() for pool in pools(0)[: 1 if latent else 2])) for _ in range(2)]
     calls = [arguments(seed, form) for seed in range(3)]
+    skipped = 0
     with device(caches, calls):
         for given in calls:
             caches[1].events.clear()  # so that every call of it is ordinary
@@ -102,7 +103,9 @@ def test_repetitions_equal_ordinary_calls(form: str, latent: bool) -> None:
                 assert torch.equal(mine, other)
             if not latent:
                 assert all(map(torch.equal, caches[0].v or (), caches[1].v or ()))
-            assert (found.keep_indices == -1).any() != (found.keep_indices >= 0).all()
+            assert (found.keep_indices >= 0).any()
+            skipped += int((found.keep_indices == -1).any())
+    assert skipped == 2  # windows that do not fit, which the device decides
     assert len(caches[0].events) == 1  # the first call made it, two repeated it
 
 

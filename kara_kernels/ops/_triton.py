@@ -144,9 +144,8 @@ ARCHITECTURES: Mapping[int | str, Architecture] = MappingProxyType({
 })  # fmt: skip
 # Other targets get the minimum of any Triton target, 64 KB (sm_75, gfx90a). That may be slower, but it launches.
 UNKNOWN, UNKNOWN_AMD = _small(65536), _amd(65536)
-INTERPRETER = Architecture(
-    166912, packed_rows=32, float32_products="ieee"
-)  # tiles as on sm_80, products as NumPy computes them
+# Tiles as on sm_80, products as NumPy computes them.
+INTERPRETER = Architecture(166912, packed_rows=32, float32_products="ieee")
 
 
 @functools.cache

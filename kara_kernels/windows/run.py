@@ -118,7 +118,8 @@ def by_triton(r: Request) -> tuple[Lists, list[Launch] | None]:
 def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> tuple[Lists, list[Launch]]:
     """Selects by ``partials [L, S, H, tiles, W]`` and moves rows. Without ``rows`` the partials are the scores.
 
-    Returns the last two launches, too."""
+    Returns its launches, too.
+    """
     if r.selection.pool != "head" or (rows is not None and r.reduce_scores is not None):
         pooled = partials.new_empty(*r.lists, r.window)
         launch_pool(pooled, partials, r, rows)
