@@ -446,6 +446,45 @@ def test_launches_do_not_grow_with_layers_or_sequences(
                 assert len(launched) == count
 
 
+WAITS = {
+    "plain": ({}, {"keep_kernel", "compact_kernel"}),
+    "pooled": ({"pool": "layer"}, {"compact_kernel"}),
+    "reduced": ({"reduce_scores": torch.neg}, {"compact_kernel"}),
+    "given": ({"query": None, "scores": torch.zeros(2, 1, 2, 64)}, {"compact_kernel"}),
+    "dry run": ({"dry_run": True}, {"keep_kernel"}),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("form", WAITS)
+def test_kernels_that_overlap_wait_before_they_touch_memory(
+    form: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With programmatic dependent launch. A kernel waits for one of its own event only, so that each has waited for all
+    before it, and the first of the next event, launched ordinarily, waits for all of this one."""
+    monkeypatch.setenv("KARA_KERNELS_PDL", "1")
+    given, waits = WAITS[form]
+    with compiling_for(target) as builds:
+        compress_window(**arguments(64, 64, 64, 2, 16, BF16) | given, keep=32, backend="triton")
+    if target in ("sm_80", "gfx942", "gfx950"):
+        assert not any("griddepcontrol" in build.assembly for build in builds)
+        return
+    assert {build.name for build in builds if build.kernel.metadata.launch_pdl} == waits
+    for build in builds:
+        code = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", sass(build.kernel.asm["cubin"]), re.M)
+        before = list(itertools.takewhile(lambda line: "ACQBULK" not in line, code))
+        if build.name in waits:
+            assert len(before) < len(code), "no wait"
+            touches = [
+                line for line in before if re.search(r"\b(LD|ST|LDG|STG|LDGSTS|RED|ATOM|BRA|UBLKCP|UTMA\w*)\b", line)
+            ]
+            assert not touches, build.name
+        else:
+            assert len(before) == len(code), "waits for a kernel that is not of its event"
+        leads = build.name == "score_kernel" or (build.name == "keep_kernel" and "keep_kernel" in waits)
+        assert any("PREEXIT" in line for line in code) == leads, build.name
+
+
 MIXED = [
     (BF16, FP8), (FP8, BF16), (FP16, FP32), (FP16, BF16), (FP8, torch.uint8), (torch.uint8, torch.int8)
 ]  # fmt: skip

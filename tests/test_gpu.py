@@ -92,6 +92,31 @@ def test_the_same_bits_every_time() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, engine.compress(redundancy=1.0), strict=True))
 
 
+def test_overlapping_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With programmatic dependent launch: launched one by one, repeated without a pause, and from a graph."""
+    engine = Engine()
+    before = engine.contents()
+    expected = [engine.compress(redundancy=1.0) for _ in range(3)]
+    moved = engine.contents()
+    monkeypatch.setenv("KARA_KERNELS_PDL", "1")
+    engine.cache.events.clear()
+    engine.compress(redundancy=1.0)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [engine.compress(redundancy=1.0) for _ in range(3)]
+    for _ in range(20):
+        engine.restore(before)
+        repeated = [engine.compress(redundancy=1.0) for _ in range(3)]
+        assert all(torch.equal(a, b) for a, b in zip(moved, engine.contents(), strict=True))
+        engine.restore(before)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(moved, engine.contents(), strict=True))
+        for results in (repeated, captured):
+            for found, same in zip(results, expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+
+
 def test_no_synchronisation() -> None:
     engine = Engine()
     engine.compress()  # compiles

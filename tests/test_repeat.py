@@ -41,6 +41,10 @@ def pools(seed: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     return [torch.randn(LAYERS, 20, PAGE, HEADS, DIM, generator=generator).to(dtype) for _ in range(2)]
 
 
+def in_place(scores: torch.Tensor) -> None:
+    scores.neg_()
+
+
 def arguments(seed: int, form: str) -> dict[str, Any]:
     """Those of one call. Contents, addresses and the width of the block table depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,6 +67,12 @@ def arguments(seed: int, form: str) -> dict[str, Any]:
             "window_starts": (lengths - 24).clamp(min=0), "protected_lens": torch.tensor([0, 3]).int(),
             "look_ahead": LookAhead(angles.cos(), angles.sin()),
         }  # fmt: skip
+    elif form == "pooled":
+        given |= {"pool": "layer"}
+    elif form == "reduced":
+        given |= {"pool": "model", "reduce_scores": lambda scores: scores * (seed - 1)}
+    elif form == "reduced in place":
+        given |= {"reduce_scores": in_place}
     return given
 
 
@@ -87,7 +97,7 @@ def call(cache: PagedCache, given: dict[str, Any]) -> CompressedWindow:
     return compress_window(k_cache=cache.k, v_cache=cache.v, backend="triton", **given)
 
 
-@pytest.mark.parametrize("form", ["plain", "fp8", "scales", "recorded"])
+@pytest.mark.parametrize("form", ["plain", "fp8", "scales", "recorded", "pooled", "reduced", "reduced in place"])
 @pytest.mark.parametrize("latent", [False, True], ids=["keys and values", "latent"])
 def test_repetitions_equal_ordinary_calls(form: str, latent: bool) -> None:
     caches = [PagedCache(*(pool.clone() for pool in pools(0)[: 1 if latent else 2])) for _ in range(2)]
@@ -99,6 +109,7 @@ def test_repetitions_equal_ordinary_calls(form: str, latent: bool) -> None:
             found, expected = (call(cache, given) for cache in caches)
             for mine, other in zip(found, expected, strict=True):
                 assert torch.equal(mine.nan_to_num(-1), other.nan_to_num(-1))
+                assert mine.stride() == other.stride()
             for mine, other in zip(caches[0].k, caches[1].k, strict=True):
                 assert torch.equal(mine, other)
             if not latent:
@@ -137,14 +148,16 @@ def test_what_decides_about_launches_is_part_of_a_kind() -> None:
         kind(k_scale=cos[:2]), kind(look_ahead=None), kind(look_ahead=LookAhead(cos, sin, True)),
         kind(look_ahead=LookAhead(cos[:4], sin[:4])), kind(block_tables=base["block_tables"].t().contiguous().t()),
         kind(block_tables=base["block_tables"].long()), kind(value_norm=True), kind(value_norm=1),
-        kind(reduction="mean"), kind(redundancy=1.0), kind(chunk_fraction=0.2), kind(max_chunk=4),
+        kind(reduction="mean"), kind(redundancy=1.0), kind(chunk_fraction=0.2), kind(max_chunk=4), kind(pool="layer"),
+        kind(reduce_scores=print), kind(reduce_scores=3),
     ]  # fmt: skip
     assert None not in others
     assert len({first, *others}) == 1 + len(others)
     wider = torch.zeros(2, 11, dtype=torch.int32)[:, :9]
     assert kind(block_tables=wider) == first  # widths differ from call to call, and are passed
-    for ordinary in ({"scores": scales}, {"reduce_scores": print}, {"dry_run": True}, {"dry_run": 0},
-                     {"query": [codes]}, {"query": None}, {"block_tables": [[0]]}, {"block_tables": cos}):  # fmt: skip
+    assert kind(reduce_scores=print) == kind(reduce_scores=len)
+    for ordinary in ({"scores": scales}, {"dry_run": True}, {"dry_run": 0}, {"query": [codes]}, {"query": None},
+                     {"block_tables": [[0]]}, {"block_tables": cos}):  # fmt: skip
         assert kind(**ordinary) is None, ordinary
     assert kind_of(codes, k, v, wider, base["seq_lens"], "triton", {}) is None  # a pool that is not checked yet
 
@@ -163,22 +176,33 @@ def test_what_decides_about_launches_is_part_of_a_kind() -> None:
         ({"look_ahead": torch.ones(8)}, "look_ahead: expected LookAhead"),
         ({"look_ahead": (torch.ones(8), torch.ones(8), 0)}, "look_ahead.interleaved: expected"),
         ({"unknown": 1}, "unknown: expected options among"),
+        ({"reduce_scores": 3}, "reduce_scores: expected a callable"),
+        ({"reduce_scores": lambda scores: scores[..., :2]}, r"reduce_scores\(\.\.\.\): expected shape"),
     ],
 )
 def test_errors_are_those_of_ordinary_calls(changed: dict[str, Any], message: str) -> None:
     """After a good call, too. True equals 1, and would be found where 1 was kept."""
     cache = PagedCache(*pools(0))
-    good = [arguments(0, "plain") | given for given in ({"keep": 1, "value_norm": True}, {}, {"scale": 1.0})]
+    good = [
+        arguments(0, "plain") | given
+        for given in ({"keep": 1, "value_norm": True}, {}, {"scale": 1.0}, {"reduce_scores": torch.neg})
+    ]
     with device([cache], good):
         for given in good:
             call(cache, given)
     before = [tensor.clone() for tensor in (*cache.k, *(cache.v or ()))]
-    with pytest.raises((TypeError, ValueError), match=message):
-        call(cache, arguments(0, "plain") | changed)
+    bad = arguments(0, "plain") | changed
+    with device([cache], [bad]), pytest.raises((TypeError, ValueError), match=message):
+        call(cache, bad)
     assert all(map(torch.equal, before, (*cache.k, *(cache.v or ()))))
 
 
-@pytest.mark.parametrize("changed", [{"pool": "layer"}, {"dry_run": True}, {"reduce_scores": lambda scores: scores}])
+def apart(scores: torch.Tensor) -> torch.Tensor:
+    """A hook's result with other strides."""
+    return torch.stack([scores, scores], -2)[..., 0, :].neg_()
+
+
+@pytest.mark.parametrize("changed", [{"dry_run": True}, {"reduce_scores": apart}])
 def test_other_calls_are_ordinary(changed: dict[str, Any]) -> None:
     cache = PagedCache(*pools(0))
     calls = [arguments(seed, "plain") | changed for seed in range(2)]
@@ -186,6 +210,24 @@ def test_other_calls_are_ordinary(changed: dict[str, Any]) -> None:
         for given in calls:
             call(cache, given)
     assert not cache.events
+
+
+def shifted(scores: torch.Tensor) -> torch.Tensor:
+    """A hook's result at an address that the kept launch may not read as wide as it does."""
+    return torch.empty(scores.numel() + 1)[1:].view(scores.shape).copy_(scores).neg_()
+
+
+@pytest.mark.parametrize("hook", [apart, shifted])
+def test_a_hook_may_return_another_layout(hook: Any) -> None:
+    caches = [PagedCache(*(pool.clone() for pool in pools(0))) for _ in range(2)]
+    calls = [arguments(seed, "plain") | {"reduce_scores": torch.neg} for seed in range(2)]
+    with device(caches, calls):
+        for cache in caches:
+            call(cache, calls[0])
+        found, expected = call(caches[0], calls[1] | {"reduce_scores": hook}), call(caches[1], calls[1])
+    assert len(caches[0].events) == 1
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, caches[0].k, caches[1].k))
 
 
 def test_contents_that_are_checked_are_checked_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

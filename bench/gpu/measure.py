@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -117,6 +118,14 @@ class World:
             **(PAPER if paper else RECOMMENDED),
         )  # fmt: skip
 
+    def overlapping(self, backend: str) -> CompressedWindow:
+        """The event with programmatic dependent launch, where the GPU has it."""
+        self.cache.events.clear()  # launches that were kept without it
+        with mock.patch.dict(os.environ, KARA_KERNELS_PDL="1"):
+            done = self.event(backend)
+        self.cache.events.clear()
+        return done
+
     def score(self, backend: str, paper: bool = False) -> torch.Tensor:
         query, rows = (self.every, None) if paper else (self.ring, self.ring_rows)
         assert query is not None
@@ -143,6 +152,7 @@ class World:
             "select": select,
             "compact": partial(compact_blocks, cache.k, cache.v, self.tables, self.starts, self.lengths, kept,
                                self.case.window, backend=backend),
+            "overlapping": partial(self.overlapping, backend),
         }  # fmt: skip
         if self.every is None:
             return jobs
@@ -160,7 +170,7 @@ class World:
 
 
 EAGER_ROUNDS = 5  # an eager job is run in every fifth round: it has hundreds of launches
-GRAPHED = ("event", "score", "select", "compact", "paper's event", "paper's score")
+GRAPHED = ("event", "overlapping", "score", "select", "compact", "paper's event", "paper's score")
 
 
 def floor_bytes(case: Case, size: int = 2) -> dict[str, int]:

@@ -13,7 +13,8 @@ from .measure import SCHEMA
 MODEL = Path(__file__).parents[1] / "results" / "model.csv"
 Run = tuple[Row, list[Row]]  # the common values, and one row per case
 STEPS = ("score", "select", "compact")
-FIRST = ("event", *STEPS, "call")
+FIRST = ("event", "overlapping", *STEPS, "call")
+OVERLAPPING = " *Overlapping* is the event with programmatic dependent launch (`KARA_KERNELS_PDL=1`)."
 RATED = ("score", "compact", "paper's score")
 EVERY = ("paper's event", "paper's score", "predecessor", "r-kv", "snapkv")  # with the queries of every token and head
 
@@ -34,14 +35,16 @@ def page(run: Run) -> str:
         rate = row["floor_bytes"][name] / row["times"][name]["median"]
         return f"{rate / 1e9:.0f} GB/s, {rate / head['copy_bandwidth']:.0%}"
 
+    first = [name for name in FIRST if any(name in row["times"] for row in rows)]
     return "\n".join([
         f"# Times of kernels and events\n\n**{head['kind']}.** {machine}.\n",
         "Microseconds: median (a tenth of the samples below - a tenth above). Kernels and events are replayed CUDA "
         "graphs over buffers that exceed L2; the other ways are eager, since they read lengths on the host. *Call* is "
-        "what an eager call of `compress_window` takes on the host: checks, allocation and launches.\n",
+        "what an eager call of `compress_window` takes on the host: checks, allocation and launches."
+        f"{OVERLAPPING if 'overlapping' in first else ''}\n",
         "## What is recommended\n\nQueries as the engine shim records them by default: those of every token and head "
         "of window and tail, in four bits, read in place from a ring; of DeepSeek-V3 what fits in 4 GiB.\n",
-        markdown(("case", *FIRST), ((r["case"], *(cell(r, name) for name in FIRST)) for r in rows)),
+        markdown(("case", *first), ((r["case"], *(cell(r, name) for name in first)) for r in rows)),
         f"Bytes that must move over time, and its share of a plain copy's {head['copy_bandwidth'] / 1e9:.0f} GB/s:\n",
         markdown(("case", *RATED), ((r["case"], *(achieved(r, name) for name in RATED)) for r in rows)),
         "## The published method and other ways\n\nAll with the queries of every token and head of the window, where "

@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import __version__
 
-OWN_VARIABLES = ("TRITON_INTERPRET", "KARA_KERNELS_DEBUG")
+OWN_VARIABLES = ("TRITON_INTERPRET", "KARA_KERNELS_DEBUG", "KARA_KERNELS_PDL")
 VARIABLES = (*OWN_VARIABLES, "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "VLLM_PLUGINS")
 PLUGIN = "kara_kernels.integrations.vllm:register"
 # Files with driver versions, readable without starting the driver.

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class Architecture:
     slice_dims: int = 64
     """Head dimensions of a streamed key tile. On sm_120, slices of 64 spilled, because its assembler aims at 128
     registers."""
+    overlaps: bool = False
+    """Whether a kernel may be launched while the one before it runs, and wait for it (griddepcontrol, from sm_90)."""
     float32_products: str = "tf32x3"
     """How float32 is multiplied. AMD has an instruction for it. On NVIDIA, "ieee" is scalar code that spills at any
     tile size; three TF32 products have an error of about 2^-22."""
@@ -121,8 +124,8 @@ class Architecture:
         return not self.amd and (self.query_tiles == 2 or rows < 64)
 
 
-def _small(shared_memory: int) -> Architecture:
-    return Architecture(shared_memory, rows_of_256=32, packed_rows=32, norm_rows=32, slice_dims=32)
+def _small(shared_memory: int, overlaps: bool = False) -> Architecture:
+    return Architecture(shared_memory, rows_of_256=32, packed_rows=32, norm_rows=32, slice_dims=32, overlaps=overlaps)
 
 
 def _amd(shared_memory: int) -> Architecture:
@@ -135,10 +138,10 @@ ARCHITECTURES: Mapping[int | str, Architecture] = MappingProxyType({
     86: _small(101376),
     87: Architecture(166912, packed_rows=32),
     89: _small(101376),
-    90: Architecture(232448, query_tiles=3),
-    100: Architecture(232448, query_tiles=3, fold=1),
-    103: Architecture(232448, query_tiles=3, fold=1),
-    120: _small(101376),
+    90: Architecture(232448, query_tiles=3, overlaps=True),
+    100: Architecture(232448, query_tiles=3, fold=1, overlaps=True),
+    103: Architecture(232448, query_tiles=3, fold=1, overlaps=True),
+    120: _small(101376, overlaps=True),
     "gfx942": _amd(65536),
     "gfx950": _amd(163840),
 })  # fmt: skip
@@ -156,6 +159,16 @@ def architecture(device: torch.device) -> Architecture:
     with _current(device):
         target = triton.runtime.driver.active.get_current_target()
     return ARCHITECTURES.get(target.arch, UNKNOWN_AMD if target.backend == "hip" else UNKNOWN)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels of an event overlap. It is asked for by KARA_KERNELS_PDL=1, because no GPU has timed it yet."""
+    return architecture(device).overlaps and os.environ.get("KARA_KERNELS_PDL", "0") == "1"
+
+
+def dependent(follows: bool) -> dict[str, bool]:
+    """Arguments of a launch that may begin while the kernel before it runs. The kernel begins with a wait for it."""
+    return {"FOLLOWS": True, "launch_pdl": True} if follows else {"FOLLOWS": False}
 
 
 @contextmanager

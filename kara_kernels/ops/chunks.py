@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import Windows
 from ..checks import check_chunks, check_scores, require_rows
 from ..reference.chunks import expanded_positions
-from ._triton import Launch, kernel, launch, resolve_backend, tl, triton, window_of
+from ._triton import Launch, dependent, kernel, launch, resolve_backend, tl, triton, window_of
 from .pool import PartialRows, partial_arguments, row_scores
 from .select import order_keys, row_warps, store_positions, take_best
 
@@ -65,7 +65,7 @@ def keep_kernel(
     indices_ptr, scores_ptr, partials_ptr, starts_ptr, seq_lens_ptr, protected_ptr, num_tiles, inverse, redundancy,
     keep, chunk_budget, max_chunk, stride_p_l: tl.int64, stride_p_s: tl.int64, stride_p_h: tl.int64,
     COMPUTED: tl.constexpr, SQUARES: tl.constexpr, VALUE_NORM: tl.constexpr, REDUNDANCY: tl.constexpr,
-    W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr,
+    W: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(keep lists of a layer, S, layers of lists)``: the keep list of one row, or -1 if the window does not
     fit. Rows that belong to no window have neither starts nor lengths.
@@ -73,6 +73,9 @@ def keep_kernel(
     With ``COMPUTED`` the row is first summed from partial rows and written to ``scores``, as zeros if the window does
     not fit. Without it, ``partials`` are the scores.
     """
+    if FOLLOWS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     list_ = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1).to(tl.int64)
     layer = tl.program_id(2).to(tl.int64)
@@ -106,18 +109,18 @@ def keep_kernel(
 
 def launch_keep(
     indices: Tensor, scores: Tensor, partials: Tensor, w: Windows | None, rows: PartialRows | None, chunk_budget: int,
-    max_chunk: int,
+    max_chunk: int, follows: bool = False,
 ) -> Launch:  # fmt: skip
     """Selects from ``partials [l, S, h, tiles, W]`` into ``indices [l, S, h, keep]`` and ``scores [l, S, h, W]``.
 
     ``rows`` describes the partials. None means one tile, the scores themselves, and ``scores`` is not written. Without
-    ``w`` every row is selected from. Checks nothing.
+    ``w`` every row is selected from. ``follows``: it may overlap with the kernel before. Checks nothing.
     """
     layers, sequences, lists, _, window = partials.shape
     return launch(
         keep_kernel, (lists, sequences, layers), scores.device,
         indices_ptr=indices, keep=indices.shape[-1], chunk_budget=chunk_budget, max_chunk=max_chunk,
-        **partial_arguments(partials, scores, w, rows),
+        **partial_arguments(partials, scores, w, rows), **dependent(follows),
         BLOCK_W=triton.next_power_of_2(window), num_warps=row_warps(window), enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from ..arguments import Windows, check_compact_blocks
 from ..checks import check_unit_stride
 from ..reference.compact import compact_windows
 from ._rows import PagedRows, pool_arguments, row_pointer
-from ._triton import Launch, kernel, launch, layer_pointer, resolve_backend, tl, triton
+from ._triton import Launch, dependent, kernel, launch, layer_pointer, resolve_backend, tl, triton
 
 # ------------------------------------------------------------------------------------------------- device code
 
@@ -70,9 +70,12 @@ def compact_kernel(
     stride_t_s: tl.int64,
     stride_i_l: tl.int64, stride_i_s: tl.int64, stride_i_h: tl.int64,
     H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(S*H, parts, L)``: one program moves one head of one cache, or a part of each of its rows. Keys have
     the first parts. A keep list of -1 skips its sequence."""
+    if FOLLOWS:
+        tl.extra.cuda.gdc_wait()
     seq = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     part = tl.program_id(1)
@@ -151,11 +154,14 @@ def move_tile(dim: int, itemsize: int, programs: int) -> MoveTile:
     return MoveTile(dims, TILE_BYTES // max(64, dims * itemsize), -(-dim // dims))
 
 
-def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_indices: Tensor) -> Launch:
+def launch_compact(
+    new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_indices: Tensor, follows: bool = False
+) -> Launch:
     """Move rows by ``keep_indices [L, S, H, K]`` (any strides, the last 1) and write ``new_lens [S]``.
 
     ``frontiers`` (int32 ``[S]``) receives the end of the kept rows of each sequence. It is ``start + K``, or for a
-    skipped sequence its protected length, at least 0. Checks nothing.
+    skipped sequence its protected length, at least 0. ``follows``: it may overlap with the kernel before. Checks
+    nothing.
     """
     layers, sequences, heads, keep = keep_indices.shape
     keys, values = w.cache.k, w.cache.v or w.cache.k
@@ -172,7 +178,7 @@ def launch_compact(new_lens: Tensor, frontiers: Tensor | None, w: Windows, keep_
         stride_t_s=w.block_tables.stride(0), stride_i_l=stride_layer, stride_i_s=stride_sequence,
         stride_i_h=stride_head, **pool_arguments("k", keys, decoded=False),
         **pool_arguments("v", values, decoded=False), H=heads, W=w.window, K_TILE=k_tile, V_TILE=v_tile,
-        num_warps=4, enable_fp_fusion=True,
+        **dependent(follows), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arguments import Windows
 from ..paged import row_alignment
-from ._triton import kernel, launch, tl, triton, window_of
+from ._triton import Launch, kernel, launch, tl, triton, window_of
 
 # ------------------------------------------------------------------------------------------------- device code
 
@@ -88,7 +88,7 @@ class PartialRows:
     redundancy: float = 0.0
 
 
-def launch_pool(scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows | None) -> None:
+def launch_pool(scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows | None) -> Launch:
     """Pools ``partials [L, S, H, tiles, W]`` into ``scores [L or 1, S, H or 1, W]``, averaged if the extent is 1.
 
     ``rows`` describes the partials. None means one tile, the scores themselves.
@@ -96,7 +96,7 @@ def launch_pool(scores: Tensor, partials: Tensor, w: Windows, rows: PartialRows 
     layers, sequences, heads, _, window = partials.shape
     pooled_layers, _, lists, _ = scores.shape
     block = min(256, triton.next_power_of_2(window))
-    launch(
+    return launch(
         pool_kernel, (lists * triton.cdiv(window, block), sequences, pooled_layers), scores.device,
         **partial_arguments(partials, scores, w, rows),
         LAYERS=layers // pooled_layers, HEADS=heads // lists, BLOCK_W=block, num_warps=2, enable_fp_fusion=True,

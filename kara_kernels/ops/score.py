@@ -64,6 +64,7 @@ class ScoreForm:
     query_fp8: str | None  # fp8 type of the queries
     rotary: int  # dimensions of a key that look_ahead turns
     interleaved: bool  # how they pair
+    leads: bool  # the kernel after it may be launched while it runs
 
     @property
     def run(self) -> int:
@@ -95,6 +96,8 @@ def score_kernel(
 
     A sequence whose window does not fit is skipped, and its partial rows are never read.
     """
+    if FORM.leads:
+        tl.extra.cuda.gdc_launch_dependents()
     ALIGN: tl.constexpr = FORM.align_partials
     BLOCK_R: tl.constexpr = 16  # tokens per step of cosines
     NORM_ROWS: tl.constexpr = 16 if V.block > 256 else min(CONFIG.norm_rows, 16384 // V.block)
@@ -163,11 +166,12 @@ def _count(a: ScoreArguments) -> int:
 
 
 def launch_score(
-    partials: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows, first_layer: int = 0
-) -> Launch:
+    partials: Tensor, a: ScoreArguments, config: ScoreConfig, rows: PartialRows, first_layer: int = 0,
+    leads: bool = False,
+) -> Launch:  # fmt: skip
     """Writes the partial rows of all sequences in ``L`` layers of the pools from ``first_layer`` on into ``partials``.
 
-    ``partials`` is ``[L, S, H, tiles, W]``. Checks nothing.
+    ``partials`` is ``[L, S, H, tiles, W]``. ``leads``: the kernel after it may overlap with it. Checks nothing.
     """
     assert a.query is not None
     layers, sequences, heads, tiles, window = partials.shape
@@ -183,7 +187,7 @@ def launch_score(
         # The interpreter's bfloat16 arithmetic is wrong, so it takes products in float32.
         tl.float32 if INTERPRETED else TRITON_DTYPES[dtype], architecture(device).float32_products,
         scale_first, not scale_first and a.query.scales is None and (by_head is not None or scale < 0),
-        FP8_NAMES.get(q.dtype), 0 if cos is None else 2 * len(cos), interleaved,
+        FP8_NAMES.get(q.dtype), 0 if cos is None else 2 * len(cos), interleaved, leads,
     )  # fmt: skip
     # Allow only explicit fused multiply-adds. If a lane holds one term of a sum across lanes, the compiler produces
     # `shfl y, x*x; fma x, x, y`. The lane then rounds its partner's product but not its own, the partner does the

@@ -3,7 +3,7 @@
 Checks, layout and launches follow from shapes, dtypes, strides, alignments and options: the metadata of a call. An
 engine's calls have few kinds of it, so its :class:`~kara_kernels.PagedCache` keeps the launches of each kind. A
 repetition allocates the results and launches compiled kernels, which takes a tenth of an ordinary call's host time.
-Always ordinary are lists of queries, given scores, pooled lists, hooks, dry runs, and calls whose contents are checked.
+Always ordinary are lists of queries, given scores, dry runs, and calls whose contents are checked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..checks import FP8_DTYPES, contents_are_checked
 from ..ops._triton import Launch, launch_again
 from ..packed import PackedQueries
 from ..paged import Layers, PagedCache
+from .request import reduced_scores
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 MOST = 256  # kinds of calls that a cache keeps
@@ -41,9 +42,9 @@ def kind_of(
     pool = k_cache.pool if isinstance(k_cache, Layers) else None
     if pool is None or pool.v is not v_cache or contents_are_checked(k_cache[0].device):
         return None
-    if given["scores"] is not None or given["reduce_scores"] is not None or given["dry_run"] is not False:
+    if given["scores"] is not None or given["dry_run"] is not False:
         return None
-    options = given["options"]
+    options, hook = given["options"], given["reduce_scores"]
     try:
         parts = tuple(query) if query.__class__ is PackedQueries else (query,)
         count, width = block_tables.shape  # the width differs from call to call
@@ -53,7 +54,7 @@ def kind_of(
         for value in (given["k_scale"], *(given["look_ahead"] or ())):
             (tensors if isinstance(value, Tensor) else numbers).append(value)
         return (
-            backend, len(parts), *[part.data_ptr() & 15 for part in parts],
+            backend, None if hook is None else callable(hook), len(parts), *[part.data_ptr() & 15 for part in parts],
             count, width if unit != 1 else 0, unit, block_tables.dtype, block_tables.device,
             *[None if t is None else (t.shape, t.dtype, t.device, t.stride()) for t in tensors],
             *options, *numbers, *map(type, numbers),
@@ -80,13 +81,18 @@ class Event:
     """The launches of a call, for other calls of its kind."""
 
     def __init__(self, launches: Sequence[Launch]) -> None:
-        scoring, selection, _ = (launch.arguments for launch in launches)
+        *scoring, selection, compaction = launches
+        scored, selected = scoring[0].arguments, selection.arguments
         self._partials, self._scores, self._indices = (
             (tuple(made.shape), made.stride())  # as tuples, which PyTorch reads faster
-            for made in (scoring["partials_ptr"], selection["scores_ptr"], selection["indices_ptr"])
+            for made in (scored["partials_ptr"], selected["scores_ptr"], selected["indices_ptr"])
         )
-        self._device = selection["indices_ptr"].device
-        self._launches = [launch.again(_VARYING) for launch in launches]
+        self._device = selected["indices_ptr"].device
+        self._pools = len(scoring) > 1
+        self._scoring = [launch.again(_VARYING) for launch in scoring]
+        self._moving = [launch.again(_VARYING) for launch in (selection, compaction)]
+        layers, sequences, heads = scored["partials_ptr"].shape[:3]
+        self._shape = layers, sequences, heads, -1
 
     def __call__(self, query: Any, block_tables: Tensor, seq_lens: Tensor, given: dict[str, Any]) -> Results:
         """``(seq_lens, keep_indices, scores, frontiers)``. The arguments are those of :func:`kind_of`."""
@@ -97,12 +103,20 @@ class Event:
         partials, scores = (
             seq_lens.new_empty_strided(*made, dtype=torch.float32) for made in (self._partials, self._scores)
         )
-        launch_again(self._launches, self._device, {
+        values = {
             "q_ptr": codes.view(torch.uint8) if codes.dtype in FP8_DTYPES else codes, "q_scales_ptr": scales,
             "query_rows_ptr": given["query_rows"], "k_scale_ptr": given["k_scale"], "cos_ptr": cos, "sin_ptr": sin,
             "block_tables_ptr": block_tables, "stride_t_s": block_tables.stride(0), "seq_lens_ptr": seq_lens,
             "starts_ptr": given["window_starts"], "protected_ptr": given["protected_lens"],
             "partials_ptr": partials, "scores_ptr": scores, "indices_ptr": indices, "keep_ptr": indices,
             "new_lens_ptr": new_lens, "frontiers_ptr": frontiers,
-        })  # fmt: skip
+        }  # fmt: skip
+        launch_again(self._scoring, self._device, values)
+        if self._pools:
+            scores = reduced_scores(given["reduce_scores"], scores)
+            if not scores.is_contiguous() or scores.data_ptr() & 15:  # as the launches read them
+                scores = torch.empty(scores.shape, dtype=scores.dtype, device=self._device).copy_(scores)
+            values["partials_ptr"] = values["scores_ptr"] = scores
+            indices, scores = indices.expand(self._shape), scores.expand(self._shape)
+        launch_again(self._moving, self._device, values)
         return new_lens, indices, scores, frontiers

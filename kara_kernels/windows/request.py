@@ -54,21 +54,26 @@ class Request(ScoreArguments):
         return torch.where(fits, shorter, self.seq_lens), torch.where(fits, starts + self.keep, protected)
 
     def reduced(self, scores: Tensor) -> Tensor:
-        """Applies the caller's hook between pooling and selection, which may work in place and return None."""
-        if self.reduce_scores is None:
-            return scores
-        given = scores if self.many else scores[0]
-        reduced = self.reduce_scores(given)
-        reduced = given if reduced is None else reduced
-        check_tensor("reduce_scores(...)", reduced, given.shape, (torch.float32,), given.device)
-        check_unit_stride("reduce_scores(...)", reduced)
-        return reduced if self.many else reduced[None]
+        """``scores [L, S, H, W]`` after the hook, which sees no ``L`` if the caller gave one layer."""
+        if self.many:
+            return reduced_scores(self.reduce_scores, scores)
+        return reduced_scores(self.reduce_scores, scores[0])[None]
 
     def require_kernel_layout(self) -> None:
         """Raises an error for strides that kernels cannot read."""
         super().require_kernel_layout()
         if self.scores is not None:
             check_unit_stride("scores", self.scores)
+
+
+def reduced_scores(hook: ReduceScores | None, scores: Tensor) -> Tensor:
+    """Applies the caller's hook between pooling and selection, which may work in place and return None."""
+    reduced = None if hook is None else hook(scores)
+    if reduced is None:
+        return scores
+    check_tensor("reduce_scores(...)", reduced, scores.shape, (torch.float32,), scores.device)
+    check_unit_stride("reduce_scores(...)", reduced)
+    return reduced
 
 
 def check_request(

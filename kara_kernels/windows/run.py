@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._triton import Launch, resolve_backend
+from ..ops._triton import Launch, overlaps, resolve_backend
 from ..ops.chunks import launch_keep
 from ..ops.compact import launch_compact
 from ..ops.pool import PartialRows, launch_pool
@@ -106,10 +106,9 @@ def by_triton(r: Request) -> tuple[Lists, list[Launch] | None]:
     config, rows = plan_score(r)
     if layers_at_once(sequences, heads, r.window, rows) >= layers:
         partials = r.seq_lens.new_empty(layers, sequences, heads, rows.tiles, r.window, dtype=torch.float32)
-        scoring = launch_score(partials, r, config, rows)
+        scoring = launch_score(partials, r, config, rows, leads=overlaps(partials.device))
         lists, others = _select_and_move(r, partials, rows)
-        pooled = r.selection.pool != "head" or r.reduce_scores is not None
-        return lists, None if pooled or r.dry_run else [scoring, *others]
+        return lists, None if r.dry_run or not lists.scores.is_contiguous() else [scoring, *others]
     scores = r.seq_lens.new_empty(layers, sequences, heads, r.window, dtype=torch.float32)
     launch_scores(scores, r, config, rows)
     return _select_and_move(r, scores[:, :, :, None], None)[0], None
@@ -118,11 +117,12 @@ def by_triton(r: Request) -> tuple[Lists, list[Launch] | None]:
 def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> tuple[Lists, list[Launch]]:
     """Selects by ``partials [L, S, H, tiles, W]`` and moves rows. Without ``rows`` the partials are the scores.
 
-    Returns its launches, too.
+    Returns its launches, too. Only a launch right after another one of the event overlaps with it.
     """
+    launches, follows = [], overlaps(partials.device)
     if r.selection.pool != "head" or (rows is not None and r.reduce_scores is not None):
         pooled = partials.new_empty(*r.lists, r.window)
-        launch_pool(pooled, partials, r, rows)
+        launches.append(launch_pool(pooled, partials, r, rows))
         partials, rows = pooled[:, :, :, None], None
     if rows is None:
         scores = r.reduced(partials[:, :, :, 0])
@@ -130,11 +130,12 @@ def _select_and_move(r: Request, partials: Tensor, rows: PartialRows | None) -> 
     else:
         scores = partials.new_empty(*r.lists, r.window)
     keep_indices = r.seq_lens.new_empty(*r.lists, r.keep)
-    launches = [launch_keep(keep_indices, scores, partials, r, rows, r.chunk_budget, r.selection.max_chunk)]
+    chunks = r.chunk_budget, r.selection.max_chunk
+    launches.append(launch_keep(keep_indices, scores, partials, r, rows, *chunks, follows and rows is not None))
     if r.dry_run:
         new_lens, frontiers = r.lengths(*r.windows())
     else:
         new_lens, frontiers = torch.empty_like(r.seq_lens), torch.empty_like(r.seq_lens)
         everywhere = keep_indices.expand(len(r.cache.k), -1, r.cache.shape[2], -1)
-        launches.append(launch_compact(new_lens, frontiers, r, everywhere))
+        launches.append(launch_compact(new_lens, frontiers, r, everywhere, follows))
     return Lists(new_lens, keep_indices, scores, frontiers), launches
