@@ -22,8 +22,9 @@ OF_CONTEXTS = (
 # Only a new operation may raise this limit, by its own lines (operations and payloads 1,267, packets 250, the profile
 # 897, placement 944, scorers 281, stores and their commands 456; decoding in fewer passes on a CPU: 18, and into
 # whole blocks, and encoding out of them: 45; ranking the rows of a paged cache: 26; new contexts in the reserve of a
-# full tier: 11; checksums where packets lie, and the packets that have them: 116).
-MOST_OF_CONTEXTS = 4312
+# full tier: 11; checksums where packets lie, and the packets that have them: 116; what scorers need, and those of other
+# packages: 36).
+MOST_OF_CONTEXTS = 4348
 # The code for windows had 2,436 lines after the rearrangement, whose goal was 2,200. Only a new operation may raise
 # this limit, by its own lines (queries in four bits: 221; rings of them, fp8 queries and looking ahead: 215; windows
 # and keeps of single sequences: 18; compressing early and while recomputing: 43; dry runs, losses and the guard: 129;
@@ -31,9 +32,9 @@ MOST_OF_CONTEXTS = 4312
 # payloads share: 57; sequences that begin with fewer rows than tokens, and queries that rank them: 44; packed caches
 # that contexts share: 3; the name of the checksum's operation: 1; column sums in registers, and packed queries a
 # tile ahead: 97; repeated launches, which take a tenth of the host time: 117; rows that programs
-# share, and block ids ahead: 37; limits of targets by name: 8; kernels that overlap, and repeated calls with pooled lists
-# or hooks: 33).
-MOST_OF_CORE = 3520
+# share, and block ids ahead: 37; limits of targets by name: 8; kernels that overlap, and repeated calls with pooled
+# lists or hooks: 33; other methods by name: 97).
+MOST_OF_CORE = 3617
 
 
 def code_lines(source: str) -> set[int]:

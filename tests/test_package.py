@@ -80,7 +80,7 @@ GROUND = {"ahead", "values", "checks", "overlap", "packed", "paged", "arguments"
         ("reference", {*GROUND, *PAYLOAD, "reference"}),
         ("ops", {*GROUND, *PAYLOAD, "reference", "ops"}),
         ("scorers", {"ahead", "checks", "options", "values", "ops", "scorers"}),
-        ("windows", {*GROUND, "reference", "ops", "windows"}),
+        ("windows", {*GROUND, "reference", "ops", "scorers", "windows"}),
         ("contexts", {"values", "ahead", "paged", *PAYLOAD, "ops", "scorers", "contexts"}),
         ("contexts/__main__.py", {"contexts", "integrations"}),
         ("engine", {"paged", "windows"}),

@@ -374,7 +374,7 @@ ORACLES = {
 
 
 def test_every_scorer_but_chance_has_an_oracle() -> None:
-    assert set(NAMED) - set(ORACLES) == {"random", "random_shared", "streaming_llm"}
+    assert set(NAMED) - set(ORACLES) == {"random", "random_shared", "streaming_llm", "newest"}
 
 
 @pytest.mark.parametrize("narrow", [False, True])

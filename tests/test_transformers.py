@@ -428,6 +428,20 @@ def test_a_scorer_replaces_the_scores(llama):
     assert_generated(llama, cache, text, real, logits)
 
 
+@pytest.mark.parametrize("name", ["newest", "knorm", "tova", "compactor"])
+def test_a_method_has_a_name(llama, name):
+    """Two sequences of different lengths, and a prompt in two parts, after which the room for queries grows."""
+    ids, real = prompts(9, 4)
+    cache = KaraCache(llama, window=16, keep=6, tail=3, scorer=name)
+    text, logits = generate(llama, ids, real, cache, 50)
+    assert len(cache.events) >= 4
+    assert_generated(llama, cache, text, real, logits)
+    if name == "newest":
+        assert all((event.keep_indices == torch.arange(10, 16)).all() for event in cache.events)
+    row = LAYERS * 6 * 8 * 4
+    assert (cache.query_bytes // row <= 3) == (name in ("newest", "knorm"))  # a row for each, and one for prompts
+
+
 def test_the_selection_options_reach_the_library(llama):
     ids, real = prompts(9, 9)
     cache = KaraCache(llama, window=16, keep=6, tail=3, pool="model")
@@ -684,7 +698,7 @@ def test_another_batch_without_reset_is_refused(llama):
         ({"num_blocks": 0}, r"num_blocks: expected 1\.\..*, got 0"),
         ({"protected": [3, -1]}, r"protected: expected 0\.\..*, got -1"),
         ({"backend": "cuda"}, "backend: expected"),
-        ({"scorer": 3}, "scorer: expected a callable"),
+        ({"scorer": 3}, "scorer: expected a name, a callable or None"),
         ({"pool": "none"}, "pool"),
         ({"chunk_fraction": 1.5}, "chunk_fraction"),
         ({"windows": 3}, "windows: expected options among attention, .*max_chunk"),

@@ -18,8 +18,9 @@ from ..ahead import LookAhead
 from ..paged import PackedCache, PagedCache
 from .compress import CompressedWindow, compress_window
 from .plan import Plan
-from .policy import Policy
+from .policy import KARA, Policy
 from .queries import QueryRing, upload
+from .scored import blank_scores, scores_of
 
 Watch = Callable[[Sequence[Plan], CompressedWindow], None]
 
@@ -41,7 +42,7 @@ def execute(
         scale, k_scale, reduce_scores, look_ahead, backend: see :func:`kara_kernels.compress_window`.
             ``look_ahead`` is ``policy.positions_ahead`` positions of the model's rotary embedding.
         scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of computing scores. All plans
-            then have one ``window``.
+            then have one ``window``. None lets the policy's ``scorer`` compute them.
         dry_run: score and select only, as for a :class:`~kara_kernels.engine.Ledger` in ``shadow``.
         watch: called with the plans of each call of :func:`kara_kernels.compress_window`, and its result. It must not
             wait for a GPU.
@@ -56,9 +57,13 @@ def execute(
     call = _Call(ring, options | {"dry_run": dry_run}, watch)
     packed = isinstance(cache, PackedCache)
     kept: dict[int, Tensor] = {}
-    for places in _groups(plans, packed, scores is not None):
+    for places in _groups(plans, packed, scores is not None or policy.scorer != KARA):
         group = [plans[s] for s in places]
-        of_group = None if scores is None else torch.stack([scores[:, s] for s in places], 1)
+        of_group = None
+        if scores is not None:
+            of_group = torch.stack([scores[:, s] for s in places], 1)
+        elif policy.scorer != KARA:
+            of_group = scores_of(group, cache, ring, policy.scorer, scale)
         tables = [plan.touched for plan in group]
         if isinstance(cache, PackedCache):
             blocks = upload(tables[0], torch.int64, cache.pools[0].device)
@@ -83,13 +88,16 @@ def warm_up(
     It compresses one empty sequence, which is skipped, so the cache does not change. ``reduce_scores`` is called too.
     """
     ring.warm_up()
+    scored = None
     if isinstance(cache, PackedCache):
         cache = cache.load(torch.zeros(1, dtype=torch.int64, device=cache.pools[0].device))
     count = policy.window if policy.attention == "causal" else policy.query_rows
     call = _Call(ring, _options(policy, scale, k_scale, reduce_scores, look_ahead, backend))
     for window in sorted({policy.window, policy.least_window}):
+        if policy.scorer != KARA:
+            scored = blank_scores(window, cache, ring, policy, scale)
         nobody = Plan("", 0, 0, 0, 0, window, 1, (0,), 0, 0, last_query=0, num_queries=0)
-        call.launch([nobody], [range(count)], [(0,)], cache, None)
+        call.launch([nobody], [range(count)], [(0,)], cache, scored)
 
 
 def _options(

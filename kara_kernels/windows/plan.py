@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .policy import Policy
+from .policy import KARA, Policy
 
 
 class Held(NamedTuple):
@@ -50,8 +50,8 @@ class Plan(NamedTuple):
     last_query: int
     """Sample number of the last query that scores, see :class:`kara_kernels.engine.QueryRing`."""
     num_queries: int
-    """``N``, the number of recorded queries that score, up to and including the last one. With ``attention="causal"``
-    these are the queries of the window's own tokens."""
+    """``N``, the number of recorded queries that score, up to and including the last one. 0 for a scorer that needs
+    none. With ``attention="causal"`` these are the queries of the window's own tokens."""
 
     @property
     def touched(self) -> tuple[int, ...]:
@@ -158,8 +158,10 @@ class Running:
         window = policy.window if self.frontier - start >= policy.window else self.least_window
         keep = max(1, window * policy.least_keep // policy.keep)
         first, last = self._recorded(held.logical_len, policy.query_rows)
-        # Causal queries are those of a window's own tokens, which the ring no longer has.
-        possible = self.yields and policy.attention != "causal" and self.frontier - start >= window > keep
+        if policy.scorer != KARA:  # other scores take a query's place for that of its row
+            first = max(first, self.frontier + self.dropped)
+        # The ring no longer has the queries of survivors.
+        possible = self.yields and not policy.own_queries and self.frontier - start >= window > keep
         if not possible or self._too_few(first, last):
             return None
         plan = self._plan(held, page, start, window, keep, first, last)
@@ -179,11 +181,12 @@ class Running:
         """``(window start, first sample, last sample)`` of the oldest window from physical row ``begin`` on."""
         policy = self.policy
         oldest, newest = self._recorded(logical, query_rows)
-        if policy.attention == "causal":
-            # Query i acts as window token i, so a token whose own query is gone fits in no window.
+        if policy.own_queries:
+            # A token whose own query is gone fits in no window.
             start = max(begin, oldest - self.dropped)
             first = start + self.dropped
-            return start, first, first + policy.window - 1
+            # Causal query i acts as window token i.
+            return start, first, first + policy.window - 1 if policy.attention == "causal" else newest
         rows = policy.query_rows
         # Queries of the window and its tail. If it had to wait, later ones have overwritten the oldest.
         first = -(-(begin + self.dropped) // policy.query_stride)
@@ -198,4 +201,5 @@ class Running:
         return max((self.recorded_from - 1) // self.policy.query_stride, newest - rows) + 1, newest
 
     def _too_few(self, first: int, last: int) -> bool:
-        return last - first + 1 < max(1, self.policy.query_rows // 4)
+        rows = self.policy.query_rows
+        return last - first + 1 < min(rows, max(1, rows // 4))

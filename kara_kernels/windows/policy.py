@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..options import OPTIONS, Scoring, Selection
+from ..scorers import registered
 from ..values import MAX_WINDOW, check_choice, check_count, check_number
 
+KARA = "kara"
 QUERY_HEADS = ("all", "mean")
 QUERY_DTYPES = ("int4", "fp8", "auto")
+OF_KARA = (
+    "attention", "reduction", "value_norm", "redundancy", "chunk_fraction", "max_chunk", "max_loss", "query_stride",
+    "query_heads",
+)  # fmt: skip
+"""Settings that only Kara's own scores have, or that would change what another method is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,10 @@ class Policy(Scoring, Selection):
         TypeError, ValueError: naming field, expected and got.
     """
 
+    scorer: str = KARA
+    """Whose scores choose the tokens: ``"kara"``, whose kernels the options of scoring belong to, or for comparison a
+    published method or an installed one, by its name in :mod:`kara_kernels.scorers`. Those are PyTorch. They see the
+    rows of the sequence and recorded queries, and select without Token2Chunk."""
     window: int = 256
     """``W``: uncompressed tokens that one compression chooses from; 2..4096, at least one block of the cache."""
     keep: int = 128
@@ -71,6 +82,7 @@ class Policy(Scoring, Selection):
     def __post_init__(self) -> None:
         Scoring.__post_init__(self)
         Selection.__post_init__(self)
+        self._check_scorer()
         for name, low in (("tail", 0), ("protected", 0), ("period", 1), ("max_sequences", 1), ("min_freed_blocks", 0)):
             check_count(name, getattr(self, name), low, 2**31 - 1)
         if self.pressure_tail is not None:
@@ -98,6 +110,18 @@ class Policy(Scoring, Selection):
         if self.look_ahead is not None:
             check_count("look_ahead", self.look_ahead, 0, 2**31 - 1)
         check_number("max_query_gib", self.max_query_gib, 0.0, 1e6)
+
+    def _check_scorer(self) -> None:
+        if not isinstance(self.scorer, str):
+            raise TypeError(f"scorer: expected a str, got {type(self.scorer).__name__}")
+        if registered(self.scorer).needs == "context":
+            raise ValueError(f"scorer: expected one that can score a window, got {self.scorer!r}")
+        if self.scorer == KARA:
+            return
+        fields = {field.name: field.default for field in dataclasses.fields(self) if field.name in OF_KARA}
+        for name, expected in {**fields, "look_ahead": self.look_ahead and 0}.items():
+            if (given := getattr(self, name)) != expected:
+                raise ValueError(f"{name}: expected {expected!r} with scorer={self.scorer!r}, got {given!r}")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], *, beside: Sequence[str] = ()) -> Policy:
@@ -149,7 +173,9 @@ class Policy(Scoring, Selection):
 
     @property
     def query_rows(self) -> int:
-        """Queries recorded per sequence: those of one window and its tail."""
+        """Queries recorded per sequence: those of one window and its tail, or none if the scorer needs none."""
+        if registered(self.scorer).needs == "rows":
+            return 0
         return -(-(self.window + self.tail) // self.query_stride)
 
     def recorded_heads(self, query_heads: int, kv_heads: int) -> int:
@@ -191,9 +217,15 @@ class Policy(Scoring, Selection):
         """``look_ahead``, or what None means for a model whose rotary embedding is known."""
         if self.look_ahead is not None:
             return self.look_ahead
-        return 0 if self.attention == "causal" else self.window
+        return 0 if self.attention == "causal" or self.scorer != KARA else self.window
+
+    @property
+    def own_queries(self) -> bool:
+        """Whether every token of a window must have its query in the ring."""
+        return self.attention == "causal" or registered(self.scorer).needs == "every query"
 
     @property
     def selection(self) -> dict[str, Any]:
         """The options of :func:`kara_kernels.compress_window` that decide which tokens are kept."""
-        return {name: getattr(self, name) for name in OPTIONS}
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return options if self.scorer == KARA else options | {"chunk_fraction": 0.0}

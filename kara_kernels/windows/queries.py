@@ -22,7 +22,7 @@ from ..packed import PackedQueries
 from ..reference.pack import pack_rows, unpacked
 from ..values import CONTEXT_QUERIES, check_count
 from .plan import Plan
-from .policy import Policy
+from .policy import KARA, Policy
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
@@ -128,7 +128,7 @@ class QueryRing:
             last_sample = (first + count - 1) // stride
             begin = max(first, prompt_len, (last_sample - rows + 1) * stride)
             sample = -(-begin // stride)
-            if sample <= last_sample:
+            if sample <= last_sample and self.policy.query_rows:
                 base = self._slot(request_id) * rows
                 self._contexts.pop(request_id, None)
                 marks += [(offset + n * stride - first, base + n % rows) for n in range(sample, last_sample + 1)]
@@ -189,6 +189,17 @@ class QueryRing:
             packed, places = pack_rows(torch.stack(rows)), self._targets[self._marked]
             for mine, new in zip(_parts(self._queries), packed, strict=True):
                 mine[torch.tensor(layers)[:, None], places] = new
+
+    def copied(self, request_id: str, last: int, count: int) -> Tensor:
+        """``[L, N, H*G, D]`` in the dtype of the queries: the samples of :meth:`rows_of`."""
+        if not count:
+            return self.blank[:, :0]
+        rows = upload(self.rows_of(request_id, last, count), torch.int64, self._targets.device)
+        held = self.queries
+        if isinstance(held, PackedQueries):
+            return unpacked(PackedQueries(*(part.index_select(1, rows) for part in held))).to(self._dtype)
+        (codes,) = _parts(held)
+        return codes.index_select(1, rows).view(held.dtype).to(self._dtype)
 
     def rows_of(self, request_id: str, last: int, count: int) -> list[int]:
         """Rows of ``queries`` that hold the ``count`` samples of a sequence up to number ``last``, oldest first.
@@ -283,8 +294,11 @@ def fit_queries(
 ) -> Policy:
     """The policy with the form of :data:`FORMS` whose ring is within ``max_query_gib`` and loses least.
 
-    The first form is what the policy itself says. If none fits, the policy stays as it is, and the ring is refused.
+    The first form is what the policy itself says. If none fits, or the scorer is not Kara's, the policy stays as it is,
+    and a ring that does not fit is refused.
     """
+    if policy.scorer != KARA:  # methods of others are as they were published
+        return policy
     most = 1 if policy.attention == "causal" else policy.window
     for heads, stride in ((policy.query_heads, policy.query_stride), *FORMS):
         form = replace(policy, query_heads=heads, query_stride=min(stride, most))

@@ -13,6 +13,7 @@ from shim import small
 from kara_kernels.engine import Ledger, Policy
 
 OUT_OF_RANGE = {
+    "scorer": ("snap", "kvzip"),
     "window": (1, 4097),
     "keep": (0, 256),
     "tail": (-1, 2**31),
@@ -50,6 +51,7 @@ def test_every_field_is_checked() -> None:
     assert {
         *COUNTS,
         *NUMBERS,
+        "scorer",
         "attention",
         "pool",
         "reduction",

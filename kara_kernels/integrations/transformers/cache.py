@@ -61,10 +61,11 @@ class KaraCache(Cache):
             several forward passes. By default the first forward pass is the prompt.
         num_blocks: size of the pool that all sequences share. With None a full pool doubles.
         backend: of :func:`kara_kernels.compress_window`: ``"auto"``, ``"triton"`` or ``"torch"``.
-        scorer: replaces the built-in scoring. Called for the sequences that are due as ``scorer(query=, k_cache=,
-            v_cache=, block_tables=, window_starts=, window=)`` with ``query [L, S, N, H*G, D]`` (window, then
-            tail, oldest first), ``L`` tensors ``[B, P, H, D]`` each, ``block_tables [S, max_blocks]`` and
-            ``window_starts [S]`` int32. Returns float32 scores ``[L, S, H, W]``; the highest are kept.
+        scorer: replaces the built-in scoring. A name is one of :attr:`kara_kernels.engine.Policy.scorer`. A callable
+            is called for the sequences that are due as ``scorer(query=, k_cache=, v_cache=, block_tables=,
+            window_starts=, window=)`` with ``query [L, S, N, H*G, D]`` (window, then tail, oldest first), ``L`` tensors
+            ``[B, P, H, D]`` each, ``block_tables [S, max_blocks]`` and ``window_starts [S]`` int32. Returns float32
+            scores ``[L, S, H, W]``; the highest are kept.
         look_ahead: score with queries rotated this many positions ahead, because kept tokens serve queries that come
             after the window. None means ``window`` positions if the model's rotary position embedding is found. It
             means 0 for other models, for a config, and with ``attention="causal"``. ``cache.look_ahead`` holds the
@@ -99,7 +100,7 @@ class KaraCache(Cache):
         protected: int | Sequence[int] | None = None,
         num_blocks: int | None = None,
         backend: str = "auto",
-        scorer: Callable[..., Tensor] | None = None,
+        scorer: str | Callable[..., Tensor] | None = None,
         look_ahead: int | None = None,
         **options: Any,
     ) -> None:
@@ -112,8 +113,10 @@ class KaraCache(Cache):
         for count in [protected] if isinstance(protected, int) else protected or ():
             check_count("protected", count, 0, _INT32_MAX)
         check_choice("backend", backend, ("auto", "triton", "torch"))
-        if scorer is not None and not callable(scorer):
-            raise TypeError(f"scorer: expected a callable or None, got {type(scorer).__name__}")
+        if isinstance(scorer, str):
+            options, scorer = {**options, "scorer": scorer}, None
+        elif scorer is not None and not callable(scorer):
+            raise TypeError(f"scorer: expected a name, a callable or None, got {type(scorer).__name__}")
         self.policy, ahead = resolve_look_ahead(_policy(window, keep, tail, look_ahead, options), model_or_config)
         self.look_ahead = self.policy.positions_ahead
         self._sequences = Sequences(
@@ -257,7 +260,9 @@ class KaraCache(Cache):
 
 def _policy(window: int, keep: int, tail: int, look_ahead: int | None, options: dict[str, Any]) -> Policy:
     """Records every query and compresses a window as soon as it and its tail exist, whatever that frees."""
-    split_options(options)  # raises a TypeError for unknown options and lists the known ones
+    split_options(
+        {name: value for name, value in options.items() if name != "scorer"}
+    )  # raises a TypeError for unknown options and lists the known ones
     return Policy(
         window=window, keep=keep, tail=tail, look_ahead=look_ahead, query_dtype="auto", min_freed_blocks=0,
         max_sequences=_INT32_MAX, max_query_gib=1e6, **options,

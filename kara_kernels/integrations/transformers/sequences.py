@@ -152,6 +152,8 @@ class Sequences:
         """A ring with room for all uncompressed tokens including ``new`` ones, or None if there are none."""
         batch, old = len(new), self.ring
         need = max(self._uncompressed(s, count) for s, count in enumerate(new))
+        if not self.policy.query_rows:
+            need = min(need, 1)  # the scorer needs no queries
         if need == 0:
             return None
         if old is not None and old.rows >= need and old.max_tokens >= sum(new):
@@ -162,7 +164,7 @@ class Sequences:
             self.policy, layers=self.layers, query_heads=heads, kv_heads=heads, head_dim=dim, max_sequences=batch,
             max_tokens=max(batch * rows, sum(new)), dtype=query.dtype, device=query.device, rows=rows,
         )  # fmt: skip
-        if old is not None:
+        if old is not None and self.policy.query_rows:
             for s, seen in enumerate(self.seen):
                 ring.copy(old, str(s), seen - 1, self._uncompressed(s))
         return ring
