@@ -12,7 +12,7 @@ TIMED := tests/test_cost.py tests/test_overhead.py
 TIMED_VLLM := tests/with_vllm/test_speed.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm demo-contexts quality codegen traffic contexts profile bench docs test test-vllm lint clean
+.PHONY: help demo demo-vllm demo-contexts quality reasoning codegen traffic contexts profile bench docs test test-vllm lint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -28,6 +28,9 @@ demo-contexts: $(VLLM_PYTHON) ## serve documents again and again, kept in severa
 
 quality: $(VENV)/.demo ## compare Kara with other methods, two hours on one core (ARGS="--quick": 5 minutes)
 	$(BIN)/python -m bench.quality $(ARGS)
+
+reasoning: $(VLLM_PYTHON) ## ask a served model problems with known answers, by method (ARGS="--quick": half an hour)
+	$(VLLM_PYTHON) -m bench.reasoning $(ARGS)
 
 codegen: $(VENV)/.dev ## compile every kernel for six GPUs; writes bench/results/codegen.md (ten minutes)
 	$(BIN)/python -m bench.codegen $(ARGS)
