@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-NAMES = "Ann Bob Cleo Dan".split()
+NAMES = "Ann Bob Cleo".split()
+CITIES = (
+    "Lisbon Oslo Cairo Lima Quebec Athens Dublin Havana Kyoto Nairobi Prague Riga Seoul Tunis Vienna Zagreb".split()
+)
 SHOWN = 5  # steps of the problem that is shown
 
 
@@ -59,24 +62,23 @@ def answer_in(text: str) -> list[str] | None:
 
 def trace(rng: random.Random, steps: int) -> Task:
     """A program, executed iteration by iteration."""
-    a, b, c = (rng.randrange(1, 10) for _ in range(3))
-    program = f"a, b, c = {a}, {b}, {c}\n"
-    program += f"for i in range({steps}):\n    a = (a + b) % 10\n    b = (b + c + i) % 10\n    c = (a + c) % 10\n"
-    program += "print(a, b, c)"
+    x, y, by, add = rng.randrange(1, 20), rng.randrange(1, 20), rng.randrange(2, 5), rng.randrange(2, 10)
+    program = f"x, y = {x}, {y}\nfor i in range(1, {steps + 1}):\n    if i % {by} == 0:\n        x = x + i\n"
+    program += f"    else:\n        y = y + {add}\nprint(x, y)"
     working = []
-    for i in range(steps):
-        line = f"i={i}: a = ({a} + {b}) % 10 = {(a + b) % 10}, "
-        a = (a + b) % 10
-        line += f"b = ({b} + {c} + {i}) % 10 = {(b + c + i) % 10}, "
-        b = (b + c + i) % 10
-        line += f"c = ({a} + {c}) % 10 = {(a + c) % 10}"
-        c = (a + c) % 10
-        working.append(line)
-    return Task(f"Execute this program step by step. What does it print?\n\n{program}", tuple(working), f"{a} {b} {c}")
+    for i in range(1, steps + 1):
+        if i % by == 0:
+            working.append(f"i = {i}: {i} % {by} = {i % by}, x = {x} + {i} = {x + i}")
+            x += i
+        else:
+            working.append(f"i = {i}: {i} % {by} = {i % by}, y = {y} + {add} = {y + add}")
+            y += add
+    question = f"Execute this program step by step. What does it print?\n\n{program}"
+    return Task(question, tuple(working), f"{x} {y}")
 
 
 def coins(rng: random.Random, steps: int) -> Task:
-    """Who holds how many coins after many gifts."""
+    """Who holds how many coins after many gifts. A line tells only of those who gave or took."""
     held = {name: rng.randrange(10, 20) for name in NAMES}
     start = ", ".join(f"{name} has {count}" for name, count in held.items())
     moves, working = [], []
@@ -84,19 +86,22 @@ def coins(rng: random.Random, steps: int) -> Task:
         giver = rng.choice([name for name in NAMES if held[name] > 1])
         taker = rng.choice([name for name in NAMES if name != giver])
         count = rng.randrange(1, min(6, held[giver]))
+        moves.append(f"{i + 1}. {giver} gives {count} to {taker}.")
+        working.append(
+            f"{moves[-1]} {giver}: {held[giver]} - {count} = {held[giver] - count}, "
+            f"{taker}: {held[taker]} + {count} = {held[taker] + count}"
+        )
         held[giver] -= count
         held[taker] += count
-        moves.append(f"{i + 1}. {giver} gives {count} to {taker}.")
-        working.append(f"{moves[-1]} " + ", ".join(f"{name} {held[name]}" for name in NAMES))
     asked = rng.choice(NAMES)
     listed = "\n".join(moves)
-    question = f"Four people have coins: {start}.\n\n{listed}\n\nHow many coins does {asked} have at the end?"
+    question = f"Three people have coins: {start}.\n\n{listed}\n\nHow many coins does {asked} have at the end?"
     return Task(question, tuple(working), str(held[asked]))
 
 
 def total(rng: random.Random, steps: int) -> Task:
     """A long sum with a running total."""
-    numbers = [rng.randrange(11, 100) for _ in range(steps)]
+    numbers = [rng.randrange(2, 30) for _ in range(steps)]
     sums = [sum(numbers[: i + 1]) for i in range(steps)]
     working = [f"{i + 1}. {before} + {number} = {before + number}"
                for i, (before, number) in enumerate(zip([0, *sums], numbers, strict=False))]  # fmt: skip
@@ -105,15 +110,20 @@ def total(rng: random.Random, steps: int) -> Task:
     )
 
 
-def ranks(rng: random.Random, steps: int) -> Task:
-    """Sorting by selection, list by list."""
-    left = rng.sample(range(10, 100), steps)
-    question = f"Sort these numbers by taking the smallest again and again: {', '.join(map(str, left))}."
-    ordered, working = sorted(left), []
-    for number in ordered:
-        left = [other for other in left if other != number]
-        working.append(f"take {number}, left: {', '.join(map(str, left)) or 'nothing'}")
-    return Task(question, tuple(working), ", ".join(map(str, ordered)))
+def distinct(rng: random.Random, steps: int) -> Task:
+    """How many different cities a list has, city by city."""
+    pool = rng.sample(CITIES, max(3, min(14, steps // 2)))
+    listed = [rng.choice(pool) for _ in range(steps)]
+    known: list[str] = []
+    working = []
+    for i, city in enumerate(listed):
+        if city in known:
+            working.append(f"{i + 1}. {city} is known, {len(known)} so far")
+        else:
+            known.append(city)
+            working.append(f"{i + 1}. {city} is new, {len(known)} so far")
+    lines = "\n".join(f"{i + 1}. {city}" for i, city in enumerate(listed))
+    return Task(f"How many different cities are in this list?\n\n{lines}", tuple(working), str(len(known)))
 
 
 def table(rng: random.Random, steps: int) -> Task:
@@ -153,7 +163,7 @@ def chain(rng: random.Random, steps: int) -> Task:
 
 Family = Callable[[random.Random, int], Task]
 FAMILIES: Mapping[str, tuple[Family, int]] = MappingProxyType({
-    "trace": (trace, 12), "coins": (coins, 14), "total": (total, 30), "ranks": (ranks, 10), "table": (table, 20),
+    "trace": (trace, 20), "coins": (coins, 10), "total": (total, 24), "distinct": (distinct, 28), "table": (table, 20),
     "chain": (chain, 28),
 })  # fmt: skip
 """Each with the number of its steps."""
