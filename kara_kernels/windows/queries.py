@@ -261,8 +261,8 @@ class QueryRing:
 
 def spread(context: int, rows: int) -> tuple[int, int]:
     """``(stride, samples)``: of a context, the last of every ``stride`` queries is recorded, as rows allow."""
-    stride = -(-context // min(rows, CONTEXT_QUERIES))
-    return stride, context // stride
+    stride = -(-context // max(1, min(rows, CONTEXT_QUERIES)))
+    return stride, min(rows, context // stride)
 
 
 def ring_bytes(

@@ -183,6 +183,9 @@ def test_a_ring_of_contexts_records_no_decoded_token_of_such_a_method() -> None:
     context = ring.of_context("a", 8, 0)
     assert context is not None
     assert (context == 1).all()
+    none = make_ring(small(scorer="knorm"), 1, 8)  # without rows it records no context either
+    assert not none.prepare([Span("a", 8, 0, 8, 8)])
+    assert none.of_context("a", 8, 0) is None
 
 
 def test_a_method_that_asks_every_query_scores_no_token_whose_query_is_gone() -> None:

@@ -250,9 +250,13 @@ def test_rows_whose_queries_are_not_known_are_not_ranked(both, found):
     [
         (None, {}, "keydiff/int8 without windows that move rows"),
         ({**KARA, "shadow": True}, {}, "keydiff/int8 without windows that move rows"),
+        (
+            {"default": "off", "scorer": "knorm"}, {"methods": ["none/int8", "kara_sampled/int8"]},
+            "kara_sampled/int8 beside windows that record no queries .scorer 'knorm'.",
+        ),
         (KARA, {"profile": None}, "methods: expected a profile beside methods that drop rows, got keydiff/int8"),
     ],
-)
+)  # fmt: skip
 def test_engines_that_cannot_drop_rows_are_refused(model, tmp_path, kara, contexts, expected):
     given = {**ON, "methods": ["none/int8", "keydiff/int8"], "profile": str(tmp_path / "profile"), **contexts}
     with pytest.raises(ValueError, match=expected):

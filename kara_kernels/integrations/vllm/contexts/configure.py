@@ -10,7 +10,7 @@ from ..hook import CONNECTOR
 from ..settings import settings_of
 from ..traces import check_trace
 from ..unsupported import UNSUPPORTED, found_in
-from .settings import ContextSettings, context_settings_of, may_drop
+from .settings import ContextSettings, context_settings_of, may_drop, needs_queries
 
 _ROOM = __name__.rpartition(".")[0]
 MODULE = f"{_ROOM}.connector"
@@ -106,6 +106,9 @@ def _refuse(config: Any) -> None:
     refused, settings = found_in(config, UNSUPPORTED), context_settings_of(config)
     if (dropping := [method for method in settings.methods if may_drop(method)]) and not can_begin_without(config):
         refused.append(f'{", ".join(dropping)} without windows that move rows ("kara": {{"default": "off"}})')
+    judged = [method for method in settings.methods if needs_queries(method)]
+    if judged and can_begin_without(config) and not (policy := settings_of(config).policy).query_rows:
+        refused.append(f"{', '.join(judged)} beside windows that record no queries (scorer {policy.scorer!r})")
     for name in ("preempted", "conversations"):
         if getattr(settings, name) and not can_begin_without(config):
             refused.append(f'{name} without windows that move rows ("kara": {{...}}, and not "shadow")')
