@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-NAMES = "Ann Bob Cleo".split()
-CITIES = (
-    "Lisbon Oslo Cairo Lima Quebec Athens Dublin Havana Kyoto Nairobi Prague Riga Seoul Tunis Vienna Zagreb".split()
-)
+NAMES = "Ann Bob Cleo Dan".split()
 SHOWN = 5  # steps of the problem that is shown
 
 
@@ -78,24 +75,19 @@ def trace(rng: random.Random, steps: int) -> Task:
 
 
 def coins(rng: random.Random, steps: int) -> Task:
-    """Who holds how many coins after many gifts. A line tells only of those who gave or took."""
-    held = {name: rng.randrange(10, 20) for name in NAMES}
+    """Who holds how many coins. What one has is often told many lines before."""
+    held = {name: rng.randrange(10, 30) for name in NAMES}
     start = ", ".join(f"{name} has {count}" for name, count in held.items())
     moves, working = [], []
     for i in range(steps):
-        giver = rng.choice([name for name in NAMES if held[name] > 1])
-        taker = rng.choice([name for name in NAMES if name != giver])
-        count = rng.randrange(1, min(6, held[giver]))
-        moves.append(f"{i + 1}. {giver} gives {count} to {taker}.")
-        working.append(
-            f"{moves[-1]} {giver}: {held[giver]} - {count} = {held[giver] - count}, "
-            f"{taker}: {held[taker]} + {count} = {held[taker] + count}"
-        )
-        held[giver] -= count
-        held[taker] += count
+        name, count = rng.choice(NAMES), rng.randrange(2, 10)
+        sign = "-" if held[name] > count + 5 and rng.random() < 0.5 else "+"
+        before, held[name] = held[name], held[name] + (count if sign == "+" else -count)
+        moves.append(f"{i + 1}. {name} {'finds' if sign == '+' else 'loses'} {count}.")
+        working.append(f"{moves[-1]} {name} has {before} {sign} {count} = {held[name]}")
     asked = rng.choice(NAMES)
     listed = "\n".join(moves)
-    question = f"Three people have coins: {start}.\n\n{listed}\n\nHow many coins does {asked} have at the end?"
+    question = f"Four people have coins: {start}.\n\n{listed}\n\nHow many coins does {asked} have at the end?"
     return Task(question, tuple(working), str(held[asked]))
 
 
@@ -110,20 +102,20 @@ def total(rng: random.Random, steps: int) -> Task:
     )
 
 
-def distinct(rng: random.Random, steps: int) -> Task:
-    """How many different cities a list has, city by city."""
-    pool = rng.sample(CITIES, max(3, min(14, steps // 2)))
-    listed = [rng.choice(pool) for _ in range(steps)]
-    known: list[str] = []
-    working = []
-    for i, city in enumerate(listed):
-        if city in known:
-            working.append(f"{i + 1}. {city} is known, {len(known)} so far")
-        else:
-            known.append(city)
-            working.append(f"{i + 1}. {city} is new, {len(known)} so far")
-    lines = "\n".join(f"{i + 1}. {city}" for i, city in enumerate(listed))
-    return Task(f"How many different cities are in this list?\n\n{lines}", tuple(working), str(len(known)))
+def merge(rng: random.Random, steps: int) -> Task:
+    """Two sorted lists become one, by comparisons. The answer repeats what was taken."""
+    numbers = rng.sample(range(10, 100), steps)
+    left, right = sorted(numbers[: steps // 2]), sorted(numbers[steps // 2 :])
+    question = f"Merge the sorted lists A = {left} and B = {right} into one sorted list."
+    working, merged = [], []
+    while left and right:
+        smaller = min(left[0], right[0])
+        name = "A" if smaller == left[0] else "B"
+        working.append(f"A has {left[0]}, B has {right[0]}: take {smaller} from {name}")
+        merged.append((left if name == "A" else right).pop(0))
+    name, rest = ("A", left) if left else ("B", right)
+    working.append(f"only {name} is left: take {', '.join(map(str, rest))}")
+    return Task(question, tuple(working), ", ".join(map(str, merged + rest)))
 
 
 def table(rng: random.Random, steps: int) -> Task:
@@ -163,7 +155,7 @@ def chain(rng: random.Random, steps: int) -> Task:
 
 Family = Callable[[random.Random, int], Task]
 FAMILIES: Mapping[str, tuple[Family, int]] = MappingProxyType({
-    "trace": (trace, 20), "coins": (coins, 10), "total": (total, 24), "distinct": (distinct, 28), "table": (table, 20),
+    "trace": (trace, 20), "coins": (coins, 24), "total": (total, 24), "merge": (merge, 22), "table": (table, 20),
     "chain": (chain, 28),
 })  # fmt: skip
 """Each with the number of its steps."""
