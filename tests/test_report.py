@@ -75,14 +75,14 @@ def test_text_and_json_say_the_same() -> None:
     assert len(text.splitlines()) <= 30
     found = rows(text)
     assert found["torch"].startswith(torch.__version__)
-    assert found["variables"] == "TRITON_INTERPRET=1, KARA_KERNELS_DEBUG=1"
+    assert found["variables"] == "TRITON_INTERPRET=1, KARA_KERNELS_DEBUG=1, KARA_KERNELS_PDL unset"
     assert found["CPU tensors"].startswith("PyTorch; backend='triton' works too (TRITON_INTERPRET=1")
 
 
 def test_compiled_kernels_are_not_for_processors() -> None:
     found = rows(run("-m", "kara_kernels", TRITON_INTERPRET="0"))
     assert found["CPU tensors"] == "PyTorch; backend='triton' needs TRITON_INTERPRET=1 there"
-    assert found["variables"] == "TRITON_INTERPRET=0, KARA_KERNELS_DEBUG unset"
+    assert found["variables"] == "TRITON_INTERPRET=0, KARA_KERNELS_DEBUG unset, KARA_KERNELS_PDL unset"
 
 
 def test_engines_are_not_imported() -> None:

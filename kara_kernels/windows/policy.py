@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..options import OPTIONS, Scoring, Selection
-from ..scorers import registered
 from ..values import MAX_WINDOW, check_choice, check_count, check_number
 
 KARA = "kara"
@@ -19,6 +18,15 @@ OF_KARA = (
     "query_heads",
 )  # fmt: skip
 """Settings that only Kara's own scores have, or that would change what another method is."""
+
+
+def _needs(scorer: str) -> str:
+    """See :class:`kara_kernels.scorers.Entry`. Command lines show Kara's settings without importing PyTorch."""
+    if scorer == KARA:
+        return "queries"
+    from ..scorers import registered
+
+    return registered(scorer).needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +122,7 @@ class Policy(Scoring, Selection):
     def _check_scorer(self) -> None:
         if not isinstance(self.scorer, str):
             raise TypeError(f"scorer: expected a str, got {type(self.scorer).__name__}")
-        if registered(self.scorer).needs == "context":
+        if _needs(self.scorer) == "context":
             raise ValueError(f"scorer: expected one that can score a window, got {self.scorer!r}")
         if self.scorer == KARA:
             return
@@ -174,7 +182,7 @@ class Policy(Scoring, Selection):
     @property
     def query_rows(self) -> int:
         """Queries recorded per sequence: those of one window and its tail, or none if the scorer needs none."""
-        if registered(self.scorer).needs == "rows":
+        if _needs(self.scorer) == "rows":
             return 0
         return -(-(self.window + self.tail) // self.query_stride)
 
@@ -222,7 +230,7 @@ class Policy(Scoring, Selection):
     @property
     def own_queries(self) -> bool:
         """Whether every token of a window must have its query in the ring."""
-        return self.attention == "causal" or registered(self.scorer).needs == "every query"
+        return self.attention == "causal" or _needs(self.scorer) == "every query"
 
     @property
     def selection(self) -> dict[str, Any]:
