@@ -64,8 +64,8 @@ def page(head: Row, rows: Sequence[Row], picture: str) -> str:
         "over problems. *First difference*: leading tokens as with the full cache, the median; *equal*: replies that "
         "are equal to the end. *KL*: from the full cache's distribution up to the first token that differs, in nats, a "
         "lower bound from the five likeliest tokens. *Held*: rows by tokens when a request ends, prompt included. "
-        "*Tokens/s*: of the whole "
-        "server; other methods than Kara are plain PyTorch, so theirs say nothing about the method.\n",
+        "*Tokens/s*: of the whole server; other methods than Kara are plain PyTorch, so theirs say nothing about the "
+        "method.\n",
         markdown(columns, [_line(cell, of, full, usages.get(cell)) for cell, of in _ordered(answers)]),
         "## By family\n",
         "Solved problems.\n",
@@ -149,7 +149,7 @@ def _goals(answers: Answers) -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Solved problems of every method by its retention, with intervals for Kara."""
+    """Solved problems of every method by its retention."""
     answers = answers_of(rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -188,6 +188,4 @@ def _name(axes: matplotlib.axes.Axes, ends: list[tuple[float, float, str, str]])
     lowest = -1.0
     for y, x, name, colour in sorted(ends):
         lowest = max(y, lowest + 0.05)
-        axes.annotate(name, (x, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour,
-                      annotation_clip=False) if lowest == y else axes.annotate(
-            name, (x, y), xytext=(x + 0.012, lowest), textcoords="data", va="center", color=colour)  # fmt: skip
+        axes.annotate(name, (x, lowest), xytext=(8, 0), textcoords="offset points", va="center", color=colour)

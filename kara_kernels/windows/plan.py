@@ -158,7 +158,7 @@ class Running:
         window = policy.window if self.frontier - start >= policy.window else self.least_window
         keep = max(1, window * policy.least_keep // policy.keep)
         first, last = self._recorded(held.logical_len, policy.query_rows)
-        if policy.scorer != KARA:  # other scores take a query's place for that of its row
+        if policy.scorer != KARA:  # others take query i for that of the i-th newest row
             first = max(first, self.frontier + self.dropped)
         # The ring no longer has the queries of survivors.
         possible = self.yields and not policy.own_queries and self.frontier - start >= window > keep
