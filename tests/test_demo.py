@@ -18,6 +18,7 @@ import torch
 from demos import command as command_line
 from demos import model
 from demos.generate import __main__
+from demos.style import spread
 
 for needed in ("transformers", "matplotlib", "rich"):
     pytest.importorskip(needed)
@@ -164,16 +165,18 @@ def test_figures_agree_with_each_other(demo: SimpleNamespace) -> None:
         assert 0 <= column["top1"] <= 1
 
 
-def test_names_of_lines_that_end_together_do_not_overlap() -> None:
-    from matplotlib.figure import Figure
-
-    from demos.generate.picture import _names
-
-    axes = Figure().subplots()
-    axes.set_ylim(0, 14)
-    _names(axes, 1, [(13, "first", "k"), (13, "second", "k"), (5, "third", "k")], 2)
-    heights = {text.get_text(): text.xy[1] for text in axes.texts}
-    assert heights == {"third": pytest.approx(5), "first": pytest.approx(12), "second": pytest.approx(14)}
+@pytest.mark.parametrize(
+    ("heights", "written"),
+    [
+        ([13, 13, 5], [12, 14, 5]),  # at the top they move down
+        ([5, 5.5, 1], [5, 7, 1]),  # elsewhere up
+        ([6, 5, 5, 12], [9, 5, 7, 12]),
+        ([15], [14]),
+        ([], []),
+    ],
+)
+def test_names_of_lines_that_end_together_do_not_overlap(heights: list[float], written: list[float]) -> None:
+    assert spread(heights, 2, 14) == written
 
 
 def test_picture_is_drawn(demo: SimpleNamespace) -> None:

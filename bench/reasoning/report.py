@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from bench.quality.statistics import Interval, difference
 from bench.tables import Row, markdown
-from demos.style import BLUE, GREY, INK, ORANGE, STYLE
+from demos.style import BLUE, GREY, INK, ORANGE, STYLE, spread
 
 from .problems import FAMILIES
 from .run import AGAIN, FULL, Cell
@@ -166,7 +166,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.plot(x, y, color=colour, linewidth=2.4 if method == OURS else 1.0, marker="o", markersize=4,
                       linestyle=":" if method in CHANCE else "-", zorder=3 if method == OURS else 2)  # fmt: skip
             ends.append((y[-1], x[-1], method, colour))
-        _name(axes, ends)
+        for height, (_, x_end, name, colour) in zip(spread([y for y, *_ in ends], 0.05, 1.0), ends, strict=True):
+            axes.annotate(name, (x_end, height), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
         of_full = [
             statistics.fmean(solved(of).values()) for cell, of in answers.items() if cell.method in (FULL, AGAIN)
         ]
@@ -181,11 +182,3 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.set_xlabel("kept of every window")
         figure.savefig(path, dpi=150)
-
-
-def _name(axes: matplotlib.axes.Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends of lines, moved apart where they would overprint."""
-    lowest = -1.0
-    for y, x, name, colour in sorted(ends):
-        lowest = max(y, lowest + 0.05)
-        axes.annotate(name, (x, lowest), xytext=(8, 0), textcoords="offset points", va="center", color=colour)

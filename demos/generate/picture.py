@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from .. import DemoError
-from ..style import BLUE, GREY, INK, ORANGE, PALE, SKY, STYLE
+from ..style import BLUE, GREY, INK, ORANGE, PALE, SKY, STYLE, spread
 
 CHUNK = 3  # runs of at least this many kept tokens are drawn and counted as a chunk
 ROWS = 10  # windows shown; more would be too thin to read
@@ -51,15 +51,10 @@ def _name(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
 
 
 def _names(axes: Axes, x: float, named: list[tuple[float, str, str]], gap: float) -> None:
-    """Labels lines that end at these heights, at least ``gap`` apart and below the top of the axes."""
-    named = sorted(named)
-    heights: list[float] = []
-    for height, _, _ in named:
-        heights.append(max(height, heights[-1] + gap) if heights else height)
-    most = axes.get_ylim()[1]
-    for height, (_, name, colour) in reversed([*zip(heights, named, strict=True)]):
-        _name(axes, name, x, min(height, most), colour)
-        most = min(height, most) - gap
+    """Labels lines that end at these heights."""
+    heights = spread([height for height, _, _ in named], gap, axes.get_ylim()[1])
+    for height, (_, name, colour) in zip(heights, named, strict=True):
+        _name(axes, name, x, height, colour)
 
 
 def _blocks(axes: Axes, result: dict[str, Any]) -> None:
