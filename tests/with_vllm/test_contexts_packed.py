@@ -65,6 +65,10 @@ def test_bfloat16_packed_or_not_is_answered_alike(model, monkeypatch):
 
 BLOCKS, PAGE, HEADS, DIM, LAYERS = 11, 32, 2, 64, 3
 
+writes_packed = pytest.mark.skipif(
+    ON_GPU or not torch.cpu._is_avx512_supported(), reason="needs vLLM's code for such processors"
+)
+
 
 class Layer:
     """An attention layer whose cache is written as vLLM does it on processors with AMX."""
@@ -81,7 +85,7 @@ class Layer:
         torch.ops._C.cpu_attn_reshape_and_cache(key, value, *halves, slots, "amx", 1.0, 1.0, "auto")
 
 
-@pytest.mark.skipif(ON_GPU or not torch.cpu._is_avx512_supported(), reason="needs vLLM's code for such processors")
+@writes_packed
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8", "exact"])
 def test_a_context_passes_through_blocks_that_vllm_has_packed(form):
     current_platform.import_kernels()
@@ -116,6 +120,7 @@ def test_a_context_passes_through_blocks_that_vllm_has_packed(form):
     worker.shutdown()
 
 
+@writes_packed
 def test_fewer_rows_leave_the_rest_of_their_last_block_alone():
     current_platform.import_kernels()
     torch.manual_seed(1)
