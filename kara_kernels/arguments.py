@@ -102,7 +102,7 @@ def check_scoring(
     return {
         "query": query, "query_rows": query_rows, "scoring": scoring,
         "scale": dim**-0.5 if scale is None else check_number("scale", scale, -3.4e38, 3.4e38),
-        "k_scale": key_scales(k_scale, len(cache.k), heads, cache.k[0].device),
+        "k_scale": row_scales("k_scale", k_scale, len(cache.k), heads, cache.k[0].device),
         "look_ahead": check_look_ahead(look_ahead, dim, cache.k[0].device),
     }  # fmt: skip
 
@@ -220,25 +220,28 @@ def check_query_rows(query_rows: object, rows: int, sequences: int, device: torc
     return chosen
 
 
-def key_scales(k_scale: float | Tensor | None, layers: int, heads: int, device: torch.device) -> float | Tensor:
-    """``k_scale`` as a float or a float view ``[L, H]``. A 1-D tensor is per layer, or per head of a single layer."""
-    if k_scale is None:
+def row_scales(
+    name: str, given: float | Tensor | None, layers: int, heads: int, device: torch.device
+) -> float | Tensor:
+    """``k_scale`` or ``v_scale`` as a float or a float view ``[L, H]``. A 1-D tensor is per layer, or per head of a
+    single one."""
+    if given is None:
         return 1.0
-    if not isinstance(k_scale, Tensor):
-        return check_number("k_scale", k_scale, -3.4e38, 3.4e38)
-    if not k_scale.is_floating_point():
-        raise TypeError(f"k_scale: expected a floating point tensor, got {k_scale.dtype}")
-    if k_scale.device != device:
-        raise ValueError(f"k_scale: expected device {device}, got {k_scale.device}")
-    shaped = k_scale.reshape(1, 1) if k_scale.numel() == 1 else k_scale
+    if not isinstance(given, Tensor):
+        return check_number(name, given, -3.4e38, 3.4e38)
+    if not given.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point tensor, got {given.dtype}")
+    if given.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {given.device}")
+    shaped = given.reshape(1, 1) if given.numel() == 1 else given
     if shaped.dim() == 1:
         shaped = shaped[:, None] if layers > 1 else shaped[None, :]
     try:
         return shaped.expand(layers, heads)
     except RuntimeError:
         raise ValueError(
-            f"k_scale: expected one element, [{layers}] per layer or [{layers}, {heads}] per layer and KV head, "
-            f"got shape {list(k_scale.shape)}"
+            f"{name}: expected one element, [{layers}] per layer or [{layers}, {heads}] per layer and KV head, "
+            f"got shape {list(given.shape)}"
         ) from None
 
 

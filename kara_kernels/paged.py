@@ -16,7 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .checks import check_alike, check_unit_stride
+from .checks import FP8_DTYPES, check_alike, check_unit_stride
 from .overlap import View, dims_of, first_meeting, reaches_twice
 from .packed import PackedQueries, Queries
 
@@ -249,6 +249,19 @@ class PackedCache:
     @property
     def _sizes(self) -> list[int]:
         return [shape.numel() for shape in self._shapes]
+
+
+def rows_of(pool: Tensor, blocks: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """The rows ``[1, H, n*P, D]`` of some blocks of one layer, times ``scale``, a float or ``[H]``. Those of an fp8
+    cache are float32."""
+    if pool.dtype in FP8_DTYPES:  # as bytes, because indexing is not implemented for every float8 type
+        rows = pool.view(torch.uint8)[blocks].view(pool.dtype).float()
+    else:
+        rows = pool[blocks]
+    rows = rows.flatten(0, 1).transpose(0, 1)[None]
+    if isinstance(scale, Tensor):
+        return rows * scale[:, None, None]
+    return rows if scale == 1 else rows * scale
 
 
 def per_layer(

@@ -8,9 +8,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 _seen: dict[int, tuple[Tensor, ...]] = {}  # layer -> post-RoPE queries, keys, and values of the last forward
 
 
-def _dense_attention(module, query, key, value, attention_mask, scaling, visible=None, rows=None, **kwargs):
+def _dense_attention(
+    module, query, key, value, attention_mask, scaling, visible=None, rows=None, stored=None, **kwargs
+):
     """Softmax attention in float64; ``visible[layer] [S, H, T, T]`` says which key each query sees."""
     layer, groups = module.layer_idx, query.shape[1] // key.shape[1]
+    if stored is not None:
+        key, value = stored(layer, key, value)
     if rows is not None:
         key, value = (
             torch.cat((given[layer][None], own[:, :, given.shape[2] :]), 2)
@@ -76,14 +80,15 @@ def column_of(real: Tensor, tokens: int) -> int:
 
 @torch.no_grad()
 def dense_logits(
-    model, ids: Tensor, real: Tensor, visible: Tensor, rows: tuple[Tensor, Tensor] | None = None
+    model, ids: Tensor, real: Tensor, visible: Tensor, rows: tuple[Tensor, Tensor] | None = None, stored=None
 ) -> Tensor:
     """Logits ``[S, T, V]`` of the text ``ids [S, T]`` in one forward pass without a cache. ``rows``: keys and values
-    ``[L, H, count, D]`` that stand for those of the first tokens."""
+    ``[L, H, count, D]`` that stand for those of the first tokens. ``stored(layer, keys, values)``: what a cache
+    makes of a layer's."""
     before = model.config._attn_implementation
     model.set_attn_implementation("dense")
     positions = (real.cumsum(1) - 1).clamp(min=0)
-    logits = model(ids, position_ids=positions, visible=visible, rows=rows, use_cache=False).logits
+    logits = model(ids, position_ids=positions, visible=visible, rows=rows, stored=stored, use_cache=False).logits
     model.set_attn_implementation(before)
     return logits
 

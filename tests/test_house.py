@@ -23,8 +23,8 @@ OF_CONTEXTS = (
 # 897, placement 944, scorers 281, stores and their commands 456; decoding in fewer passes on a CPU: 18, and into
 # whole blocks, and encoding out of them: 45; ranking the rows of a paged cache: 26; new contexts in the reserve of a
 # full tier: 11; checksums where packets lie, and the packets that have them: 116; what scorers need, and those of other
-# packages: 36).
-MOST_OF_CONTEXTS = 4348
+# packages: 36; rows of fp8 caches times their scales: 5).
+MOST_OF_CONTEXTS = 4353
 # The code for windows had 2,436 lines after the rearrangement, whose goal was 2,200. Only a new operation may raise
 # this limit, by its own lines (queries in four bits: 221; rings of them, fp8 queries and looking ahead: 215; windows
 # and keeps of single sequences: 18; compressing early and while recomputing: 43; dry runs, losses and the guard: 129;
@@ -33,8 +33,8 @@ MOST_OF_CONTEXTS = 4348
 # that contexts share: 3; the name of the checksum's operation: 1; column sums in registers, and packed queries a
 # tile ahead: 97; repeated launches, which take a tenth of the host time: 117; rows that programs
 # share, and block ids ahead: 37; limits of targets by name: 8; kernels that overlap, and repeated calls with pooled
-# lists or hooks: 33; other methods by name: 100).
-MOST_OF_CORE = 3620
+# lists or hooks: 33; other methods by name: 100; rows of fp8 caches times their scales: 21).
+MOST_OF_CORE = 3641
 
 
 def code_lines(source: str) -> set[int]:

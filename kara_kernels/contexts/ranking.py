@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ahead import LookAhead
 from ..ops import rank_rows
-from ..paged import PagedCache
+from ..paged import PagedCache, rows_of
 from ..scorers import Rows, named
 
 
@@ -25,6 +25,10 @@ class Judges(NamedTuple):
     """See :class:`~kara_kernels.scorers.Rows`."""
     scale: float
     """Of the model's logits."""
+    k_scales: Tensor | None = None
+    """float32 ``[L, H]``: factors on the keys of an fp8 cache."""
+    v_scales: Tensor | None = None
+    """Those on its values."""
 
 
 @torch.inference_mode()
@@ -39,7 +43,10 @@ def ranked(cache: PagedCache, table: Tensor, scorer: str, queries: Tensor | None
     """
     order = []
     for layer, (k, v) in enumerate(zip(cache.k, cache.v or cache.k, strict=True)):
-        keys, values = (pool[table].flatten(0, 1).transpose(0, 1)[None] for pool in (k, v))
+        scales = (None, None) if judges is None else (judges.k_scales, judges.v_scales)
+        keys, values = (
+            rows_of(pool, table, 1.0 if of is None else of[layer]) for pool, of in zip((k, v), scales, strict=True)
+        )
         heads, tokens, dim = keys.shape[1:]
         if queries is None:
             query = keys.new_empty(1, 0, heads, 1, dim)

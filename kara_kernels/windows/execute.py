@@ -27,7 +27,7 @@ Watch = Callable[[Sequence[Plan], CompressedWindow], None]
 
 def execute(
     plans: Sequence[Plan], cache: PagedCache | PackedCache, ring: QueryRing, policy: Policy, *,
-    scale: float | None = None, k_scale: float | Tensor | None = None,
+    scale: float | None = None, k_scale: float | Tensor | None = None, v_scale: float | Tensor | None = None,
     reduce_scores: Callable[[Tensor], Tensor] | None = None, look_ahead: LookAhead | None = None,
     scores: Tensor | None = None, dry_run: bool = False, watch: Watch | None = None, backend: str = "auto",
 ) -> list[Tensor]:  # fmt: skip
@@ -41,6 +41,8 @@ def execute(
         policy: the policy that the plans were made with. Each plan has its own ``window`` and ``keep``.
         scale, k_scale, reduce_scores, look_ahead, backend: see :func:`kara_kernels.compress_window`.
             ``look_ahead`` is ``policy.positions_ahead`` positions of the model's rotary embedding.
+        v_scale: factor on the values of an fp8 cache, in the forms of ``k_scale``. Other scorers than Kara's see it.
+            Kara's value norms are those of stored values.
         scores: float32 ``[L, S, H, W]``, in the order of ``plans``, to select by instead of computing scores. All plans
             then have one ``window``. None lets the policy's ``scorer`` compute them.
         dry_run: score and select only, as for a :class:`~kara_kernels.engine.Ledger` in ``shadow``.
@@ -63,7 +65,7 @@ def execute(
         if scores is not None:
             of_group = torch.stack([scores[:, s] for s in places], 1)
         elif policy.scorer != KARA:
-            of_group = scores_of(group, cache, ring, policy.scorer, scale)
+            of_group = scores_of(group, cache, ring, policy.scorer, scale, (k_scale, v_scale))
         tables = [plan.touched for plan in group]
         if isinstance(cache, PackedCache):
             blocks = upload(tables[0], torch.int64, cache.pools[0].device)
@@ -79,8 +81,8 @@ def execute(
 
 def warm_up(
     cache: PagedCache | PackedCache, ring: QueryRing, policy: Policy, *, scale: float | None = None,
-    k_scale: float | Tensor | None = None, reduce_scores: Callable[[Tensor], Tensor] | None = None,
-    look_ahead: LookAhead | None = None, backend: str = "auto",
+    k_scale: float | Tensor | None = None, v_scale: float | Tensor | None = None,
+    reduce_scores: Callable[[Tensor], Tensor] | None = None, look_ahead: LookAhead | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
     """Compiles the kernels that :func:`execute` launches with these options, and the ring's, so that the first request
     does not wait. Call it before the first step.
@@ -95,7 +97,7 @@ def warm_up(
     call = _Call(ring, _options(policy, scale, k_scale, reduce_scores, look_ahead, backend))
     for window in sorted({policy.window, policy.least_window}):
         if policy.scorer != KARA:
-            scored = blank_scores(window, cache, ring, policy, scale)
+            scored = blank_scores(window, cache, ring, policy, scale, (k_scale, v_scale))
         nobody = Plan("", 0, 0, 0, 0, window, 1, (0,), 0, 0, last_query=0, num_queries=0)
         call.launch([nobody], [range(count)], [(0,)], cache, scored)
 

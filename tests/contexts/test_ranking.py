@@ -22,3 +22,21 @@ def test_rows_are_ranked_with_the_scale_of_the_model(scale: float) -> None:
     rows = Rows(queries.unflatten(2, (2, 2)), keys, values, 0, 64, scale)
     judges = Judges(lambda *_: queries, queries[:, :1], None, scale)
     assert torch.equal(ranked(cache, table, "kara_sampled", queries, judges), rank_rows(kara_sampled(rows)))
+
+
+def test_rows_of_eight_bits_are_ranked_times_their_scales() -> None:
+    torch.manual_seed(0)
+    cache = PagedCache(*(torch.randn(3, 6, 16, 2, 16).to(torch.float8_e4m3fn) for _ in range(2)))
+    scales = [torch.rand(3, 2) + 0.1 for _ in range(2)]
+    assert cache.v is not None
+    exact = [
+        torch.stack([x.float() * factor[:, None] for x, factor in zip(of, scale, strict=True)])
+        for of, scale in zip((cache.k, cache.v), scales, strict=True)
+    ]
+    table, queries = torch.tensor([4, 1, 3, 5], dtype=torch.int32), torch.randn(3, 20, 4, 16)
+    plain, scaled = (Judges(lambda *_: queries, queries[:, :1], None, 0.25, *of) for of in ((), scales))
+    for scorer in ("kara_sampled", "compactor"):
+        asked = queries if scorer == "kara_sampled" else torch.randn(3, 64, 4, 16)
+        expected = ranked(PagedCache(*exact), table, scorer, asked, plain)
+        assert torch.equal(ranked(cache, table, scorer, asked, scaled), expected)
+        assert not torch.equal(ranked(cache, table, scorer, asked, plain), expected)

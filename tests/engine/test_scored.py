@@ -19,6 +19,7 @@ from kara_kernels.scorers import REGISTRY, Entry, Rows, registered
 OF_WINDOWS = [name for name, entry in REGISTRY.items() if entry.needs != "context"]
 OTHERS = [name for name in OF_WINDOWS if name != "kara"]
 PAGE, PROMPT, V_DIM = 4, 6, 5
+FP8 = torch.float8_e4m3fn
 
 
 def packed(cache: PagedCache) -> PackedCache:
@@ -112,6 +113,23 @@ def test_a_method_sees_what_it_would_in_the_model(name: str) -> None:
         assert torch.equal(keep, select_topk(scores, plan.keep))
         assert torch.equal(keep, of_packed[0])
     assert events == 6
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "packed"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_eight_bits_are_seen_times_their_scales(name: str, plain: bool) -> None:
+    """One list for the model, so that the scale of one layer or head counts beside those of others."""
+    policy = small(scorer=name, pool="model")
+    model, scales = Model(policy, 60), [torch.rand(LAYERS, HEADS) + 0.1 for _ in range(2)]
+    exact = [scale[:, None, :, None] for scale in scales]
+    model.tokens = [x.to(FP8).float() * scale for x, scale in zip(model.tokens, exact, strict=True)]
+    while (plan := model.plan()) is None:
+        model.decode()
+    stored = PagedCache(*((x / scale[:, :, None]).to(FP8) for x, scale in zip(model.pools, exact, strict=True)))
+    cache = stored if plain else packed(stored)
+    given = {"k_scale": scales[0], "v_scale": scales[1], "dry_run": True}
+    [keep] = execute([plan], cache, model.ring, policy, **given)
+    assert torch.equal(keep, model.compress(plan))
 
 
 @pytest.mark.parametrize("form", ["int4", "fp8", "auto"])

@@ -34,10 +34,22 @@ class SlowModel(Rates):
         assert value > 0
 
 
-class Server:
-    """vLLM with contexts in this process, of which there can be one at a time, and the dense model that judges it."""
+class Rounded(DynamicCache):
+    """A cache that stores what ``stored(layer, keys, values)`` makes of its rows."""
 
-    def __init__(self, llm, model):
+    def __init__(self, stored):
+        super().__init__()
+        self.stored = stored
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        return super().update(*self.stored(layer, keys, values), layer, *args, **kwargs)
+
+
+class Server:
+    """vLLM with contexts in this process, of which there can be one at a time, and the dense model that judges it.
+    ``stored``: what the engine's cache makes of rows, see :func:`dense.dense_logits`."""
+
+    def __init__(self, llm, model, stored=None):
         self.llm, self.core = llm, llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.connector = self.scheduler.connector
@@ -47,6 +59,7 @@ class Server:
         self.manager.rates = self.manager._known._rates = self.manager.admissions._rates = SlowModel()
         self._yield_between_steps()
         self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.stored = stored
         self.shape = self.dense.config.num_hidden_layers, self.dense.config.num_key_value_heads, 32
 
     def _yield_between_steps(self):
@@ -128,19 +141,22 @@ class Server:
         packet = read_packet(data, sections=sections)
         layers, heads, dim = self.shape
         blocks = -(-count // BLOCK)
-        pools = [[torch.full((blocks, BLOCK, heads, dim), torch.nan) for _ in range(layers)] for _ in range(2)]
+        empty = torch.full((blocks, BLOCK, heads, dim), torch.nan).to(packet.header.layout.dtype)
+        pools = [[empty.clone() for _ in range(layers)] for _ in range(2)]
         cache = PagedCache(*pools)
         decode(packet, cache.k, cache.v, torch.arange(blocks, dtype=torch.int32))
-        keys, values = (torch.stack([x.flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v))
+        keys, values = (
+            torch.stack([x.float().flatten(0, 1).transpose(0, 1) for x in pool]) for pool in (cache.k, cache.v)
+        )
         keys, values = keys[:, :, :count], values[:, :, :count]
         places = (~keys[..., 0].isnan()).nonzero()[:, 2].view(layers, heads, packet.step.rows)
         return keys.nan_to_num(), values.nan_to_num(), places
 
     def judge(self, prompt, count, tokens=12, sections=None):
         """What a dense model says whose first ``count`` rows are those of the packet."""
-        cache = DynamicCache()
+        cache = DynamicCache() if self.stored is None else Rounded(self.stored)
         for layer, (k, v) in enumerate(zip(*self.rows_of(prompt, count, sections), strict=True)):
-            cache.update(k[None].clone(), v[None].clone(), layer)
+            DynamicCache.update(cache, k[None].clone(), v[None].clone(), layer)
         said, ids, position = [], torch.tensor(prompt[count:]), count
         with torch.no_grad():
             while len(said) < tokens:
@@ -164,7 +180,7 @@ class Server:
 
 
 @contextmanager
-def serving(model, contexts=ON, **options):
+def serving(model, contexts=ON, stored=None, **options):
     settings = {"additional_config": {"contexts": contexts}, "num_gpu_blocks_override": 64, **options}
     with engine(model, None, **settings) as some:
-        yield Server(some.llm, model)
+        yield Server(some.llm, model, stored)

@@ -77,6 +77,14 @@ def configure(model, kara, **options):
     return EngineArgs(model=model, **{**settings, **options}).create_engine_config()
 
 
+def short_of_best(event, scores):
+    """How much less the least of an event's kept tokens scores than the best dropped one, in any list; scores
+    ``[L, H, W]``."""
+    is_kept = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, torch.tensor(event["keep_indices"]), True)
+    least = scores.masked_fill(~is_kept, torch.inf).amin(2)
+    return (scores.masked_fill(is_kept, -torch.inf).amax(2) - least).max()
+
+
 @dataclass
 class Served:
     """A request as seen by the client, and where its recomputations started."""
@@ -260,10 +268,15 @@ def engine(model, kara=KARA, *, trace=None, mode="synchronous", **options):
 
 class Dense:
     """The expected output of the engine: one forward pass over the whole text, with dropped tokens masked in their
-    layer and head. Shares only the trace with the plugin."""
+    layer and head. Shares only the trace with the plugin.
 
-    def __init__(self, model):
+    Args:
+        stored: see :func:`dense.dense_logits`.
+        close: how far from the best token's logit that of the engine's may be."""
+
+    def __init__(self, model, stored=None, close=5e-5):
         torch.set_num_threads(1)
+        self.stored, self.close = stored, close
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     def logits(self, served, events):
@@ -275,7 +288,8 @@ class Dense:
         parts = []
         for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
             ledger, rows = self._replay(served, start, runs[start])
-            logits = dense_logits(self.model, ids, torch.ones_like(ids, dtype=torch.bool), ledger.visible, rows)[0]
+            real = torch.ones_like(ids, dtype=torch.bool)
+            logits = dense_logits(self.model, ids, real, ledger.visible, rows, self.stored)[0]
             parts.append(logits[max(start - 1, 0) : end - 1])
         return torch.cat(parts)
 
@@ -345,7 +359,7 @@ class Dense:
         differ by some 1e-6, which decides when two tokens are as close. A single wrong row changes whole units."""
         logits = self.logits(served, events)[len(served.prompt) - 1 :]
         behind = logits.max(-1).values - logits.gather(1, torch.tensor(served.tokens)[:, None])[:, 0]
-        return (behind > 5e-5).nonzero()[:, 0].tolist()
+        return (behind > self.close).nonzero()[:, 0].tolist()
 
     def assert_equal(self, engine, all_served, *, compressions):
         """Checks that every token is the dense model's, and that every request was compressed at least that often."""

@@ -58,7 +58,8 @@ def test_settings_are_checked_at_start_up(model, kara, words):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ({"kv_offloading_size": 1.0}, "KV connectors"),  # vLLM converts it to one
-        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache .*: fp8"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "a KV cache quantised to other than fp8 .*: int8_per_token_head"),
+        ({"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "layers of unequal caches .*: 0"),
         ({"scheduler_cls": "elsewhere.Scheduler"}, "another scheduler .*: elsewhere.Scheduler"),
         ({"runner": "pooling"}, "pooling models"),
     ],
@@ -113,10 +114,11 @@ def layer(**changes):
         ([layer(kv_sharing_target_layer_name="0")], "cross-layer KV sharing"),
         ([layer(attn_type="encoder_only")], "attention other than a decoder's: encoder_only"),
         ([layer(head_size_v=16)], "values of another size than keys: 16 and 32"),
-        ([layer(), layer(num_kv_heads=4)], "the same heads and scale in every layer"),
-        ([layer(), layer(scale=1.0)], "the same heads and scale in every layer"),
-        ([], "the same heads and scale in every layer, got no layer"),
-        ([layer(kv_cache_dtype="fp8")], "a quantised KV cache: fp8"),
+        ([layer(), layer(num_kv_heads=4)], "the same heads, scale and cache in every layer"),
+        ([layer(), layer(scale=1.0)], "the same heads, scale and cache in every layer"),
+        ([], "the same heads, scale and cache in every layer, got no layer"),
+        ([layer(), layer(kv_cache_dtype="fp8")], "the same heads, scale and cache in every layer"),
+        ([layer(kv_cache_dtype="nvfp4")], "a KV cache quantised to other than fp8: nvfp4"),
     ],
 )
 def test_layers_that_are_not_plain_attention_are_refused(layers, words):

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from kara_kernels.paged import PackedCache, PagedCache
 
-_BASE = 128  # digits that every cache dtype represents exactly
+from .quantised import by_head, stored_as
+
 _PROBED = 1  # block 0 is vLLM's null block
 
 
-@torch.inference_mode()
 def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> PagedCache | PackedCache:
     """The caches of all layers, as views ``[B, P, H, D]`` if strides can describe them, otherwise by element offsets.
+    Those of eight-bit floats have their dtype, not that of bytes.
 
     Args:
         layers: vLLM's attention layers, with caches allocated but not yet in use.
@@ -29,7 +30,7 @@ def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> Paged
     Raises:
         ValueError: caches that differ between layers, or a backend that stores part of a row outside its block.
     """
-    caches = [layer.kv_cache for layer in layers]
+    caches = [x.kv_cache.view(stored_as(x.kv_cache_dtype, x.kv_cache.dtype)) for x in layers]
     first = caches[0]
     dims = [dim for dim, extent in enumerate(first.shape) if extent == num_blocks]
     alike = all(x.shape == first.shape and x.stride() == first.stride() and x.dtype == first.dtype for x in caches)
@@ -53,21 +54,25 @@ def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> Paged
     return PagedCache(views[0], views[1])
 
 
+@torch.inference_mode()
 def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> tuple[Tensor, Tensor]:
     """int64 ``[P, H, D]`` for keys and values: storage offset of an element from the start of its block."""
     heads, size = layer.num_kv_heads, layer.head_size
     count = block_size * heads * size
     numbers = torch.arange(1, 2 * count + 1, device=cache.device).view(2, block_size, heads, size)
     slots = torch.arange(block_size, device=cache.device) + _PROBED * block_size
-    block = cache.narrow(dim, _PROBED, 1)
+    base = min(128, round(2 / torch.finfo(cache.dtype).eps))  # the dtype represents these digits exactly
+    factors = [by_head(scale, heads)[:, None] for scale in (layer._k_scale, layer._v_scale)]  # it is written divided
+    block, written = (x.narrow(dim, _PROBED, 1) for x in (cache, layer.kv_cache))
     found, place = torch.zeros(block.shape, dtype=torch.int64, device=cache.device), 1
     while place <= 2 * count:
-        digits = (numbers // place % _BASE).to(cache.dtype)
-        block.zero_()
-        layer.impl.do_kv_cache_update(layer, *digits, cache, slots)
-        found += block.to(torch.int64) * place
-        place *= _BASE
-    block.zero_()
+        digits = numbers // place % base
+        rows = [(part * factor).to(layer.dtype) for part, factor in zip(digits, factors, strict=True)]
+        written.zero_()
+        layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, slots)
+        found += block.float().to(torch.int64) * place
+        place *= base
+    written.zero_()
     where = _places(block.shape, block.stride(), cache.device)
     held, order = found.flatten().sort()
     order = order[held > 0]

@@ -20,15 +20,23 @@ def _other_connector(config: Any) -> bool:
     return offloads or (given is not None and not str(given.kv_connector_module_path).startswith("kara_kernels."))
 
 
-def _quantised(cache_dtype: str) -> bool:
-    return cache_dtype not in ("auto", "float16", "bfloat16", "float32")
+FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""Caches of eight-bit floats with one factor for a layer or a head."""
 
 
-def _quantised_cache(config: Any) -> Any:
-    given = config.cache_config.cache_dtype
-    if given == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None:
-        given = "fp8"  # what vLLM's attention layers will make of it
-    return _quantised(given) and given
+def cache_dtype_of(config: Any) -> str:
+    """vLLM's name for what its KV cache holds, also where only attention layers will see the checkpoint's wish."""
+    given: str = config.cache_config.cache_dtype
+    quantised = given == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None
+    return "fp8" if quantised else given
+
+
+def _quantised(cache_dtype: str) -> Any:
+    return cache_dtype not in ("auto", "float16", "bfloat16", "float32", *FP8) and cache_dtype
+
+
+def _unequal_caches(config: Any) -> Any:
+    return ", ".join(getattr(config.cache_config, "kv_cache_dtype_skip_layers", None) or ())
 
 
 def _sliding_window(config: Any) -> Any:
@@ -65,7 +73,8 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     "other KV connectors (--kv-transfer-config, --kv-offloading-size)": _other_connector,
     "encoder cache connectors (--ec-transfer-config)": lambda c: getattr(c, "ec_transfer_config", None) is not None,
     "another scheduler (--scheduler-cls)": _other_scheduler,
-    "a quantised KV cache (of the checkpoint, or --kv-cache-dtype, which overrides it)": _quantised_cache,
+    "a KV cache quantised to other than fp8 (--kv-cache-dtype)": lambda c: _quantised(cache_dtype_of(c)),
+    "layers of unequal caches (--kv-cache-dtype-skip-layers)": _unequal_caches,
     "fast prefill of shared KV (--kv-sharing-fast-prefill)": lambda c: c.cache_config.kv_sharing_fast_prefill,
     "diffusion models": lambda c: getattr(c, "diffusion_config", None) is not None,
     "pooling models": lambda c: c.model_config.runner_type == "pooling",
@@ -91,7 +100,7 @@ def _value_size(layer: Any) -> Any:
 
 
 UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
-    "a quantised KV cache": lambda x: _quantised(x.kv_cache_dtype) and x.kv_cache_dtype,
+    "a KV cache quantised to other than fp8": lambda x: _quantised(x.kv_cache_dtype),
     "sliding windows": lambda x: getattr(x, "sliding_window", None) is not None,
     "ALiBi": lambda x: getattr(x.impl, "alibi_slopes", None) is not None,
     "attention sinks": lambda x: getattr(x.impl, "sinks", None) is not None,

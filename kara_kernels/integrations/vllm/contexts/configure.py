@@ -9,7 +9,7 @@ from kara_kernels.contexts.profile import Profile, ProfileError
 from ..hook import CONNECTOR
 from ..settings import settings_of
 from ..traces import check_trace
-from ..unsupported import UNSUPPORTED, found_in
+from ..unsupported import FP8, UNSUPPORTED, cache_dtype_of, found_in
 from .settings import ContextSettings, context_settings_of, may_drop, needs_queries
 
 _ROOM = __name__.rpartition(".")[0]
@@ -106,6 +106,8 @@ def _refuse(config: Any) -> None:
     refused, settings = found_in(config, UNSUPPORTED), context_settings_of(config)
     if (dropping := [method for method in settings.methods if may_drop(method)]) and not can_begin_without(config):
         refused.append(f'{", ".join(dropping)} without windows that move rows ("kara": {{"default": "off"}})')
+    if cache_dtype_of(config) in FP8 and (twice := [name for name in settings.methods if name.endswith("/fp8")]):
+        refused.append(f"{', '.join(twice)} of a cache that is fp8")
     judged = [method for method in settings.methods if needs_queries(method)]
     if judged and can_begin_without(config) and not (policy := settings_of(config).policy).query_rows:
         refused.append(f"{', '.join(judged)} beside windows that record no queries (scorer {policy.scorer!r})")

@@ -21,7 +21,9 @@ from kara_kernels.contexts.utility import Tier
 from kara_kernels.payload import PayloadLayout
 
 from ..layout import paged_view
+from ..quantised import stored_as
 from ..traces import client_id
+from ..unsupported import cache_dtype_of
 from .catalogue import Catalogue
 from .configure import can_begin_without
 from .conversations import Conversations
@@ -163,9 +165,9 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
         worker.warm_up([*self._settings.methods, *[CONVERSATION] * self._settings.keeps_left])
         self._worker = WorkerHalf(worker)
 
-    def judge_by(self, of_context: Any, blank: torch.Tensor, ahead: Any, scale: float) -> None:
+    def judge_by(self, *given: Any) -> None:
         """Called once, by a model runner that records queries. See :class:`~kara_kernels.contexts.ranking.Judges`."""
-        judges = Judges(of_context, blank, ahead, scale)
+        judges = Judges(*given)
         self._worker.worker.judge_by(judges, self._settings.methods, self._config.model_config.max_model_len)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
@@ -201,7 +203,7 @@ class ContextConnector(KVConnectorBase_V1, SupportsHMA):
 def model_of(config: Any, rank: int) -> str:
     """Names what makes rows differ, always in as many characters."""
     model, size = config.model_config, config.parallel_config.tensor_parallel_size
-    what = f"{model.model} {model.revision} {model.dtype} {config.cache_config.cache_dtype} {size}"
+    what = f"{model.model} {model.revision} {model.dtype} {cache_dtype_of(config)} {size}"
     return f"{hashlib.sha256(what.encode()).hexdigest()} {rank:04}"
 
 
@@ -244,7 +246,7 @@ def header_of(config: Any, rank: int, key: str, tokens: int, method: str) -> Hea
     model, parallel = config.model_config, config.parallel_config
     layout = PayloadLayout(
         layers=model.get_num_layers(parallel), heads=model.get_num_kv_heads(parallel), dim=model.get_head_size(),
-        v_dim=model.get_head_size(), dtype=model.dtype, tokens=tokens, rows=tokens, form=form,
-        places=places,
+        v_dim=model.get_head_size(), dtype=stored_as(cache_dtype_of(config), model.dtype), tokens=tokens,
+        rows=tokens, form=form, places=places,
     )  # fmt: skip
     return Header(model_of(config, rank), key, layout, scorer if places else "")

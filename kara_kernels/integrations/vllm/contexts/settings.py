@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from kara_kernels.values import check_choice, check_count, check_flag, check_number
 
+from ..unsupported import FP8, cache_dtype_of
+
 GIB = 2**30
 SCORERS = ("kara_sampled", "keydiff", "knorm")
 """Those by which rows are dropped."""
@@ -33,8 +35,8 @@ def needs_queries(method: str) -> bool:
     return method.startswith("kara_sampled/")
 
 
-SAFEST = "none/int8"
-SAFE = {SAFEST: 0.9999, "none/exact": 1.0}
+SAFEST, EXACT = "none/int8", "none/exact"
+SAFE = {SAFEST: 0.9999, EXACT: 1.0}
 """Methods that need no profile, and their qualities. Eight bits lose 0.00002 nats (contexts-frontier.md)."""
 
 
@@ -207,6 +209,8 @@ def context_settings_of(config: Any) -> ContextSettings:
         known = ContextSettings.__dataclass_fields__
         if unknown := ", ".join(sorted(set(given) - set(known))):
             raise ValueError(f"{unknown}: expected one of {', '.join(known)}, got {unknown}")
+        if cache_dtype_of(config) in FP8:  # eight bits as they are take no more room, and lose nothing
+            given = {"methods": [EXACT], **given}
         return ContextSettings(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"contexts: {error}") from None

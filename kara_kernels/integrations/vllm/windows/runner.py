@@ -24,6 +24,7 @@ from kara_kernels.engine import Compression, Loss, Losses, PackedCache, QueryRin
 from kara_kernels.paged import PagedCache
 
 from ..layout import paged_view
+from ..quantised import plain, scales_of
 from ..settings import settings_of
 from ..traces import append
 from ..unsupported import UNSUPPORTED_LAYERS, found_in
@@ -48,6 +49,7 @@ class KaraRunner(_Mixin):
         self.kara_lost: list[Loss] = []
         self.kara_ring: QueryRing | None = None
         self.kara_cache: PagedCache | PackedCache | None = None
+        self.kara_scales: tuple[Tensor | None, Tensor | None] = (None, None)
 
     # ------------------------------------------------------------------------------------------- start
 
@@ -105,14 +107,17 @@ class KaraRunner(_Mixin):
             )
         block_size = groups[0].kv_cache_spec.block_size
         check_sizes(self.vllm_config, block_size)
+        self.kara_scales = scales_of(list(self.kara_layers.values()))
+        self._check_value_scales(self.kara_scales[1])
         self.kara_cache = paged_view(list(self.kara_layers.values()), self.kv_cache_config.num_blocks, block_size)
         logger.info("Kara moves rows in %s blocks", "packed" if isinstance(self.kara_cache, PackedCache) else "plain")
         assert self.kara_ring is not None
         for policy in self.kara.policies:
             warm_up(self.kara_cache, self.kara_ring, policy, **self._kara_options())
         if has_kv_transfer_group() and hasattr(connector := get_kv_transfer_group(), "judge_by"):
-            ahead, scale = look_ahead_by(self.get_model()), self._kara_options()["scale"]
-            connector.judge_by(self.kara_ring.of_context, self.kara_ring.blank, ahead, scale)
+            ahead, options = look_ahead_by(self.get_model()), self._kara_options()
+            scales = (options[name] for name in ("scale", "k_scale", "v_scale"))
+            connector.judge_by(self.kara_ring.of_context, self.kara_ring.blank, ahead, *scales)
 
     def _attention_layers(self) -> dict[str, Any]:
         """The attention layers in model order. Raises an error that names the first one that is not plain attention."""
@@ -120,21 +125,32 @@ class KaraRunner(_Mixin):
         for name, layer in layers.items():
             if refused := found_in(layer, UNSUPPORTED_LAYERS):
                 raise ValueError(f"kara: expected plain attention in layer {name}, got {'; '.join(refused)}")
-        shapes = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.scale) for x in layers.values()}
+        shapes = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.scale, x.kv_cache_dtype) for x in layers.values()}
         if len(shapes) != 1:
             raise ValueError(
-                f"kara: expected the same heads and scale in every layer, got {sorted(shapes) or 'no layer'}"
+                f"kara: expected the same heads, scale and cache in every layer, got {sorted(shapes) or 'no layer'}"
             )
         return layers
 
+    def _check_value_scales(self, scales: Tensor | None) -> None:
+        """Lists that heads or layers share compare their value norms, which are those of stored values."""
+        policy = self.kara.policy
+        if scales is None or policy.pool == "head" or policy.value_norm is False or policy.scorer != "kara":
+            return
+        compared = scales if policy.pool == "layer" else scales.flatten()[None]
+        if bool((compared != compared[:, :1]).any()):
+            raise ValueError(
+                f"kara: expected pool='head' or value_norm=False beside value scales that differ, got {policy.pool!r}"
+            )
+
     def _recording(self, index: int, forward: Any) -> Any:
         """A layer's attention that first records its queries."""
-        ring = self.kara_ring
+        ring, dtype = self.kara_ring, self.vllm_config.model_config.dtype
         assert ring is not None
 
         def record_and_forward(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.kara_records:
-                ring.record(index, query)
+                ring.record(index, plain(layer, query, dtype))
             return forward(layer, query, *args, **kwargs)
 
         return record_and_forward
@@ -208,7 +224,9 @@ class KaraRunner(_Mixin):
         pooled = self.kara.policy.pool != "head"
         scale = next(iter(self.kara_layers.values())).impl.scale
         reduce_scores = self._mean_over_ranks if pooled else None
-        return {"scale": scale, "reduce_scores": reduce_scores, "look_ahead": self.kara_look_ahead}
+        keys, values = self.kara_scales
+        return {"scale": scale, "k_scale": keys, "v_scale": values, "reduce_scores": reduce_scores,
+                "look_ahead": self.kara_look_ahead}  # fmt: skip
 
     def _mean_over_ranks(self, scores: Tensor) -> Tensor:
         group = get_tp_group()
