@@ -35,7 +35,7 @@ def test_the_first_problems_do_not_depend_on_how_many_there_are() -> None:
     assert many[:7] == problems(7, seed=3)
     assert many != problems(60, seed=4)
     assert len({problem.name for problem in many}) == 60
-    assert [problem.family for problem in many[:6]] == list(FAMILIES)
+    assert [problem.family for problem in many[:5]] == list(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,12 +65,9 @@ def test_working_is_what_plain_python_computes() -> None:
             assert asked.answer == str(held[re.findall(r"does (\w+) have", asked.question)[0]])
         if problem.family == "total":
             assert int(asked.answer) == sum(map(int, re.findall(r"\d+", asked.question)))
-        if problem.family == "subset":
-            numbers = re.findall(r"\d+", asked.question.partition("?")[2])
-            assert asked.answer == ", ".join(number for number in numbers if sum(map(int, number)) >= 10)
         for line in asked.working:
-            for chunk in re.split(r", |: |\. | has ", line):
-                sides = [side for side in chunk.split(" = ") if re.fullmatch(r"[\d +*%()]+", side)]
+            for chunk in re.split(r", |; |: |\. | has ", line):
+                sides = [side for side in chunk.split(" = ") if re.fullmatch(r"[\d +*%()-]+", side)]
                 assert len({eval(side) for side in sides}) <= 1, line
 
 
@@ -199,7 +196,7 @@ def test_replies_become_rows(oracle: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(Oracle.asked) == 36
     for problem in problems(18, 0):
         full, mine = (done.answers[*cell, problem.name] for cell in (Cell(FULL, 1.0), Cell("kara", 0.5)))
-        forgot = problem.name.endswith("-0")
+        forgot = int(problem.name.rpartition("-")[2]) % 3 == 0
         assert full["solved"] is True
         assert full["finished"] is True
         assert mine["solved"] is not forgot

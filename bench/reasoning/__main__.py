@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label", default="full", help="with --server: NAME or NAME:RETENTION of what it does, "
                         "such as kara:0.3 (default: full)")  # fmt: skip
     parser.add_argument(
-        "--problems", type=int, default=204, help="how many, the families in turn (default: %(default)s)"
+        "--problems", type=int, default=205, help="how many, the families in turn (default: %(default)s)"
     )
     parser.add_argument("--methods", default=",".join(METHODS), help="scorers by name, comma-separated (default: all)")
     parser.add_argument("--retentions", default=",".join(map(str, RETENTIONS)), help="(default: %(default)s)")

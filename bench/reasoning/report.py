@@ -55,7 +55,7 @@ def page(head: Row, rows: Sequence[Row], picture: str) -> str:
                "equal", "KL", "held", "tokens/s", "most blocks")  # fmt: skip
     lines = [
         "# Does it keep the reasoning?\n",
-        f"Written by `make reasoning`: {facts}. Problems with known answers, drawn from the seed, in six families "
+        f"Written by `make reasoning`: {facts}. Problems with known answers, drawn from the seed, in five families "
         "of equal number. Greedy decoding, the same limit of tokens for all. The model is shown one short problem with "
         "its working.\n",
         f"![solved problems by what a cache holds]({picture})\n",
