@@ -52,7 +52,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(run, "HAYSTACK_WINDOWS", 6)
     monkeypatch.setattr(run, "QUICK_METHODS", (DEFAULT, "H2O", "random"))
     monkeypatch.setattr(run, "QUICK_TEXTS", ("manual-1", "argparse"))
-    monkeypatch.setattr("demos.model.load", lambda *_, **__: (make_model(), Letters()))
+    monkeypatch.setattr("demos.model.load", lambda *_, dtype, **__: (make_model().to(getattr(torch, dtype)), Letters()))
     compressed, cells = Replay.compressed, []
 
     def counted(self: Replay, *arguments: Any, **options: Any) -> Any:
@@ -286,7 +286,7 @@ def test_the_committed_page_is_that_of_its_table(tmp_path: Path) -> None:
     methods = {method.name for method in [FULL, *METHODS, *served(), *guards(), *ablations()]}
     if {record["method"] for record in records} != methods:
         pytest.skip("the committed table is of an earlier bench: make quality")
-    page, _ = report.write({**head, "records": records}, tmp_path)
+    page, _ = report.write({**head, "records": records}, tmp_path, report.others(command.RESULTS, "quality"))
     assert (command.RESULTS / "quality.md").read_text() == page.read_text()
 
 
@@ -296,14 +296,33 @@ def test_the_report_says_where_kara_loses(tmp_path: Any) -> None:
         return [{**common, "item": f"t{i} (prose)", "method": m, "kl": kl * (1 + i / 10)}
                 for i in range(5) for m, kl in ((DEFAULT, ours), ("H2O", theirs))]  # fmt: skip
 
-    head = {"kara_kernels": "0", "torch": "0", "transformers": "0", "machine": "m", "window": 256, "tail": 64,
+    head = {"kara_kernels": "v0", "torch": "v0", "transformers": "v0", "machine": "m", "window": 256, "tail": 64,
             "plan": {"model": "packaged", "quick": False, "seed": 0}}  # fmt: skip
-    page, _ = report.write({**head, "records": records(2.0, 1.0)}, tmp_path)
+    page, _ = report.write({**head, "records": records(2.0, 1.0)}, tmp_path, {})
     assert "- 50%, KL: *H2O*, by 2.00" in page.read_text()
     assert "lost 5." in page.read_text()
-    page, _ = report.write({**head, "records": records(1.0, 2.0)}, tmp_path)
+    page, _ = report.write({**head, "records": records(1.0, 2.0)}, tmp_path, {})
     assert "no method of the tables" in page.read_text()
     assert "| 50% | 1.2000 | H2O 2.4000 | 0.50 (0.50 to 0.50) |" in page.read_text()
+    assert "side by side" not in page.read_text()
+
+    tables.write(tmp_path / "quality-big.csv", records(1.0, 4.0), **head | {"plan": head["plan"] | {"model": "x/Big"}})
+    page, _ = report.write({**head, "records": records(1.0, 2.0)}, tmp_path, report.others(tmp_path, "quality"))
+    assert "| SmolLM2-135M-Instruct | 5 | 0.50 (0.50 to 0.50) H2O |" in page.read_text()
+    assert "| Big | 5 | 0.25 (0.25 to 0.25) H2O |" in page.read_text()
+    assert "[Big](quality-big.md)" in page.read_text()
+
+
+def test_another_model_has_files_of_its_own(measured: Any, tmp_path: Path) -> None:
+    """And figures in another dtype are measured again."""
+    results = tmp_path / "one/bench/results"
+    assert measured("one", "home", 0, "--model", "some/Big-Model") == CELLS + WITH_ALL
+    assert "with Big-Model in float32 (" in (results / "quality-big-model.md").read_text()
+    assert (results / "quality-big-model.png").exists()
+    assert measured("one", "home", 0, "--model", "some/Big-Model", "--dtype", "bfloat16") == CELLS + WITH_ALL
+    assert "with Big-Model in bfloat16 (" in (results / "quality-big-model.md").read_text()
+    assert measured("one") == 0
+    assert "| Big-Model | 2 |" in (results / "quality.md").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(["--threads", "0"], "--threads: expected 1 or more, got 0")])

@@ -14,6 +14,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Compare Kara with other methods.")
     parser.add_argument("--quick", action="store_true", help="five minutes: fewer texts, methods and retentions")
     parser.add_argument("--model", help="a directory or a Hugging Face name (default: the small packaged model)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the model; scores are float32 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="seed for texts, needles and random selection (default: 0)")
     parser.add_argument(
@@ -54,12 +56,13 @@ def _run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     screen, store = Screen(), Store()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(options.model, dtype="float32", device=device, say=screen.say)
-    plan = Plan(options.model or "packaged", options.quick, options.seed, options.backwards)
+    model, tokenizer = load(options.model, dtype=options.dtype, device=device, say=screen.say)
+    plan = Plan(options.model or "packaged", options.quick, options.seed, options.backwards, options.dtype)
     head = facts(plan, model)
     records = Run(model, tokenizer, plan, store, screen).records()
-    tables.write(options.out / "quality.csv", records, **head)
-    for written in report.write({**head, "records": records}, options.out):
+    name = report.name_of(plan.model)
+    tables.write(options.out / f"{name}.csv", records, **head)
+    for written in report.write({**head, "records": records}, options.out, report.others(options.out, name)):
         print(written)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import tables
 from kara_kernels.engine import Policy
 
 from . import picture
@@ -31,10 +32,26 @@ PEERS = [method.name for method in METHODS if method.family in ("peer", "null")]
 WHAT = {method.name: method.what for method in METHODS}
 
 
-def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """``quality.md`` and ``quality.png`` in ``folder``."""
-    page, drawn = folder / "quality.md", folder / "quality.png"
-    page.write_text("\n".join(_page(result)) + "\n", encoding="utf-8")
+Others = Mapping[str, Mapping[str, Any]]
+"""Results of other models, by the names of their files."""
+
+
+def name_of(model: str) -> str:
+    """The name of a model's files. Those of the packaged one have none of a model."""
+    return "quality" if model == "packaged" else f"quality-{Path(model).name.lower()}"
+
+
+def others(folder: Path, name: str) -> Others:
+    """The tables of other models in a folder."""
+    found = {path.stem: tables.read(path) for path in sorted(folder.glob("quality*.csv")) if path.stem != name}
+    return {stem: {**head, "records": records} for stem, (head, records) in found.items()}
+
+
+def write(result: Mapping[str, Any], folder: Path, beside: Others) -> list[Path]:
+    """The page and the picture in ``folder``. The page also has the models ``beside``."""
+    name = name_of(result["plan"]["model"])
+    page, drawn = folder / f"{name}.md", folder / f"{name}.png"
+    page.write_text("\n".join(_page(result, beside)) + "\n", encoding="utf-8")
     picture.draw(result, drawn)
     return [page, drawn]
 
@@ -48,18 +65,19 @@ class _Tables(NamedTuple):
     exact: Table
 
 
-def _page(result: Mapping[str, Any]) -> list[str]:
+def _page(result: Mapping[str, Any], beside: Others) -> list[str]:
     records = result["records"]
-    tables = _Tables(by_text(records, "fidelity", "kl"), by_text(records, "fidelity", "top1"), *recall_tables(records))
-    kl, above, exact = tables.kl, tables.above, tables.exact
-    retentions = sorted({retention for method, retention in kl if method == DEFAULT})
+    found = _Tables(by_text(records, "fidelity", "kl"), by_text(records, "fidelity", "top1"), *recall_tables(records))
+    kl, above, exact = found.kl, found.above, found.exact
+    retentions = _retentions(kl)
     parts = [
         _head(result),
         ["## In short", "", *_short(kl, above, exact, retentions)],
-        _fidelity(records, tables, retentions),
+        _models(result, beside),
+        _fidelity(records, found, retentions),
         _served(kl),
         _guarded(kl, by_text(records, "fidelity", "held")),
-        _recall(records, tables, retentions),
+        _recall(records, found, retentions),
         _decoding(records),
         _ablations(kl, by_text(records, "fidelity", "held")),
         ["## Where Kara loses", "", *_losses(kl, above, exact, retentions), *_losses_decoding(records)],
@@ -70,18 +88,18 @@ def _page(result: Mapping[str, Any]) -> list[str]:
 
 def _head(result: Mapping[str, Any]) -> list[str]:
     plan = result["plan"]
-    model = "SmolLM2-135M-Instruct" if plan["model"] == "packaged" else plan["model"]
+    model, name, dtype = _model(result), name_of(plan["model"]), plan.get("dtype", "float32")
     best = picture.best_peers(result["records"])
     return [
         "# Does it keep the meaning?",
         "",
-        f"Written by `make quality`{' --quick' if plan['quick'] else ''} with {model} in float32 "
+        f"Written by `make quality`{' --quick' if plan['quick'] else ''} with {model} in {dtype} "
         f"(kara_kernels {result['kara_kernels']}, torch {result['torch']}, transformers {result['transformers']}; "
         f"{result['machine']}; seed {plan['seed']}).",
         f"All methods: window {result['window']}, tail {result['tail']}, the first 64 tokens of every text protected.",
         "Retention is what is kept of a window. Intervals: 95 % of bootstrap resamples over texts, paired.",
         "",
-        "![KL divergence and recall by retention](quality.png)",
+        f"![KL divergence and recall by retention]({name}.png)",
         "",
         "The picture names the peers that rank best, over its three panels and all retentions: "
         + ", ".join(f"{name} (mean rank {rank:.1f})" for name, rank in best.items())
@@ -89,8 +107,45 @@ def _head(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _fidelity(records: Sequence[Mapping[str, Any]], tables: _Tables, retentions: Sequence[float]) -> list[str]:
-    kl, top1 = tables.kl, tables.top1
+def _model(result: Mapping[str, Any]) -> str:
+    given: str = result["plan"]["model"]
+    return "SmolLM2-135M-Instruct" if given == "packaged" else Path(given).name
+
+
+def _retentions(kl: Table) -> list[float]:
+    return sorted({retention for method, retention in kl if method == DEFAULT})
+
+
+def _models(result: Mapping[str, Any], beside: Others) -> list[str]:
+    """The default by the best peer of each model, where more than one was measured."""
+    if not beside:
+        return []
+    fidelities = {_model(one): by_text(one["records"], "fidelity", "kl") for one in (result, *beside.values())}
+    columns = sorted({retention for kl in fidelities.values() for retention in _retentions(kl)})
+    rows = [
+        "## Models side by side",
+        "",
+        "KL of the default by that of the model's best peer, over each model's own texts; in brackets the interval.",
+        "",
+        "| model | texts | " + " | ".join(f"{r:.0%}" for r in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for model, kl in fidelities.items():
+        own = _retentions(kl)
+        cells = (
+            f"{_show(ratio(kl[DEFAULT, r], kl[peer, r]))} {peer}" if r in own and (peer := _best_peer(kl, r)) else ""
+            for r in columns
+        )
+        rows.append(f"| {model} | {len(kl[DEFAULT, own[0]])} | " + " | ".join(cells) + " |")
+    return [
+        *rows,
+        "",
+        "Pages of the others: " + ", ".join(f"[{_model(one)}]({name}.md)" for name, one in beside.items()),
+    ]
+
+
+def _fidelity(records: Sequence[Mapping[str, Any]], found: _Tables, retentions: Sequence[float]) -> list[str]:
+    kl, top1 = found.kl, found.top1
     return [
         f"## Fidelity: KL to the full cache, nats per token, over {len(kl[DEFAULT, retentions[0]])} texts",
         "",
@@ -111,8 +166,8 @@ def _fidelity(records: Sequence[Mapping[str, Any]], tables: _Tables, retentions:
     ]
 
 
-def _recall(records: Sequence[Mapping[str, Any]], tables: _Tables, retentions: Sequence[float]) -> list[str]:
-    above, exact = tables.above, tables.exact
+def _recall(records: Sequence[Mapping[str, Any]], found: _Tables, retentions: Sequence[float]) -> list[str]:
+    above, exact = found.above, found.exact
     return [
         f"## Recall, over {len(above.get((DEFAULT, retentions[0]), {}))} haystacks",
         "",

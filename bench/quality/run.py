@@ -60,6 +60,7 @@ class Plan:
     quick: bool
     seed: int
     backwards: bool = False  # from the last text to the first
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Item:
 def facts(plan: Plan, model: Any) -> dict[str, Any]:
     """Facts about the run, the versions and the machine for readers of the figures."""
     return {
-        "plan": {"model": plan.model, "quick": plan.quick, "seed": plan.seed},
+        "plan": {"model": plan.model, "quick": plan.quick, "seed": plan.seed, "dtype": plan.dtype},
         "kara_kernels": kara_kernels.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
