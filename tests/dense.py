@@ -5,14 +5,19 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_seen: dict[int, tuple[Tensor, ...]] = {}  # layer -> post-RoPE queries, keys, and values of the last forward
+# layer of full attention -> post-RoPE queries, keys, and values of the last forward
+_seen: dict[int, tuple[Tensor, ...]] = {}
 
 
 def _dense_attention(
     module, query, key, value, attention_mask, scaling, visible=None, rows=None, stored=None, **kwargs
 ):
-    """Softmax attention in float64; ``visible[layer] [S, H, T, T]`` says which key each query sees."""
-    layer, groups = module.layer_idx, query.shape[1] // key.shape[1]
+    """Softmax attention in float64; ``visible[layer] [S, H, T, T]`` says which key each query sees in a layer of full
+    attention. The others see what is in their sliding window."""
+    layer, groups = full_layers(module.config).get(module.layer_idx), query.shape[1] // key.shape[1]
+    if layer is None:
+        age = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+        return _attend(query, key, value, ((age >= 0) & (age < module.sliding_window))[None, None], scaling), None
     if stored is not None:
         key, value = stored(layer, key, value)
     if rows is not None:
@@ -21,10 +26,21 @@ def _dense_attention(
             for given, own in zip(rows, (key, value), strict=True)
         )
     _seen[layer] = query, key, value
-    key, value, seen = (x.double().repeat_interleave(groups, 1) for x in (key, value, visible[layer]))
-    weights = (query.double() @ key.mT * scaling).masked_fill(seen == 0, -torch.inf)
+    return _attend(query, key, value, visible[layer].repeat_interleave(groups, 1), scaling), None
+
+
+def _attend(query, key, value, seen, scaling):
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(groups, 1) for x in (key, value))
+    weights = (query.double() @ key.mT * scaling).masked_fill(~seen, -torch.inf)
     output = weights.softmax(-1).nan_to_num() @ value  # a padding token sees nothing: 0 / 0
-    return output.transpose(1, 2).to(query.dtype), None
+    return output.transpose(1, 2).to(query.dtype)
+
+
+def full_layers(config) -> dict[int, int]:
+    """The layers of full attention, numbered from 0."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return {layer: i for i, layer in enumerate(i for i, kind in enumerate(kinds) if kind == "full_attention")}
 
 
 ALL_ATTENTION_FUNCTIONS.register("dense", _dense_attention)
@@ -63,7 +79,7 @@ def replay(model, real: Tensor, events) -> Ledger:
     """The ledger of a text ``real [S, T]`` after ``events``, records of :class:`kara_kernels.engine.Compression`. In a
     batch their ``request_id`` is the sequence's index."""
     config = model.config
-    ledger = Ledger(config.num_hidden_layers, config.num_key_value_heads, real)
+    ledger = Ledger(len(full_layers(config)), config.num_key_value_heads, real)
     happened = [(int(event.request_id) if len(real) > 1 else 0, event) for event in events]
     happened = [(column_of(real[s], event.logical_len), s, event) for s, event in happened]
     for column, s, event in sorted(happened, key=lambda found: found[0]):

@@ -21,7 +21,7 @@ from test_transformers import make_model
 
 import bench.quality.__main__ as command
 from bench import tables
-from bench.quality import report, run, sources
+from bench.quality import models, report, run, sources
 from bench.quality.methods import DEFAULT, FULL, METHODS, Kara, ablations, guards, pyramid, served
 from bench.quality.replay import Replay
 from bench.store import Store, code_of
@@ -286,7 +286,7 @@ def test_the_committed_page_is_that_of_its_table(tmp_path: Path) -> None:
     methods = {method.name for method in [FULL, *METHODS, *served(), *guards(), *ablations()]}
     if {record["method"] for record in records} != methods:
         pytest.skip("the committed table is of an earlier bench: make quality")
-    page, _ = report.write({**head, "records": records}, tmp_path, report.others(command.RESULTS, "quality"))
+    page, _ = report.write({**head, "records": records}, tmp_path, models.others(command.RESULTS, "quality"))
     assert (command.RESULTS / "quality.md").read_text() == page.read_text()
 
 
@@ -307,7 +307,7 @@ def test_the_report_says_where_kara_loses(tmp_path: Any) -> None:
     assert "side by side" not in page.read_text()
 
     tables.write(tmp_path / "quality-big.csv", records(1.0, 4.0), **head | {"plan": head["plan"] | {"model": "x/Big"}})
-    page, _ = report.write({**head, "records": records(1.0, 2.0)}, tmp_path, report.others(tmp_path, "quality"))
+    page, _ = report.write({**head, "records": records(1.0, 2.0)}, tmp_path, models.others(tmp_path, "quality"))
     assert "| SmolLM2-135M-Instruct | 5 | 0.50 (0.50 to 0.50) H2O |" in page.read_text()
     assert "| Big | 5 | 0.25 (0.25 to 0.25) H2O |" in page.read_text()
     assert "[Big](quality-big.md)" in page.read_text()

@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
     from demos.model import load
     from demos.screen import Screen
 
-    from . import report
+    from . import models, report
     from .run import Plan, Run, facts
 
     make_folder(options.out)
@@ -60,9 +60,9 @@ def _run(options: argparse.Namespace) -> None:
     plan = Plan(options.model or "packaged", options.quick, options.seed, options.backwards, options.dtype)
     head = facts(plan, model)
     records = Run(model, tokenizer, plan, store, screen).records()
-    name = report.name_of(plan.model)
+    name = models.name_of(plan.model)
     tables.write(options.out / f"{name}.csv", records, **head)
-    for written in report.write({**head, "records": records}, options.out, report.others(options.out, name)):
+    for written in report.write({**head, "records": records}, options.out, models.others(options.out, name)):
         print(written)
 
 

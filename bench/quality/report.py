@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import tables
 from kara_kernels.engine import Policy
 
 from . import picture
@@ -25,26 +24,11 @@ from .methods import (
     guards,
     served,
 )
+from .models import PEERS, Others, best_peer, model_of, name_of, retentions_of, shown, side_by_side
 from .statistics import Table, by_text, difference, mean, ratio, recall_by_kind, recall_tables
 
 SERVED_GROUP = 4
-PEERS = [method.name for method in METHODS if method.family in ("peer", "null")]
 WHAT = {method.name: method.what for method in METHODS}
-
-
-Others = Mapping[str, Mapping[str, Any]]
-"""Results of other models, by the names of their files."""
-
-
-def name_of(model: str) -> str:
-    """The name of a model's files. Those of the packaged one have none of a model."""
-    return "quality" if model == "packaged" else f"quality-{Path(model).name.lower()}"
-
-
-def others(folder: Path, name: str) -> Others:
-    """The tables of other models in a folder."""
-    found = {path.stem: tables.read(path) for path in sorted(folder.glob("quality*.csv")) if path.stem != name}
-    return {stem: {**head, "records": records} for stem, (head, records) in found.items()}
 
 
 def write(result: Mapping[str, Any], folder: Path, beside: Others) -> list[Path]:
@@ -69,11 +53,11 @@ def _page(result: Mapping[str, Any], beside: Others) -> list[str]:
     records = result["records"]
     found = _Tables(by_text(records, "fidelity", "kl"), by_text(records, "fidelity", "top1"), *recall_tables(records))
     kl, above, exact = found.kl, found.above, found.exact
-    retentions = _retentions(kl)
+    retentions = retentions_of(kl)
     parts = [
         _head(result),
         ["## In short", "", *_short(kl, above, exact, retentions)],
-        _models(result, beside),
+        side_by_side(result, beside),
         _fidelity(records, found, retentions),
         _served(kl),
         _guarded(kl, by_text(records, "fidelity", "held")),
@@ -88,7 +72,7 @@ def _page(result: Mapping[str, Any], beside: Others) -> list[str]:
 
 def _head(result: Mapping[str, Any]) -> list[str]:
     plan = result["plan"]
-    model, name, dtype = _model(result), name_of(plan["model"]), plan.get("dtype", "float32")
+    model, name, dtype = model_of(result), name_of(plan["model"]), plan.get("dtype", "float32")
     best = picture.best_peers(result["records"])
     return [
         "# Does it keep the meaning?",
@@ -104,43 +88,6 @@ def _head(result: Mapping[str, Any]) -> list[str]:
         "The picture names the peers that rank best, over its three panels and all retentions: "
         + ", ".join(f"{name} (mean rank {rank:.1f})" for name, rank in best.items())
         + ".",
-    ]
-
-
-def _model(result: Mapping[str, Any]) -> str:
-    given: str = result["plan"]["model"]
-    return "SmolLM2-135M-Instruct" if given == "packaged" else Path(given).name
-
-
-def _retentions(kl: Table) -> list[float]:
-    return sorted({retention for method, retention in kl if method == DEFAULT})
-
-
-def _models(result: Mapping[str, Any], beside: Others) -> list[str]:
-    """The default by the best peer of each model, where more than one was measured."""
-    if not beside:
-        return []
-    fidelities = {_model(one): by_text(one["records"], "fidelity", "kl") for one in (result, *beside.values())}
-    columns = sorted({retention for kl in fidelities.values() for retention in _retentions(kl)})
-    rows = [
-        "## Models side by side",
-        "",
-        "KL of the default by that of the model's best peer, over each model's own texts; in brackets the interval.",
-        "",
-        "| model | texts | " + " | ".join(f"{r:.0%}" for r in columns) + " |",
-        "|---|---|" + "---|" * len(columns),
-    ]
-    for model, kl in fidelities.items():
-        own = _retentions(kl)
-        cells = (
-            f"{_show(ratio(kl[DEFAULT, r], kl[peer, r]))} {peer}" if r in own and (peer := _best_peer(kl, r)) else ""
-            for r in columns
-        )
-        rows.append(f"| {model} | {len(kl[DEFAULT, own[0]])} | " + " | ".join(cells) + " |")
-    return [
-        *rows,
-        "",
-        "Pages of the others: " + ", ".join(f"[{_model(one)}]({name}.md)" for name, one in beside.items()),
     ]
 
 
@@ -191,23 +138,19 @@ LIMITS = [
 ]
 
 
-def _best_peer(table: Table, retention: float) -> str:
-    return min((name for name in PEERS if (name, retention) in table), key=lambda name: mean(table[name, retention]))
-
-
 def _short(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) -> list[str]:
     rows = [
         "| retention | KL, default | best peer | default by peer | recall: default - best peer | exact answers |",
         "|---|---|---|---|---|---|",
     ]
     for r in retentions:
-        peer, ours = _best_peer(kl, r), kl[DEFAULT, r]
-        cells = [f"{r:.0%}", f"{mean(ours):.4f}", f"{peer} {mean(kl[peer, r]):.4f}", _show(ratio(ours, kl[peer, r]))]
+        peer, ours = best_peer(kl, r), kl[DEFAULT, r]
+        cells = [f"{r:.0%}", f"{mean(ours):.4f}", f"{peer} {mean(kl[peer, r]):.4f}", shown(ratio(ours, kl[peer, r]))]
         if (DEFAULT, r) in above:
-            other = _best_peer(above, r)
+            other = best_peer(above, r)
             most = max((p for p in PEERS if (p, r) in exact), key=lambda p: mean(exact[p, r]))
             cells += [
-                f"{_show(difference(above[DEFAULT, r], above[other, r]), sign=True)} ({other})",
+                f"{shown(difference(above[DEFAULT, r], above[other, r]), sign=True)} ({other})",
                 f"{mean(exact[DEFAULT, r]):.0%}; {most} {mean(exact[most, r]):.0%}",
             ]
         rows.append("| " + " | ".join(cells) + " |")
@@ -242,11 +185,11 @@ def _kinds(kl: Table, retentions: Sequence[float]) -> list[str]:
     rows = [
         "The default's KL by that of the best peer over all texts, text by text:",
         "",
-        "| text | " + " | ".join(f"{r:.0%} ({_best_peer(kl, r)})" for r in retentions) + " |",
+        "| text | " + " | ".join(f"{r:.0%} ({best_peer(kl, r)})" for r in retentions) + " |",
         "|---|" + "---|" * len(retentions),
     ]
     for text in texts:
-        cells = (f"{kl[DEFAULT, r][text] / kl[_best_peer(kl, r), r][text]:.2f}" for r in retentions)
+        cells = (f"{kl[DEFAULT, r][text] / kl[best_peer(kl, r), r][text]:.2f}" for r in retentions)
         rows.append(f"| {text} | " + " | ".join(cells) + " |")
     return rows
 
@@ -329,8 +272,8 @@ def _served(kl: Table) -> list[str]:
     ]
     for name, policy in policies.items():
         if (name, SERVED_RETENTIONS[0]) in kl:
-            shown = (_show(ratio(kl[name, r], kl[DEFAULT, r])) for r in SERVED_RETENTIONS)
-            rows.append(f"| {name} | {_bits(policy):.2g} | " + " | ".join(shown) + " |")
+            cells = (shown(ratio(kl[name, r], kl[DEFAULT, r])) for r in SERVED_RETENTIONS)
+            rows.append(f"| {name} | {_bits(policy):.2g} | " + " | ".join(cells) + " |")
     return rows
 
 
@@ -350,7 +293,7 @@ def _guarded(kl: Table, held: Table) -> list[str]:
     ]
     for method in methods:
         cells = (
-            f"{_show(ratio(kl[method.name, r], kl[DEFAULT, r]))} "
+            f"{shown(ratio(kl[method.name, r], kl[DEFAULT, r]))} "
             f"[{ratio(held[method.name, r], held[DEFAULT, r]).value:.3f}]"
             for r in GUARDED_RETENTIONS
         )
@@ -377,7 +320,7 @@ def _ablations(kl: Table, held: Table) -> list[str]:
         "| setting | KL | held |",
         "|---|---|---|",
         *(
-            f"| {name} | {_show(ratio(kl[name, r], kl[BASE, r]))} | {mean(held[name, r]):.1%} |"
+            f"| {name} | {shown(ratio(kl[name, r], kl[BASE, r]))} | {mean(held[name, r]):.1%} |"
             for name in (BASE, *names)
         ),
     ]
@@ -392,11 +335,11 @@ def _losses(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) 
             if name == DEFAULT:
                 continue
             if (name, r) in kl and (by := ratio(kl[DEFAULT, r], kl[name, r])).low > 1:
-                lines.append(f"- {r:.0%}, KL: *{name}*, by {_show(by)}")
+                lines.append(f"- {r:.0%}, KL: *{name}*, by {shown(by)}")
             if (name, r) in above and (by := difference(above[DEFAULT, r], above[name, r])).low > 0:
-                lines.append(f"- {r:.0%}, recall: *{name}*, by {_show(by, sign=True)} nats")
+                lines.append(f"- {r:.0%}, recall: *{name}*, by {shown(by, sign=True)} nats")
             if (name, r) in exact and (by := difference(exact[DEFAULT, r], exact[name, r])).high < 0:
-                lines.append(f"- {r:.0%}, exact answers: *{name}*, by {_show(by, sign=True)}")
+                lines.append(f"- {r:.0%}, exact answers: *{name}*, by {shown(by, sign=True)}")
     single = sum(
         kl[DEFAULT, r][text] > kl[name, r][text]
         for r in retentions for name in PEERS if (name, r) in kl for text in kl[DEFAULT, r]
@@ -404,7 +347,7 @@ def _losses(kl: Table, above: Table, exact: Table, retentions: Sequence[float]) 
     pairs = sum(len(kl[DEFAULT, r]) for r in retentions for name in PEERS if (name, r) in kl)
     lines = lines or ["Against no method of the tables beyond the intervals."]
     for text in sorted(kl[DEFAULT, retentions[0]]):
-        worse = [f"{r:.0%}" for r in retentions if kl[DEFAULT, r][text] > kl[_best_peer(kl, r), r][text]]
+        worse = [f"{r:.0%}" for r in retentions if kl[DEFAULT, r][text] > kl[best_peer(kl, r), r][text]]
         if worse:
             lines.append(f"- *{text}*: more KL than the best peer over all texts at {', '.join(worse)}")
     return [*lines, "", f"Of {pairs} comparisons with a peer on a single text (KL), the default lost {single}."]
@@ -423,8 +366,3 @@ def _losses_decoding(records: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"longer the same text: {', '.join(longer) or 'none'}"
             )
     return ["", *lines] if lines else []
-
-
-def _show(interval: Any, sign: bool = False) -> str:
-    plus = "+" if sign else ""
-    return f"{interval.value:{plus}.2f} ({interval.low:{plus}.2f} to {interval.high:{plus}.2f})"

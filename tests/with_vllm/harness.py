@@ -24,7 +24,7 @@ MODES = ["synchronous", "asynchronous"]
 KARA = {"window": 64, "keep": 32, "tail": 16, "query_stride": 2}
 
 
-def make_model(folder, **changes):
+def make_model(folder, kind=LlamaForCausalLM, config=LlamaConfig, embeddings=1.0, **changes):
     torch.manual_seed(0)
     shape = {
         "vocab_size": VOCABULARY,
@@ -39,7 +39,9 @@ def make_model(folder, **changes):
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
+    made = kind(config(**{**shape, **changes}))
+    made.get_input_embeddings().weight.data *= embeddings
+    made.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
@@ -333,7 +335,8 @@ class Dense:
             layers = []
             for layer, (query, key, _) in sorted(_seen.items()):
                 query, key = query[0].double(), key[0].double()
-                judge = turned(query[:, judges], ahead, self.model.config.rope_parameters["rope_theta"])
+                rope = self.model.config.rope_parameters
+                judge = turned(query[:, judges], ahead, rope.get("full_attention", rope)["rope_theta"])
                 judge = judge.unflatten(0, (heads, -1))  # [H, G, N, D]
                 keys = torch.stack([key[h, held[layer][0][h][window]] for h in range(heads)])
                 logits = judge @ keys.mT[:, None] * key.shape[-1] ** -0.5

@@ -7,7 +7,7 @@ from vllm import SamplingParams
 
 from kara_kernels.engine import Ledger
 from kara_kernels.integrations.vllm.windows.configure import SCHEDULERS
-from kara_kernels.integrations.vllm.windows.runner import KaraRunnerV1
+from kara_kernels.integrations.vllm.windows.runners import KaraRunnerV1
 
 ASYNCHRONOUS = {"mode": "asynchronous"}
 

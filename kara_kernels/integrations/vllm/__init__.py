@@ -9,7 +9,7 @@ Shared modules:
 - :mod:`.hook` has that method, and the order in which a configuration is completed;
 - :mod:`.settings` reads the settings under ``kara``;
 - :mod:`.requests` reads what a request asks for, and checks it in the front end;
-- :mod:`.layout` finds out where a cache's rows lie;
+- :mod:`.layout` finds out where a cache's rows lie, and :mod:`.quantised` what eight-bit floats in it are multiplied by;
 - :mod:`.traces` writes lines of JSON, and knows the ids of clients;
 - :mod:`.stats` sends counters to the front end and adds them to vLLM's own ``/metrics``.
 
@@ -17,8 +17,8 @@ Shared modules:
 
 - :mod:`.windows.configure` rejects unsupported configurations, and sets vLLM's scheduler and worker classes;
 - :mod:`.windows.scheduler` plans, commits and tracks blocks before vLLM's scheduler runs;
-- :mod:`.windows.runner` records queries, executes the plans before the step, and shifts lengths and slots, inside the
-  workers of :mod:`.windows.worker`.
+- :mod:`.windows.runner` records queries and executes the plans before the step, inside the workers of
+  :mod:`.windows.worker`; :mod:`.windows.runners` shifts lengths and slots in vLLM's two model runners.
 
 No file of vLLM is changed. Supported versions: see :data:`.settings.SUPPORTED`.
 """

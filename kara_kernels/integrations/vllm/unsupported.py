@@ -39,10 +39,18 @@ def _unequal_caches(config: Any) -> Any:
     return ", ".join(getattr(config.cache_config, "kv_cache_dtype_skip_layers", None) or ())
 
 
+def full_layers(config: Any) -> int | None:
+    """The number of layers with full attention, if the others slide and have caches of their own; None without any."""
+    kinds = getattr(config.model_config.hf_text_config, "layer_types", None) or ()
+    own = not config.scheduler_config.disable_hybrid_kv_cache_manager and "contexts" not in config.additional_config
+    return kinds.count("full_attention") if own and set(kinds) == {"full_attention", "sliding_attention"} else None
+
+
 def _sliding_window(config: Any) -> Any:
     model = config.model_config.hf_text_config
     kinds = getattr(model, "layer_types", None)
-    return (kinds is None or "sliding_attention" in kinds) and getattr(model, "sliding_window", None)
+    slides = full_layers(config) is None and (kinds is None or "sliding_attention" in kinds)
+    return slides and getattr(model, "sliding_window", None)
 
 
 def _unequal_heads(config: Any) -> Any:
@@ -82,7 +90,7 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     "multi-modal inputs (--language-model-only allows text)": _multi_modal,
     "multi-head latent attention": lambda c: c.model_config.use_mla,
     "hybrid or attention-free models": lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
-    "sliding windows": _sliding_window,
+    "sliding windows (in all layers, with contexts, or with --disable-hybrid-kv-cache-manager)": _sliding_window,
     "chunked attention": lambda c: getattr(c.model_config.hf_text_config, "attention_chunk_size", None),
     "ALiBi": lambda c: c.model_config.uses_alibi,
     "attention sinks": lambda c: getattr(c.model_config.hf_text_config, "attention_sinks", False),

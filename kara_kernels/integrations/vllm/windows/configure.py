@@ -11,7 +11,7 @@ from typing import Any
 from kara_kernels.engine import Held, Ledger, Policy, check_ring, fit_queries
 
 from ..settings import Additional, refusal, settings_of
-from ..unsupported import UNSUPPORTED, found_in
+from ..unsupported import UNSUPPORTED, found_in, full_layers
 
 _ROOM = __name__.rpartition(".")[0]
 SCHEDULERS = (f"{_ROOM}.scheduler.KaraScheduler", f"{_ROOM}.scheduler.KaraAsyncScheduler")
@@ -122,6 +122,6 @@ def _recorded(config: Any) -> tuple[int, int, int, int, int, Any]:
     """Layers, query heads and KV heads of a worker, size of a head, requests that run at once, and the dtype."""
     model, parallel = config.model_config, config.parallel_config
     return (
-        model.get_num_layers(parallel), model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel),
-        model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype,
+        full_layers(config) or model.get_num_layers(parallel), model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel), model.get_head_size(), config.scheduler_config.max_num_seqs, model.dtype,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ STEADY = (
 )  # fmt: skip
 
 
-def look_ahead_of(model: Any, policy: Policy, device: torch.device) -> LookAhead | None:
-    """The angles of ``policy.positions_ahead`` positions, from the table of the model's rotary embedding.
+def look_ahead_of(attention: Sequence[Any], policy: Policy, device: torch.device) -> LookAhead | None:
+    """The angles of ``policy.positions_ahead`` positions, from the table of the rotary embedding in these modules.
 
     None if that is 0, or if the operator left it open and the embedding is not of a known kind.
 
@@ -29,7 +29,7 @@ def look_ahead_of(model: Any, policy: Policy, device: torch.device) -> LookAhead
     n = policy.positions_ahead
     if not n:
         return None
-    tables, kinds = _tables(model)
+    tables, kinds = _tables(attention)
     if len(tables) != 1 or not kinds <= set(STEADY) or len(tables[0].cos_sin_cache) <= n:
         if policy.look_ahead is None:
             return None
@@ -41,18 +41,18 @@ def look_ahead_of(model: Any, policy: Policy, device: torch.device) -> LookAhead
     return _angles(tables[0], n, device)
 
 
-def look_ahead_by(model: Any) -> Callable[[int, torch.device], LookAhead] | None:
+def look_ahead_by(attention: Sequence[Any]) -> Callable[[int, torch.device], LookAhead] | None:
     """A function of positions and device; None if the embedding is not of a known kind. Positions beyond the table
     raise ValueError."""
-    tables, kinds = _tables(model)
+    tables, kinds = _tables(attention)
     if len(tables) != 1 or not kinds <= set(STEADY):
         return None
     return functools.partial(_angles, tables[0])
 
 
-def _tables(model: Any) -> tuple[list[Any], set[str]]:
-    """The model's rotary embeddings, one of those that are alike, and the names of all their kinds."""
-    found = [module for module in model.modules() if hasattr(module, "cos_sin_cache")]
+def _tables(attention: Sequence[Any]) -> tuple[list[Any], set[str]]:
+    """The rotary embeddings, one of those that are alike, and the names of all their kinds."""
+    found = [module for outer in attention for module in outer.modules() if hasattr(module, "cos_sin_cache")]
     alike = {(module.cos_sin_cache.data_ptr(), module.is_neox_style): module for module in found}
     return list(alike.values()), {type(module).__name__ for module in found}
 

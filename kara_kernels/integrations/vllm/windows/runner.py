@@ -11,14 +11,12 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kara_kernels.engine import Compression, Loss, Losses, PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
@@ -77,7 +75,7 @@ class KaraRunner(_Mixin):
             self.max_num_reqs,
             self.kara_ring.kv_tokens,
         )
-        self.kara_look_ahead = look_ahead_of(self.get_model(), self.kara.policy, self.device)
+        self.kara_look_ahead = look_ahead_of(self._kara_attention(), self.kara.policy, self.device)
         if self.kara_look_ahead is None and self.kara.policy.positions_ahead:
             logger.warning("Kara does not look ahead: the model's rotary embedding is not of a known kind")
         for index, layer in enumerate(self.kara_layers.values()):
@@ -86,11 +84,18 @@ class KaraRunner(_Mixin):
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         specs = super().get_kv_cache_spec()
-        refused = sorted({type(spec).__name__ for spec in specs.values() if type(spec) is not FullAttentionSpec})
+        refused = {
+            type(spec).__name__
+            for name, spec in specs.items()
+            if type(spec) is not (FullAttentionSpec if name in self.kara_layers else SlidingWindowSpec)
+        }
         if refused:
-            raise ValueError(f"kara: expected full attention in every layer, got {', '.join(refused)}")
+            got = ", ".join(sorted(refused))
+            raise ValueError(f"kara: expected caches of full attention, beside which others may slide, got {got}")
         return {
             name: KaraSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+            if name in self.kara_layers
+            else spec
             for name, spec in specs.items()
         }
 
@@ -99,13 +104,15 @@ class KaraRunner(_Mixin):
         if is_profiling:
             return
         groups = self.kv_cache_config.kv_cache_groups
-        sizes = self._kara_kernel_blocks()
-        if len(groups) != 1 or sizes != [groups[0].kv_cache_spec.block_size]:
+        ours = [i for i, group in enumerate(groups) if set(group.layer_names) == set(self.kara_layers)]
+        block_size = groups[ours[0]].kv_cache_spec.block_size if ours else 0
+        if not ours or (size := self._kara_kernel_blocks()[ours[0]]) != block_size:
+            got = f"kernel blocks of {size}" if ours else f"{len(groups)} groups of other layers"
             raise ValueError(
-                f"kara: expected one KV cache group whose blocks are those of its kernels, got {len(groups)} groups "
-                f"with kernel blocks of {sizes}"
+                f"kara: expected the layers of full attention to be one KV cache group, with blocks of its kernels "
+                f"({block_size}), got {got}"
             )
-        block_size = groups[0].kv_cache_spec.block_size
+        self._kara_adopt(ours[0], len(groups))
         check_sizes(self.vllm_config, block_size)
         self.kara_scales = scales_of(list(self.kara_layers.values()))
         self._check_value_scales(self.kara_scales[1])
@@ -115,13 +122,15 @@ class KaraRunner(_Mixin):
         for policy in self.kara.policies:
             warm_up(self.kara_cache, self.kara_ring, policy, **self._kara_options())
         if has_kv_transfer_group() and hasattr(connector := get_kv_transfer_group(), "judge_by"):
-            ahead, options = look_ahead_by(self.get_model()), self._kara_options()
+            ahead, options = look_ahead_by(self._kara_attention()), self._kara_options()
             scales = (options[name] for name in ("scale", "k_scale", "v_scale"))
             connector.judge_by(self.kara_ring.of_context, self.kara_ring.blank, ahead, *scales)
 
     def _attention_layers(self) -> dict[str, Any]:
-        """The attention layers in model order. Raises an error that names the first one that is not plain attention."""
-        layers = {name: x for name, x in self.compilation_config.static_forward_context.items() if hasattr(x, "impl")}
+        """The layers of full attention in model order. Others slide, if there are any, and are left alone. Raises an
+        error that names the first one that is not plain attention."""
+        found = {name: x for name, x in self.compilation_config.static_forward_context.items() if hasattr(x, "impl")}
+        layers = {name: x for name, x in found.items() if x.sliding_window is None} or found
         for name, layer in layers.items():
             if refused := found_in(layer, UNSUPPORTED_LAYERS):
                 raise ValueError(f"kara: expected plain attention in layer {name}, got {'; '.join(refused)}")
@@ -131,6 +140,11 @@ class KaraRunner(_Mixin):
                 f"kara: expected the same heads, scale and cache in every layer, got {sorted(shapes) or 'no layer'}"
             )
         return layers
+
+    def _kara_attention(self) -> list[Any]:
+        """The modules around these layers, which have their rotary embeddings."""
+        model = self.get_model()
+        return [model.get_submodule(name.rpartition(".")[0]) for name in self.kara_layers]
 
     def _check_value_scales(self, scales: Tensor | None) -> None:
         """Lists that heads or layers share compare their value norms, which are those of stored values."""
@@ -263,109 +277,3 @@ def _of_all_ranks(kept: Tensor) -> Tensor:
     of_ranks = [torch.empty_like(kept) for _ in range(group.world_size)]
     torch.distributed.all_gather(of_ranks, kept, group=group.cpu_group)
     return torch.cat(of_ranks, 1)
-
-
-class KaraRunnerV1(KaraRunner):
-    """Extends vLLM's V1 model runner, used on CPUs, and on GPUs with VLLM_USE_V2_MODEL_RUNNER=0."""
-
-    def kara_init(self) -> None:
-        super().kara_init()
-        self.kara_dropped = self._make_buffer(self.max_num_reqs, dtype=torch.int32)
-
-    def _kara_kernel_blocks(self) -> list[int]:
-        return self._kernel_block_sizes
-
-    def _update_states(self, scheduler_output: Any) -> Any:
-        # Not earlier: by now vLLM has waited for the last step's copy of its block tables to the GPU.
-        self._kara_forget_freed()
-        return super()._update_states(scheduler_output)
-
-    def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
-        del self.requests[request_id].block_ids[0][kept:]
-        row = self.input_batch.req_id_to_index.get(request_id)
-        if row is not None:
-            table = self.input_batch.block_table[0]
-            table.block_table.np[row, kept : table.num_blocks_per_row[row]] = 0
-            table.num_blocks_per_row[row] = kept
-
-    def _prepare_inputs(
-        self, scheduler_output: Any, num_scheduled_tokens: np.ndarray, *args: Any, **kwargs: Any
-    ) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
-        batch, n = self.input_batch, len(num_scheduled_tokens)
-        self._kara_prepare(
-            batch.req_ids[:n], batch.num_prompt_tokens[:n], batch.num_computed_tokens_cpu[:n], num_scheduled_tokens
-        )
-        if self.kara_step.dropped:
-            self._kara_shift(n, int(num_scheduled_tokens.sum()))
-        return prepared
-
-    def _kara_shift(self, num_reqs: int, num_tokens: int) -> None:
-        """Converts lengths and slots from logical to physical. Positions stay logical."""
-        dropped = self.kara_dropped
-        dropped.np[:num_reqs] = [self.kara_step.dropped.get(name, 0) for name in self.input_batch.req_ids[:num_reqs]]
-        dropped.copy_to_gpu(num_reqs)
-        self.optimistic_seq_lens_cpu[:num_reqs] -= dropped.cpu[:num_reqs]  # an upper bound, used for kernel grids
-        self.seq_lens[:num_reqs] -= dropped.gpu[:num_reqs]
-        rows = self.req_indices.gpu[:num_tokens]
-        self.input_batch.block_table.compute_slot_mapping(
-            num_reqs,
-            self.query_start_loc.gpu[: num_reqs + 1],
-            self.positions[:num_tokens] - dropped.gpu[rows],
-        )
-
-
-class KaraRunnerV2(KaraRunner):
-    """Extends vLLM's V2 model runner, the default on GPUs."""
-
-    def kara_init(self) -> None:
-        super().kara_init()
-        self.kara_dropped: tuple[Tensor, Tensor] | None = None
-        """Tokens that the requests of this step have lost, on the device and on the host."""
-
-    def _kara_kernel_blocks(self) -> list[int]:
-        return self.kernel_block_sizes
-
-    def update_requests(self, scheduler_output: Any) -> None:
-        self._kara_forget_freed()
-        super().update_requests(scheduler_output)
-
-    def _kara_forget_blocks(self, request_id: str, kept: int) -> None:
-        row = self.req_states.req_id_to_index.get(request_id)
-        if row is not None:
-            # The next blocks are appended there. The count reaches the device with vLLM's own staged writes.
-            self.block_tables.num_blocks.np[0, row] = kept
-
-    def prepare_attn(self, input_batch: Any) -> Any:
-        counts = input_batch.num_scheduled_tokens
-        prompts = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
-        self._kara_prepare(input_batch.req_ids, prompts, input_batch.num_computed_tokens_np, counts)
-        self.kara_dropped = None
-        if not self.kara_step.dropped:
-            return super().prepare_attn(input_batch)
-        dropped = np.array([self.kara_step.dropped.get(name, 0) for name in input_batch.req_ids], dtype=np.int32)
-        self.kara_dropped = async_tensor_h2d(dropped, device=self.device), torch.from_numpy(dropped)
-        self._kara_lengthen(input_batch, -1)
-        logical = input_batch.positions
-        # vLLM computes slots from positions. The model must then see logical positions again.
-        input_batch.positions = logical.clone()
-        of_tokens = np.repeat(dropped, counts)
-        input_batch.positions[: len(of_tokens)] -= async_tensor_h2d(of_tokens, device=self.device)
-        try:
-            return super().prepare_attn(input_batch)
-        finally:
-            input_batch.positions = logical
-
-    def sample(self, hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        # vLLM samples no token while a prefill goes on, that is while a request is shorter than its text. Recomputed
-        # text is a prefill, and once it is compressed its physical length never gets there.
-        if self.kara_dropped is not None:
-            self._kara_lengthen(input_batch, 1)
-        return super().sample(hidden_states, input_batch, *args, **kwargs)
-
-    def _kara_lengthen(self, input_batch: Any, sign: int) -> None:
-        """Converts lengths from logical to physical (-1), for attention, and back (1)."""
-        assert self.kara_dropped is not None
-        on_device, on_host = self.kara_dropped
-        input_batch.seq_lens[: len(on_host)] += sign * on_device
-        input_batch.seq_lens_cpu_upper_bound[: len(on_host)] += sign * on_host

@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -114,10 +114,15 @@ class KaraScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        kinds = ", ".join(type(manager).__name__ for manager in managers)
-        if len(managers) != 1 or not isinstance(managers[0], KaraManager):
-            raise ValueError(f"kara: expected one KV cache group of full attention, got {kinds or 'none'}")
-        self._manager = managers[0]
+        ours = [manager for manager in managers if isinstance(manager, KaraManager)]
+        self._others = [manager for manager in managers if isinstance(manager, SlidingWindowManager)]
+        if len(ours) != 1 or len(ours) + len(self._others) != len(managers):
+            kinds = ", ".join(type(manager).__name__ for manager in managers)
+            raise ValueError(
+                f"kara: expected one KV cache group of full attention, beside which others may slide, got "
+                f"{kinds or 'none'}"
+            )
+        self._manager = ours[0]
         check_sizes(self.vllm_config, self._manager.block_size)
         self._settings = settings_of(self.vllm_config)
         self._ledger = self._manager.ledger = Ledger(
@@ -216,10 +221,12 @@ class KaraScheduler(Scheduler):
 
     def _lacking_blocks(self) -> int:
         """Blocks that the next token of every running request needs, beyond those that are free."""
-        page, needed = self._manager.block_size, 0
+        needed = 0
         for request in self.running:
-            rows = request.num_computed_tokens + 1 - self._ledger.dropped(request.request_id)
-            needed += max(0, -(-rows // page) - len(self._manager.req_to_blocks[request.request_id]))
+            name, tokens = request.request_id, request.num_computed_tokens + 1
+            for manager in (self._manager, *self._others):
+                rows = tokens - (self._ledger.dropped(name) if manager is self._manager else 0)
+                needed += max(0, -(-rows // manager.block_size) - len(manager.req_to_blocks[name]))
         return needed - self._manager.block_pool.get_num_free_blocks()
 
     def _held(self, *, urgent: bool = False) -> Sequence[Held]:

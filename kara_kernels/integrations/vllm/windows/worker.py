@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from .runner import KaraRunnerV1, KaraRunnerV2
+from .runners import KaraRunnerV1, KaraRunnerV2
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
