@@ -57,12 +57,12 @@ docs: $(VENV)/.dev ## build the documentation site in build/site
 	@echo "To read it with search: $(BIN)/python -m http.server -d build/site"
 
 test: $(VENV)/.dev ## run all tests except those of vLLM: interpreted, compiled, timed
-	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TIMED:%=--ignore %) tests
+	$(SINGLE) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25 $(TIMED:%=--ignore %) tests
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/test_kernels.py tests/test_compiled.py tests/test_launch.py tests/test_repeat.py tests/test_pack.py tests/test_rank.py tests/test_ahead.py tests/test_payload.py tests/test_payload_emulated.py tests/test_channels.py tests/test_checksum.py tests/test_emulated.py tests/test_codegen.py tests/test_traffic.py tests/test_gpu.py
 	$(SINGLE) TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TIMED)
 
 test-vllm: $(VLLM_PYTHON) ## test the plugin inside vLLM
-	$(VLLM_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(TIMED_VLLM:%=--ignore %) tests/with_vllm
+	$(VLLM_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 $(TIMED_VLLM:%=--ignore %) tests/with_vllm
 	$(VLLM_PYTHON) -m pytest $(TIMED_VLLM)
 
 lint: $(VENV)/.dev ## run ruff and mypy

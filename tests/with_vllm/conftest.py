@@ -24,6 +24,13 @@ vllm = pytest.importorskip("vllm")
 
 import harness  # noqa: E402
 
+LONG = ("test_second_runner.py", "test_reasoning_served.py")
+
+
+def pytest_collection_modifyitems(items):
+    """A file runs in one process. These have few tests that take minutes, so they begin first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):

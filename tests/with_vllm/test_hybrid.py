@@ -22,18 +22,17 @@ def dense(gemma):
     return Dense(gemma)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
         ({}, {}),
-        ({"pool": "model"}, {"max_num_batched_tokens": 16}),
+        ({"pool": "model"}, {"max_num_batched_tokens": 16, "mode": "asynchronous"}),
         ({"scorer": "snapkv", "query_stride": 1}, {"enable_prefix_caching": False}),
     ],
     ids=["defaults", "one list, chunked prefill", "SnapKV, no prefix cache"],
 )
-def test_layers_of_full_attention_are_compressed_alone(gemma, dense, trace, mode, changes, options):
-    with engine(gemma, {**KARA, **changes}, trace=trace, mode=mode, **options) as kara:
+def test_layers_of_full_attention_are_compressed_alone(gemma, dense, trace, changes, options):
+    with engine(gemma, {**KARA, **changes}, trace=trace, **options) as kara:
         served = kara.generate(prompts(5, 40, 77, 64, 1), greedy(280))
         assert list(kara.runner.kara_layers) == [f"model.layers.{i}.self_attn.attn" for i in (2, 5)]
         dense.assert_equal(kara, served, compressions=3)
@@ -74,17 +73,14 @@ def test_blocks_of_full_attention_are_freed(gemma):
     assert peaks[1] <= peaks[0] - 5
 
 
-@pytest.mark.parametrize("ahead", [0, None])
-def test_traced_lists_are_the_best_by_the_rotary_embedding_of_these_layers(gemma, dense, trace, ahead):
-    """Sliding layers have another one. By default queries are moved one window ahead."""
-    policy = {**KARA, "query_dtype": "auto", "look_ahead": ahead, "chunk_fraction": 0.0, "reduction": "mean",
-              "value_norm": False}  # fmt: skip
+def test_traced_lists_are_the_best_by_the_rotary_embedding_of_these_layers(gemma, dense, trace):
+    """Sliding layers have another one. Queries are moved one window ahead."""
+    policy = {**KARA, "query_dtype": "auto", "chunk_fraction": 0.0, "reduction": "mean", "value_norm": False}
     with engine(gemma, policy, trace=trace) as kara:
         for served in kara.generate(prompts(5, 77), greedy(320)):
             events = kara.events_of(served.request_id)
             assert len(events) >= 3
-            moved = KARA["window"] if ahead is None else 0
-            for event, scores in zip(events, dense.scores(served, events, 2, ahead=moved), strict=True):
+            for event, scores in zip(events, dense.scores(served, events, 2, ahead=KARA["window"]), strict=True):
                 assert short_of_best(event, scores) < 1e-5
 
 

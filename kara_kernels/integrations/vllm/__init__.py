@@ -9,7 +9,7 @@ Shared modules:
 - :mod:`.hook` has that method, and the order in which a configuration is completed;
 - :mod:`.settings` reads the settings under ``kara``;
 - :mod:`.requests` reads what a request asks for, and checks it in the front end;
-- :mod:`.layout` finds out where a cache's rows lie, and :mod:`.quantised` what eight-bit floats in it are multiplied by;
+- :mod:`.layout` finds out where a cache's rows lie, and :mod:`.quantised` the factors of eight-bit floats in it;
 - :mod:`.traces` writes lines of JSON, and knows the ids of clients;
 - :mod:`.stats` sends counters to the front end and adds them to vLLM's own ``/metrics``.
 
