@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import re
+import signal
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -138,11 +140,14 @@ class Oracle(BaseHTTPRequestHandler):
     forgets: ClassVar[bool]
     asked: ClassVar[list[str]]
     most: ClassVar[int | None]
+    ends: ClassVar[int | None]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         problem = self.known[body["messages"][-1]["content"]]
         self.asked.append(problem.name)
+        if len(self.asked) == self.ends:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.most is not None and len(self.asked) > self.most:
             self.send_error(500)
             return
@@ -174,7 +179,7 @@ class Oracle(BaseHTTPRequestHandler):
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     known = {problem.asked.question: problem for problem in problems(60, 0)}
-    for name, value in {"known": known, "asked": [], "forgets": False, "most": None}.items():
+    for name, value in {"known": known, "asked": [], "forgets": False, "most": None, "ends": None}.items():
         monkeypatch.setattr(Oracle, name, value, raising=False)
     with ThreadingHTTPServer(("127.0.0.1", 0), Oracle) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -306,6 +311,23 @@ def test_the_command_asks_a_server_that_runs(
     assert {(row["method"], row["retention"]) for row in rows} == {("full", 1.0), ("kara", 0.5)}
     assert "| kara, 50% | 6 | 100.0% |" in (tmp_path / "out" / "reasoning.md").read_text()
     assert str(tmp_path / "out" / "reasoning.md") in capsys.readouterr().out
+
+
+def test_what_sigterm_stops_goes_on_later(
+    oracle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Oracle, "ends", 4)
+    given = ["--server", oracle, "--model", "m", "--problems", "8", "--limit", "5000", "--at-once", "1"]
+    given += ["--out", str(tmp_path)]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command.main(given) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped; the next run goes on from here" in capsys.readouterr().err
+    _, rows = tables.read(tmp_path / "reasoning.csv")
+    assert 0 < sum(row["kind"] == "answer" for row in rows) < 8
 
 
 @pytest.mark.parametrize(

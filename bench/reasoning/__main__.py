@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def _share(parser: argparse.ArgumentParser, name: str, given: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives the command
     return concluded("reasoning", lambda: _run(options))
 
 
