@@ -46,6 +46,7 @@ class KaraRunner(_Mixin):
         self.kara_losses = Losses(self.kara.policy.max_loss, self._mean_over_ranks)
         self.kara_lost: list[Loss] = []
         self.kara_ring: QueryRing | None = None
+        self.kara_beside = 0  # attention layers that slide
         self.kara_cache: PagedCache | PackedCache | None = None
         self.kara_scales: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -130,7 +131,8 @@ class KaraRunner(_Mixin):
         """The layers of full attention in model order. Others slide, if there are any, and are left alone. Raises an
         error that names the first one that is not plain attention."""
         found = {name: x for name, x in self.compilation_config.static_forward_context.items() if hasattr(x, "impl")}
-        layers = {name: x for name, x in found.items() if x.sliding_window is None} or found
+        layers = {name: x for name, x in found.items() if getattr(x, "sliding_window", None) is None} or found
+        self.kara_beside = len(found) - len(layers)
         for name, layer in layers.items():
             if refused := found_in(layer, UNSUPPORTED_LAYERS):
                 raise ValueError(f"kara: expected plain attention in layer {name}, got {'; '.join(refused)}")
@@ -142,9 +144,12 @@ class KaraRunner(_Mixin):
         return layers
 
     def _kara_attention(self) -> list[Any]:
-        """The modules around these layers, which have their rotary embeddings."""
+        """What has the rotary embeddings of these layers: the model, or the modules around them if others slide."""
         model = self.get_model()
-        return [model.get_submodule(name.rpartition(".")[0]) for name in self.kara_layers]
+        if not self.kara_beside:
+            return [model]
+        around = [name.rpartition(".")[0] for name in self.kara_layers]
+        return [module for name, module in model.named_modules() if name in around]
 
     def _check_value_scales(self, scales: Tensor | None) -> None:
         """Lists that heads or layers share compare their value norms, which are those of stored values."""
