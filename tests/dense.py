@@ -10,14 +10,15 @@ _seen: dict[int, tuple[Tensor, ...]] = {}
 
 
 def _dense_attention(
-    module, query, key, value, attention_mask, scaling, visible=None, rows=None, stored=None, **kwargs
+    module, query, key, value, attention_mask, scaling, visible=None, rows=None, stored=None, real=None, **kwargs
 ):
     """Softmax attention in float64; ``visible[layer] [S, H, T, T]`` says which key each query sees in a layer of full
     attention. The others see what is in their sliding window."""
     layer, groups = full_layers(module.config).get(module.layer_idx), query.shape[1] // key.shape[1]
     if layer is None:
         age = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
-        return _attend(query, key, value, ((age >= 0) & (age < module.sliding_window))[None, None], scaling), None
+        seen = (age >= 0) & (age < module.sliding_window) & real[:, None, None, :]
+        return _attend(query, key, value, seen, scaling), None
     if stored is not None:
         key, value = stored(layer, key, value)
     if rows is not None:
@@ -104,7 +105,9 @@ def dense_logits(
     before = model.config._attn_implementation
     model.set_attn_implementation("dense")
     positions = (real.cumsum(1) - 1).clamp(min=0)
-    logits = model(ids, position_ids=positions, visible=visible, rows=rows, stored=stored, use_cache=False).logits
+    logits = model(
+        ids, position_ids=positions, visible=visible, rows=rows, stored=stored, real=real, use_cache=False
+    ).logits
     model.set_attn_implementation(before)
     return logits
 

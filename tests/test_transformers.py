@@ -8,11 +8,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from dense import best_for_later, best_of_causal, best_of_window, column_of, dense_logits, replay  # noqa: E402
+from dense import best_for_later, best_of_causal, best_of_window, column_of, dense_logits, full_layers, replay  # noqa: E402
 from transformers import (  # noqa: E402
     CohereConfig,
     CohereForCausalLM,
     DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GlmConfig,
     GlmForCausalLM,
     LlamaConfig,
@@ -42,6 +44,25 @@ FAMILIES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),  # biased projections
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),  # q/k norms, head_dim != hidden / heads
 }
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA = {
+    "num_hidden_layers": 5, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL], "sliding_window": 9, "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+}  # fmt: skip
+
+
+def make_gemma(**overrides):
+    """Two of five layers have full attention, the others see nine tokens."""
+    torch.manual_seed(7)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6,
+             "num_key_value_heads": HEADS, "max_position_embeddings": 1024, "initializer_range": 0.25,
+             "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, **GEMMA, **overrides})).eval()
+    model.get_input_embeddings().weight.data *= 0.1  # else it repeats its last token, whatever attention says
+    model.set_attn_implementation("kara")
+    return model
 
 
 def make_model(family="llama", **overrides):
@@ -139,7 +160,8 @@ def assert_best_kept(model, cache, ids, real, prompt, best=best_of_window):
         assert len(judges) == cache.window + cache.tail
         assert judges[-1] < column_of(real[s], event.logical_len)
         waiting[s] = waiting[s][cache.window :]
-        for layer, attention in enumerate(module.self_attn for module in model.model.layers):
+        modules = [module.self_attn for module in model.model.layers]
+        for layer, attention in enumerate(modules[i] for i in full_layers(model.config)):
             kept = best(layer, s, window, judges, cache.keep, attention.scaling)
             assert torch.equal(event.keep_indices[layer].long(), kept), (event.logical_len, layer, s)
 
@@ -630,6 +652,59 @@ def test_beam_search_assisted_generation_and_batch_surgery_are_refused(llama):
             getattr(cache, name)(1)
 
 
+# ----------------------------------------------------------------------------------------- sliding layers
+
+
+@pytest.mark.parametrize("last", [FULL, SLIDING])
+def test_layers_that_slide_are_left_alone(last):
+    """Beside compressed ones, in a padded batch."""
+    model = make_gemma(layer_types=[*GEMMA["layer_types"][:4], last])
+    ids, real = prompts(7, 21, 12)
+    cache = KaraCache(model, window=24, keep=9, tail=8)
+    text, logits = generate(model, ids, real, cache, 90)
+    assert len(cache.events) == 3 * 3
+    assert cache.events[0].keep_indices.shape[0] == (2 if last == FULL else 1)
+    assert_generated(model, cache, text, real, logits)
+    assert len({tuple(row.tolist()) for row in text[:, 21:].unfold(1, 8, 8).flatten(0, 1)}) > 20  # it does not repeat
+
+
+def test_any_passes_give_the_tokens_that_transformers_own_cache_gives():
+    """Without a compression: as long prompts, in pieces longer and shorter than the sliding window."""
+    model = make_gemma()
+    ids = torch.randint(1, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(3))
+    sizes = [13, 1, 1, 20, 4, 1, 20]
+    ours = feed(model, KaraCache(model, window=64, keep=64), ids, sizes)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ours, feed(model, DynamicCache(config=model.config), ids, sizes), rtol=1e-4, atol=1e-4)
+
+
+def test_sliding_layers_of_a_failed_pass_are_as_before():
+    model, fails = make_gemma(), KaraCache(make_gemma(), window=16, keep=8, tail=4, num_blocks=5)
+    ids = torch.randint(1, VOCABULARY, (1, 60), generator=torch.Generator().manual_seed(3))
+    feed(model, fails, ids[:, :50], [50])
+    with pytest.raises(RuntimeError, match="blocks"):
+        model(ids[:, :40], past_key_values=fails)
+    good = KaraCache(model, window=16, keep=8, tail=4)
+    feed(model, good, ids[:, :50], [50])
+    assert torch.equal(
+        model(ids[:, 50:53], past_key_values=fails).logits, model(ids[:, 50:53], past_key_values=good).logits
+    )
+    fails.reset()
+    again = feed(model, fails, ids[:, :30], [30])
+    assert torch.equal(again, feed(model, KaraCache(model), ids[:, :30], [30]))
+
+
+def test_full_attention_looks_ahead_by_its_own_angles():
+    model = make_gemma(rope_parameters={
+        SLIDING: {"rope_type": "default", "rope_theta": 100.0}, FULL: {"rope_type": "default", "rope_theta": 5000.0},
+    })  # fmt: skip
+    ids, real = prompts(6, 11)
+    cache = KaraCache(model, window=16, keep=6, tail=8, look_ahead=16, chunk_fraction=0.0)
+    text, _ = generate(model, ids, real, cache, 60)
+    best = functools.partial(best_for_later, ahead=16, theta=5000.0)
+    assert_best_kept(model, cache, text[:, :-1], with_text(real, text[:, :-1]), ids.shape[1], best)
+
+
 def test_another_attention_implementation_is_refused():
     model = make_model()
     ids, _ = prompts(6)
@@ -649,7 +724,7 @@ def test_another_attention_implementation_is_refused():
     ("config", "reason"),
     [
         (MistralConfig(num_hidden_layers=2, sliding_window=64), "sliding_attention"),
-        (Qwen2Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=2), "sliding_attention"),
+        (Qwen2Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=0), "sliding_attention"),
         (T5Config(), "encoder-decoder"),
         (LlamaConfig(is_causal=False), "not causal"),
     ],

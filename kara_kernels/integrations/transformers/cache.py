@@ -32,9 +32,10 @@ from kara_kernels.engine import Compression, Policy
 from kara_kernels.options import split_options
 from kara_kernels.values import check_choice, check_count
 
-from .models import HOW_TO_LOAD, check_model
+from .models import HOW_TO_LOAD, check_model, kinds_of
 from .rotary import resolve_look_ahead
 from .sequences import Forward, Sequences
+from .sliding import SlidingLayers
 
 _INT32_MAX = 2**31 - 1
 
@@ -50,8 +51,9 @@ class KaraCache(Cache):
     """A paged KV cache for ``generate()`` and plain forwards that compresses decoded text window by window.
 
     Args:
-        model_or_config: the model, whose attention implementation is checked, or its config. Every layer must be full
-            causal softmax attention, without sliding windows, sinks, soft caps or an encoder.
+        model_or_config: the model, whose attention implementation is checked, or its config. Layers must be causal
+            softmax attention, without sinks, soft caps or an encoder. Some may slide (Gemma 3). They are left alone:
+            layers, blocks and bytes below are those of the others.
         window: decoded tokens that are compressed together (``W``), up to 4096.
         keep: how many of them are kept (``K``), ``1 <= keep <= window``.
         tail: decoded tokens that must follow a window before it is compressed. They are all kept for now, their
@@ -106,6 +108,9 @@ class KaraCache(Cache):
     ) -> None:
         super().__init__(layers=[])
         self.num_layers = check_model(model_or_config)
+        kinds = kinds_of(model_or_config)
+        self._full = {layer: i for i, layer in enumerate(layer for layer, window in enumerate(kinds) if window is None)}
+        self._sliding = SlidingLayers({layer: window for layer, window in enumerate(kinds) if window is not None})
         self.window, self.keep, self.tail = window, keep, tail
         self.block_size = check_count("block_size", block_size, 1, _INT32_MAX)
         if num_blocks is not None:
@@ -120,13 +125,14 @@ class KaraCache(Cache):
         self.policy, ahead = resolve_look_ahead(_policy(window, keep, tail, look_ahead, options), model_or_config)
         self.look_ahead = self.policy.positions_ahead
         self._sequences = Sequences(
-            self.policy, self.num_layers, block_size, num_blocks, protected, scorer=scorer, ahead=ahead, backend=backend
+            self.policy, len(self._full), block_size, num_blocks, protected, scorer=scorer, ahead=ahead, backend=backend
         )
         self.reset()
 
     def reset(self) -> None:
         """Forgets all sequences and records. Blocks return to the pool, and memory stays allocated."""
         self._sequences.reset()
+        self._sliding.reset()
         self._forward: Forward | None = None
         self._unanswered: int | None = None  # the layer whose update() was not yet followed by attention
 
@@ -187,8 +193,13 @@ class KaraCache(Cache):
             raise RuntimeError(
                 f"the keys of layer {self._unanswered} never reached KaraCache's attention: {HOW_TO_LOAD}"
             )
+        if layer_idx in self._sliding.windows:
+            key_states, value_states = self._sliding.update(layer_idx, key_states, value_states)
+            if layer_idx == self.num_layers - 1:
+                self._commit()
+            return key_states, value_states
         self._unanswered = layer_idx
-        key_states._kara = (self, layer_idx)  # type: ignore[attr-defined]
+        key_states._kara = (self, self._full[layer_idx])  # type: ignore[attr-defined]
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -196,7 +207,10 @@ class KaraCache(Cache):
         return self._sequences.logical
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Logical sizes. The cache builds the masks over its rows itself."""
+        """Logical sizes of full attention. The cache builds the masks over its rows itself. Those of a layer that
+        slides begin at the first token that it holds."""
+        if layer_idx in self._sliding.windows:
+            return self._sliding.mask_sizes(layer_idx, self._sequences.logical, query_length)
         return self._sequences.logical + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -211,7 +225,7 @@ class KaraCache(Cache):
 
     batch_size = property(lambda self: len(self._sequences.seen) or -1)
     is_initialized = property(lambda self: bool(self._sequences.seen))
-    is_sliding = property(lambda self: [False] * self.num_layers)
+    is_sliding = property(lambda self: [layer in self._sliding.windows for layer in range(self.num_layers)])
     is_linear = property(lambda self: [False] * self.num_layers)
 
     reorder_cache = _refused("beam search: a block belongs to one sequence")
@@ -232,7 +246,8 @@ class KaraCache(Cache):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Stores the new tokens of one layer and computes attention over all its cached tokens.
+        """Stores the new tokens of one layer and computes attention over all its cached tokens. Layers are those of
+        full attention, from 0 on.
 
         ``query [S, H*G, q, D]``, ``key [S, H, q, D]``, ``value [S, H, q, Dv]``, ``mask`` from
         ``kara_mask``. Returns what transformers' sdpa attention returns: ``[S, q, H*G, Dv]`` and None.
@@ -252,10 +267,17 @@ class KaraCache(Cache):
             key, value = self._sequences.blocks.read(layer, step.longest)
             mask = step.mask
         output = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-        if layer == self.num_layers - 1:
-            self._forward = None
-            self._sequences.commit(step)
+        if self.num_layers - 1 in self._full and layer == len(self._full) - 1:
+            self._commit()
         return output
+
+    def _commit(self) -> None:
+        """After the last layer of a forward pass."""
+        step, self._forward = self._forward, None
+        if step is None:
+            raise RuntimeError("KaraCache expected all layers of a forward pass in order, got the last one alone")
+        self._sequences.commit(step)
+        self._sliding.commit()
 
 
 def _policy(window: int, keep: int, tail: int, look_ahead: int | None, options: dict[str, Any]) -> Policy:

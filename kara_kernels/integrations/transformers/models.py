@@ -1,4 +1,4 @@
-"""Supported models: every layer must be plain causal softmax attention over all tokens."""
+"""Supported models: layers must be plain causal softmax attention, over all tokens or, beside such layers, sliding."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ def check_model(model_or_config: Any) -> int:
     used = getattr(config, "_attn_implementation", None)
     if config is not model_or_config and used != "kara":
         raise ValueError(f'model: expected attention implementation "kara", got {used!r}: {HOW_TO_LOAD}')
-    return check_config(config, "KaraCache")
+    return check_config(config, "KaraCache", beside=("sliding_attention",))
 
 
-def check_config(config: Any, who: str) -> int:
-    """Rejects models whose layers are not plain causal softmax attention. Returns ``L``.
+def kinds_of(model_or_config: Any) -> list[int | None]:
+    """For each layer the tokens that a query sees where layers slide, else None."""
+    config = getattr(model_or_config, "config", model_or_config).get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
-    Raises NotImplementedError. The message begins with ``who``.
+
+def check_config(config: Any, who: str, beside: tuple[str, ...] = ()) -> int:
+    """Rejects models whose layers are not plain causal softmax attention. Returns the number of all layers.
+
+    Raises NotImplementedError. The message begins with ``who``. Kinds of layers ``beside`` those of full attention are
+    allowed.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(f"{who} does not support encoder-decoder models")
@@ -36,9 +44,10 @@ def check_config(config: Any, who: str) -> int:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
-    others = sorted(set(kinds) - {"full_attention"})
-    if others:
-        raise NotImplementedError(f"{who} needs full attention in every layer, got {', '.join(others)}")
+    allowed = {"full_attention", *beside} if "full_attention" in kinds else {"full_attention"}
+    if others := sorted(set(kinds) - allowed):
+        where = "some layers" if beside else "every layer"
+        raise NotImplementedError(f"{who} needs full attention in {where}, got {', '.join(others)}")
     if not getattr(config, "is_causal", True):
         raise NotImplementedError(f"{who} does not support attention that is not causal")
     if getattr(config, "attn_logit_softcapping", None) is not None:

@@ -35,19 +35,24 @@ def find_look_ahead(model: Any) -> Ahead | None:
     apply = getattr(sys.modules.get(type(model).__module__), "apply_rotary_pos_emb", None)
     if apply is None or len({id(rotary) for rotary in found}) != 1:
         return None
-    rotary = found[0]
-    if getattr(rotary, "rope_type", None) not in _STEADY:
+    rotary, prefix, more = found[0], "", {}
+    kind: Any = getattr(rotary, "rope_type", None)
+    if isinstance(kind, dict):  # angles for each kind of layer
+        kind, prefix, more = kind.get("full_attention"), "full_attention_", {"layer_type": "full_attention"}
+    if kind not in _STEADY:
         return None
 
     def angles(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[R]`` as ``apply`` takes them, without the embedding's factor."""
         with torch.no_grad():
-            both = rotary(torch.empty(0, device=device), torch.full((1, 1), n, device=device))
-        cos, sin = (part[0, 0].float() / getattr(rotary, "attention_scaling", 1.0) for part in both)
+            both = rotary(torch.empty(0, device=device), torch.full((1, 1), n, device=device), **more)
+        scaling = getattr(rotary, f"{prefix}attention_scaling", 1.0)
+        cos, sin = (part[0, 0].float() / scaling for part in both)
         return cos, sin
 
-    pairing = _pairing(apply, *angles(5, rotary.inv_freq.device))
-    if pairing is None or not _rotates_the_first(model.config, 2 * rotary.inv_freq.numel()):
+    frequencies = getattr(rotary, f"{prefix}inv_freq")
+    pairing = _pairing(apply, *angles(5, frequencies.device))
+    if pairing is None or not _rotates_the_first(model.config, 2 * frequencies.numel()):
         return None
     which, interleaved = pairing
 
