@@ -102,6 +102,7 @@ def dense_logits(
     """Logits ``[S, T, V]`` of the text ``ids [S, T]`` in one forward pass without a cache. ``rows``: keys and values
     ``[L, H, count, D]`` that stand for those of the first tokens. ``stored(layer, keys, values)``: what a cache
     makes of a layer's."""
+    _seen.clear()  # another model may have had more layers
     before = model.config._attn_implementation
     model.set_attn_implementation("dense")
     positions = (real.cumsum(1) - 1).clamp(min=0)

@@ -67,8 +67,11 @@ def scaled(model, tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("changes", [{}, {"scorer": "compactor", "query_stride": 1}], ids=["kara", "compactor"])
+@pytest.mark.parametrize(
+    ("changes", "packed"),
+    [({}, False), ({"scorer": "compactor", "query_stride": 1}, True)],
+    ids=["kara, plain", "compactor, packed"],
+)
 def test_a_checkpoint_has_scales(model, scaled, trace, attention, monkeypatch, changes, packed):
     if packed:
         monkeypatch.setattr(layout, "_strides", lambda where: None)
@@ -116,8 +119,9 @@ def test_queries_in_eight_bits_are_recorded_as_they_were(scale):
     assert plain(layer, query, torch.float32) is query
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("methods", [[], ["none/int8"]], ids=["as it is", "int8"])
+@pytest.mark.parametrize(
+    ("methods", "packed"), [([], False), (["none/int8"], True)], ids=["as it is, plain", "int8, packed"]
+)
 def test_contexts_answer_as_a_dense_model_with_their_rows(model, attention, monkeypatch, methods, packed):
     """Without methods of its own, a server stores what it holds, which takes no more room."""
     if packed:

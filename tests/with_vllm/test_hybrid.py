@@ -1,7 +1,7 @@
 """Models in which only some layers have full attention: those are compressed, the sliding ones are left alone."""
 
 import pytest
-from harness import KARA, MODES, Dense, asking, configure, engine, greedy, make_model, prompts, short_of_best
+from harness import KARA, Dense, asking, configure, engine, greedy, make_model, prompts, short_of_best
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from kara_kernels.integrations.vllm.windows.runners import KaraRunnerV2
@@ -39,12 +39,11 @@ def test_layers_of_full_attention_are_compressed_alone(gemma, dense, trace, chan
         kara.assert_nothing_leaks()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_preemption_in_a_tiny_pool(gemma, dense, trace, mode):
+def test_preemption_in_a_tiny_pool(gemma, dense, trace):
     """Three groups of layers share the pool, so that it is empty three times as soon."""
     tiny = {"max_model_len": 416, "num_gpu_blocks_override": 44}
     whole = {"pressure_window": 64, "pressure_keep": 32}
-    with engine(gemma, {**KARA, **whole}, trace=trace, mode=mode, **tiny) as kara:
+    with engine(gemma, {**KARA, **whole}, trace=trace, mode="asynchronous", **tiny) as kara:
         served = kara.generate(prompts(5, 40, 77, 30, 51), greedy(300))
         assert sum(len(request.recomputed) for request in served) >= 2
         dense.assert_equal(kara, served, compressions=3)
