@@ -55,25 +55,24 @@ GEMMA = {
 
 def make_gemma(**overrides):
     """Two of five layers have full attention, the others see nine tokens."""
-    torch.manual_seed(7)
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6,
-             "num_key_value_heads": HEADS, "max_position_embeddings": 1024, "initializer_range": 0.25,
-             "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}  # fmt: skip
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, **GEMMA, **overrides})).eval()
+    model = made(Gemma3ForCausalLM, Gemma3TextConfig, **(GEMMA | overrides))
     model.get_input_embeddings().weight.data *= 0.1  # else it repeats its last token, whatever attention says
-    model.set_attn_implementation("kara")
     return model
 
 
 def make_model(family="llama", **overrides):
     cls, config_cls, extra = FAMILIES[family]
+    return made(cls, config_cls, **(extra | overrides))
+
+
+def made(cls, config_cls, num_hidden_layers=LAYERS, **shape):
     torch.manual_seed(7)
     config = config_cls(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=num_hidden_layers,
         num_attention_heads=6, num_key_value_heads=HEADS, max_position_embeddings=1024,
         eos_token_id=None, bos_token_id=None, pad_token_id=0,
         initializer_range=0.25,  # large, so that attention is peaked and a wrong row changes the text
-        **(extra | overrides),
+        **shape,
     )  # fmt: skip
     model = cls(config).eval()
     model.set_attn_implementation("kara")

@@ -52,23 +52,20 @@ def side_by_side(result: Mapping[str, Any], beside: Others) -> list[str]:
         return []
     fidelities = {model_of(one): by_text(one["records"], "fidelity", "kl") for one in (result, *beside.values())}
     columns = sorted({retention for kl in fidelities.values() for retention in retentions_of(kl)})
-    rows = [
-        "## Models side by side",
-        "",
-        "KL of the default by that of the model's best peer, over each model's own texts; in brackets the interval.",
-        "",
-        "| model | texts | " + " | ".join(f"{r:.0%}" for r in columns) + " |",
-        "|---|---|" + "---|" * len(columns),
-    ]
+    rows = []
     for model, kl in fidelities.items():
         own = retentions_of(kl)
         cells = (
             f"{shown(ratio(kl[DEFAULT, r], kl[peer, r]))} {peer}" if r in own and (peer := best_peer(kl, r)) else ""
             for r in columns
         )
-        rows.append(f"| {model} | {len(kl[DEFAULT, own[0]])} | " + " | ".join(cells) + " |")
+        rows.append((model, len(kl[DEFAULT, own[0]]), *cells))
     return [
-        *rows,
+        "## Models side by side",
+        "",
+        "KL of the default by that of the model's best peer, over each model's own texts; in brackets the interval.",
+        "",
+        *tables.markdown(("model", "texts", *(f"{r:.0%}" for r in columns)), rows).splitlines(),
         "",
         "Pages of the others: " + ", ".join(f"[{model_of(one)}]({name}.md)" for name, one in beside.items()),
     ]

@@ -66,6 +66,7 @@ def test_models_are_refused_by_their_configuration(model, overrides, words):
         ({"final_logit_softcapping": 30.0}, {}),
         ({"per_layer_config": {"1": {"intermediate_size": 128}}}, {}),
         ({"quantization_config": {**COMPRESSED, "kv_cache_scheme": None}}, {}),
+        ({"quantization_config": COMPRESSED}, {"kv_cache_dtype": "bfloat16"}),
         ({"quantization_config": COMPRESSED}, {}),
         ({"quantization_config": MODELOPT}, {}),
     ],
@@ -92,7 +93,7 @@ def test_no_weights_are_read_before_a_model_is_refused(model, monkeypatch):
 
 def test_layers_are_refused_if_the_configuration_shows_nothing(model, monkeypatch):
     monkeypatch.setattr(windows, "UNSUPPORTED", {})
-    refused = pytest.raises(ValueError, match=r"expected plain attention in layer .*, got sliding windows$")
+    refused = pytest.raises(ValueError, match=r"kara: expected plain attention in layer .*, got sliding windows$")
     with refused, engine(model, hf_overrides={"sliding_window": 128}):
         pass
 

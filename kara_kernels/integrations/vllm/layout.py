@@ -62,7 +62,7 @@ def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> tu
     numbers = torch.arange(1, 2 * count + 1, device=cache.device).view(2, block_size, heads, size)
     slots = torch.arange(block_size, device=cache.device) + _PROBED * block_size
     base = min(128, round(2 / torch.finfo(cache.dtype).eps))  # the dtype represents these digits exactly
-    factors = [by_head(scale, heads)[:, None] for scale in (layer._k_scale, layer._v_scale)]  # it is written divided
+    factors = [by_head(scale, heads)[:, None] for scale in (layer._k_scale, layer._v_scale)]  # vLLM divides by them
     block, written = (x.narrow(dim, _PROBED, 1) for x in (cache, layer.kv_cache))
     found, place = torch.zeros(block.shape, dtype=torch.int64, device=cache.device), 1
     while place <= 2 * count:
