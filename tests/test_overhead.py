@@ -1,13 +1,14 @@
 """Host time of a call of compress_window: checks, allocation and launches, for 36 layers.
 
 The first call of a kind takes the ordinary way, in which Triton looks for each kernel by all of its arguments. Later
-calls repeat its launches. The goal for them is 25 us; the limit here is higher, because shared machines differ by half.
-The launcher does nothing, so the driver's time to enqueue three kernels is not included. Run alone, with
-TRITON_INTERPRET=0.
+calls repeat its launches. The goal for them is 25 us. A shared machine may take twice its usual time for minutes, so
+the limit is a multiple of what plain Python takes: a fixed piece of it is timed before each twenty calls. The launcher
+does nothing, so the driver's time to enqueue three kernels is not included. Run alone, with TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
 
+import statistics
 import timeit
 from typing import Any
 
@@ -18,19 +19,23 @@ from conftest import INTERPRETED
 if INTERPRETED:
     pytest.skip("times compiled launches: TRITON_INTERPRET=0", allow_module_level=True)
 
-from pytest_benchmark.fixture import BenchmarkFixture
-
 from bench.compile_only import compiling_for
 from kara_kernels import LookAhead, PagedCache, compress_window
 from kara_kernels.engine import Policy
 from kara_kernels.ops import pack_queries
 
 LAYERS, SEQUENCES, HEADS, GROUP, DIM, WINDOW, PAGE = 36, 4, 8, 4, 128, 256, 16
-LIMIT = 45e-6  # seconds
+LIMIT = 0.85  # yardsticks, where 0.5 and 0.6 are usual
+
+
+def yardstick() -> None:
+    """A fixed piece of plain Python."""
+    for number in range(256):
+        (lambda table: table.get(number))({"shape": number, "dtype": number})
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["every query", "as the engine calls it"])
-def test_host_time_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+def test_host_time_of_a_call(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
     blocks = SEQUENCES * (WINDOW // PAGE)
     pools = [[torch.zeros(blocks, PAGE, HEADS, DIM, dtype=torch.bfloat16) for _ in range(LAYERS)] for _ in range(2)]
     cache = PagedCache(*pools)
@@ -60,12 +65,14 @@ def test_host_time_of_a_call(benchmark: BenchmarkFixture, monkeypatch: pytest.Mo
         cache.events.clear()
         call()
 
+    plain, repeated = [], []
     with compiling_for("sm_90"):
-        call()  # compiles
         ordinary = min(timeit.repeat(first, number=20, repeat=50)) / 20
-        benchmark.pedantic(call, rounds=400, iterations=5, warmup_rounds=20)
-    stats = benchmark.stats.stats
-    told = f"ordinary {1e6 * ordinary:.1f} us; repeated {1e6 * stats.min:.1f} us, {1e6 * stats.median:.1f} us median"
+        for _ in range(300):
+            plain.append(timeit.timeit(yardstick, number=1))
+            repeated.append(timeit.timeit(call, number=20) / 20)
+    ratio = statistics.median(one / other for one, other in zip(repeated, plain, strict=True))
+    told = f"ordinary {1e6 * ordinary:.1f} us; repeated {1e6 * min(repeated):.1f} us, {ratio:.2f} yardsticks"
     print("\n" + told)
-    # Other load only adds time, so the fastest round is the cost.
-    assert stats.min < min(LIMIT, ordinary / 5), told
+    assert ratio < LIMIT, told
+    assert min(repeated) < ordinary / 5, told
