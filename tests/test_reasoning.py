@@ -169,7 +169,10 @@ class Oracle(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         count = len(self.asked) if self.forgets else 0
-        self._send(f"kara:request_retention_sum {0.5 * count}\nkara:request_retention_count {count}\n", "text/plain")
+        told = {"kara:request_retention_sum": 0.5 * count, "kara:request_retention_count": count,
+                "vllm:spec_decode_num_draft_tokens_total": 4 * len(self.asked),
+                "vllm:spec_decode_num_accepted_tokens_total": len(self.asked)}  # fmt: skip
+        self._send("".join(f"{name} {value}\n" for name, value in told.items()), "text/plain")
 
     def _send(self, text: str, kind: str) -> None:
         self.send_response(200)
@@ -216,6 +219,32 @@ def test_replies_become_rows(oracle: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert usage.held / usage.ended == 0.5
     assert usage.seconds > 0
     assert usage.tokens == sum(row["tokens"] for key, row in done.answers.items() if key[0] == "kara")
+
+
+def test_drafts_are_told_and_never_mixed_with_rows_without(oracle: str, tmp_path: Path) -> None:
+    done = asked_by(tmp_path, oracle, [Cell(FULL, 1.0)], drafts=4)
+    done.measure()
+    assert (done.usages[Cell(FULL, 1.0)].drafted, done.usages[Cell(FULL, 1.0)].accepted) == (72, 18)
+    head, rows = tables.read(tmp_path / "reasoning.csv")
+    text = report.page(head, rows, "reasoning.png")
+    assert "dtype float32, drafts 4." in text
+    assert re.search(r"\| accepted \|\n.*\n\| full .* 25% \|\n", text)
+    for other in ({}, {"drafts": 5}):
+        with pytest.raises(DemoError, match=r"expected rows of .* got .*choose another --out"):
+            asked_by(tmp_path, oracle, [Cell(FULL, 1.0)], **other)
+
+
+def test_times_beside_other_work_are_left_out(oracle: str, tmp_path: Path) -> None:
+    full, again, other = Cell(FULL, 1.0), Cell(AGAIN, 1.0), Cell("kara", 0.5)
+    asked_by(tmp_path, oracle, [full]).measure()
+    asked_by(tmp_path, oracle, [again], untimed=True).measure()
+    head, rows = tables.read(tmp_path / "reasoning.csv")
+    cells = [row for row in rows if row["kind"] == "cell"]
+    assert [(row["seconds"], row["tokens"]) for row in cells] == [(0.0, 0.0)] * 2
+    assert "| | 0% |\n" in report.page(head, rows, "reasoning.png").replace("|  |", "| |")
+    done = asked_by(tmp_path, oracle, [other])
+    done.measure()
+    assert done.usages[other].seconds > 0
 
 
 def test_the_second_time_the_full_cache_is_asked_in_another_order(oracle: str, tmp_path: Path) -> None:
@@ -283,7 +312,7 @@ def test_the_page_says_which_goals_are_met(tmp_path: Path) -> None:
     rows += [row("random", 0.3, i, i < 40, **near) for i in range(100)]
     rows += [row("snapkv", 0.3, i, i < 79, **near) for i in range(100)]
     rows.append({"kind": "cell", "method": "kara", "retention": 0.3, "seconds": 10.0, "tokens": 900.0, "held": 40.0,
-                 "ended": 100.0, "peak": 0.5})  # fmt: skip
+                 "ended": 100.0, "peak": 0.5, "drafted": 0.0, "accepted": 0.0})  # fmt: skip
     head = {"model": "m", "seed": 0, "limit": 9, "window": 128, "tail": 64, "dtype": "float32"}
     text = report.page(head, rows, "reasoning.png")
     assert re.search(r"lower end above -2 points \| \+0.0 \(\+0.0 to \+0.0\) \| met", text)
@@ -338,6 +367,7 @@ def test_what_sigterm_stops_goes_on_later(
     ("given", "message"),
     [(["--methods", "snap"], "scorer: expected .*'snap'"), (["--retentions", "0,1"], "expected shares over 0"),
      (["--retentions", "1"], "keep: expected"), (["--problems", "0"], "--problems: expected 1 or more, got 0"),
+     (["--drafts", "-1"], "--drafts: expected 0 or more, got -1"),
      (["--server", "http://x"], "--server: expected --model"), (["--methods", "kvzip"], "score a window")],
 )  # fmt: skip
 def test_wrong_options_are_refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,6 +385,7 @@ def test_a_quick_run_has_its_own_folder() -> None:
 def test_servers_differ_only_in_the_method(tmp_path: Path) -> None:
     plan = asked_by(tmp_path, "", [Cell("snapkv", 0.3)]).plan
     full, mine = plan.settings(Cell(AGAIN, 1.0)), plan.settings(Cell("snapkv", 0.3))
+    assert full.drafts == mine.drafts == 0
     assert mine.kara == {"window": 128, "keep": 38, "tail": 64, "scorer": "snapkv"}
     assert full.kara is None
     assert {**vars(full), "kara": None} == {**vars(mine), "kara": None}

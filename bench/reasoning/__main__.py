@@ -43,6 +43,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=24, help="requests that run at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default: %(default)s)")
     parser.add_argument("--dtype", help="of the model (default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument("--drafts", type=int, default=0, help="tokens that n-grams propose for each step, as "
+                        "speculative decoding (default: none)")  # fmt: skip
+    parser.add_argument(
+        "--untimed", action="store_true", help="leave out tokens/s, because other work runs on this machine"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of a server (default: one per core)")
     parser.add_argument(
         "--quick", action="store_true", help="12 problems, three methods at 30 %%: half an hour on a CPU"
@@ -57,6 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("problems", "window", "limit", "at_once"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(options, name)}")
+    if options.drafts < 0:
+        parser.error(f"--drafts: expected 0 or more, got {options.drafts}")
     options.cells = _cells(parser, options)
     if options.server is not None and options.model is None:
         parser.error("--server: expected --model NAME, under which it serves the model")
@@ -120,7 +127,7 @@ def _run(options: argparse.Namespace) -> None:
         model=model, cells=[Cell(*cell) for cell in options.cells], count=options.problems, seed=options.seed,
         limit=options.limit, window=options.window, tail=options.tail, at_once=options.at_once,
         dtype=options.dtype or ("float32" if cpu else "bfloat16"), block_size=32 if cpu else 16, cpu=cpu,
-        threads=options.threads, server=options.server,
+        threads=options.threads, server=options.server, drafts=options.drafts, untimed=options.untimed,
     )  # fmt: skip
     path = options.out / "reasoning.csv"
     run = Run(plan, path, Store(), screen, Path("build") / "reasoning")

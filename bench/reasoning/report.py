@@ -21,6 +21,7 @@ from .run import AGAIN, FULL, Cell
 OURS, CHANCE = "kara", ("random", "newest")
 LOSSES = {0.5: 0.02, 0.3: 0.03}  # most share of problems lost at a retention
 BETTER = (0.3, 0.2)  # retentions at which no other method may be as good
+DRAFTED = " *Accepted*: drafts by n-grams that were right."
 
 Answers = dict[Cell, dict[str, Row]]  # by problem
 
@@ -50,9 +51,13 @@ def page(head: Row, rows: Sequence[Row], picture: str) -> str:
     answers = answers_of(rows)
     usages = {Cell(row["method"], row["retention"]): row for row in rows if row["kind"] == "cell"}
     full = answers.get(Cell(FULL, 1.0), {})
-    facts = ", ".join(f"{name} {head[name]}" for name in ("model", "seed", "limit", "window", "tail", "dtype"))
+    facts = ", ".join(f"{name} {value}" for name, value in head.items() if name != "code")
     columns = ("method", "problems", "solved", "difference in points", "McNemar p", "finished", "first difference",
                "equal", "KL", "held", "tokens/s", "most blocks")  # fmt: skip
+    table = [_line(cell, of, full, usages.get(cell)) for cell, of in _ordered(answers)]
+    if "drafts" in head:
+        columns += ("accepted",)
+        table = [[*line, _accepted(usages.get(cell))] for line, (cell, _) in zip(table, _ordered(answers), strict=True)]
     lines = [
         "# Does it keep the reasoning?\n",
         f"Written by `make reasoning`: {facts}. Problems with known answers, drawn from the seed, in five families "
@@ -65,8 +70,8 @@ def page(head: Row, rows: Sequence[Row], picture: str) -> str:
         "are equal to the end. *KL*: from the full cache's distribution up to the first token that differs, in nats, a "
         "lower bound from the five likeliest tokens. *Held*: rows by tokens when a request ends, prompt included. "
         "*Tokens/s*: of the whole server; other methods than Kara are plain PyTorch, so theirs say nothing about the "
-        "method.\n",
-        markdown(columns, [_line(cell, of, full, usages.get(cell)) for cell, of in _ordered(answers)]),
+        "method." + (DRAFTED if "drafts" in head else "") + "\n",
+        markdown(columns, table),
         "## By family\n",
         "Solved problems.\n",
         _families(answers),
@@ -108,6 +113,10 @@ def _line(cell: Cell, answers: Mapping[str, Row], full: Mapping[str, Row], usage
         f"{usage['tokens'] / usage['seconds']:.1f}" if usage["seconds"] else "",
         f"{usage['peak']:.0%}",
     ]
+
+
+def _accepted(usage: Row | None) -> str:
+    return f"{usage['accepted'] / usage['drafted']:.0%}" if usage and usage["drafted"] else ""
 
 
 def points(of: Interval) -> str:

@@ -26,6 +26,11 @@ from .problems import Problem, problems
 FULL, AGAIN = "full", "full again"
 WRITE_EVERY = 5  # replies
 POLL_SECONDS = 1.0
+SAMPLES = {
+    "held": "kara:request_retention_sum", "ended": "kara:request_retention_count",
+    "drafted": "vllm:spec_decode_num_draft_tokens_total", "accepted": "vllm:spec_decode_num_accepted_tokens_total",
+}  # fmt: skip
+"""What a server's metrics say about a cell."""
 
 
 class Cell(NamedTuple):
@@ -59,6 +64,10 @@ class Plan:
     threads: int | None = None
     server: str | None = None
     """A running server instead, and its one cell is in ``cells``."""
+    drafts: int = 0
+    """Tokens that n-grams propose for each step."""
+    untimed: bool = False
+    """Leave out times, because other work runs on this machine."""
 
     def kara(self, cell: Cell) -> dict[str, Any] | None:
         """The plugin's settings; None for the full cache."""
@@ -72,7 +81,7 @@ class Plan:
         return Settings(
             model=self.model, blocks=self.at_once * -(-longest // self.block_size), block_size=self.block_size,
             max_model_len=longest, max_requests=self.at_once, dtype=self.dtype, eager=self.cpu, cpu=self.cpu,
-            threads=self.threads, kara=self.kara(cell),
+            threads=self.threads, kara=self.kara(cell), drafts=self.drafts,
         )  # fmt: skip
 
     def facts(self) -> Row:
@@ -80,6 +89,7 @@ class Plan:
         return {
             "model": Path(self.model).name, "seed": self.seed, "limit": self.limit, "window": self.window,
             "tail": self.tail, "dtype": self.dtype, "code": digest_of_folders("bench/reasoning/problems.py")[:12],
+            **({"drafts": self.drafts} if self.drafts else {}),
         }  # fmt: skip
 
 
@@ -89,11 +99,15 @@ class Usage:
 
     seconds: float = 0.0
     tokens: float = 0.0
+    """In these seconds."""
     held: float = 0.0
     """Sum over ended requests of the share of their tokens that they held."""
     ended: float = 0.0
     peak: float = 0.0
     """Most of the blocks that were in use at once."""
+    drafted: float = 0.0
+    accepted: float = 0.0
+    """Tokens that n-grams proposed, and how many of them were right."""
 
     def row(self, cell: Cell) -> Row:
         return {"kind": "cell", "method": cell.method, "retention": cell.retention, **self.__dict__}
@@ -114,17 +128,16 @@ class Run:
         self.problems = problems(self.plan.count, self.plan.seed)
         if self.path.exists():
             head, rows = tables.read(self.path)
-            shared = {name: head.get(name) for name in self.plan.facts()}
-            if shared != self.plan.facts():
-                raise DemoError(
-                    f"{self.path}: expected rows of {self.plan.facts()}, got {shared}; choose another --out"
-                )
+            if head != self.plan.facts():
+                raise DemoError(f"{self.path}: expected rows of {self.plan.facts()}, got {head}; choose another --out")
             for row in rows:
                 if row["kind"] == "answer":
                     self.answers[row["method"], row["retention"], row["problem"]] = row
                 else:
                     cell = Cell(row["method"], row["retention"])
-                    self.usages[cell] = Usage(**{name: row[name] for name in Usage.__dataclass_fields__})
+                    self.usages[cell] = Usage(**{name: row.get(name, 0.0) for name in Usage.__dataclass_fields__})
+                    if self.plan.untimed:
+                        self.usages[cell].seconds = self.usages[cell].tokens = 0.0
 
     def records(self) -> list[Row]:
         return [*self.answers.values(), *(usage.row(cell) for cell, usage in self.usages.items())]
@@ -160,14 +173,14 @@ class Run:
         def told(problem: Problem, reply: Reply) -> None:
             nonlocal fresh
             self._keep(cell, problem, reply)
-            usage.tokens += len(reply.tokens)
+            usage.tokens += 0 if self.plan.untimed else len(reply.tokens)
             fresh += 1
             advance()
             if fresh % WRITE_EVERY == 0:
                 self.write()
 
         try:
-            with self._server(cell) as (url, name, server), _watched(server, usage):
+            with self._server(cell) as (url, name, server), _watched(server, usage, not self.plan.untimed):
                 ask_all(url, name, few, self.plan.limit, self.plan.at_once, told)
         finally:
             self.write()
@@ -202,8 +215,8 @@ class Run:
 
 
 @contextmanager
-def _watched(server: Server, usage: Usage) -> Iterator[None]:
-    """Adds to ``usage`` what the server's metrics say about the block."""
+def _watched(server: Server, usage: Usage, timed: bool) -> Iterator[None]:
+    """Adds to ``usage`` what the server's metrics say about the block, and how long it took if ``timed``."""
     ended = threading.Event()
     peaks = [usage.peak]
 
@@ -217,10 +230,10 @@ def _watched(server: Server, usage: Usage) -> Iterator[None]:
     try:
         yield
     finally:
-        usage.seconds += time.perf_counter() - began
+        usage.seconds += (time.perf_counter() - began) * timed
         ended.set()
         watcher.join()
         after = server.metrics()
-        usage.held += after.get("kara:request_retention_sum", 0.0) - before.get("kara:request_retention_sum", 0.0)
-        usage.ended += after.get("kara:request_retention_count", 0.0) - before.get("kara:request_retention_count", 0.0)
+        for name, sample in SAMPLES.items():
+            setattr(usage, name, getattr(usage, name) + after.get(sample, 0.0) - before.get(sample, 0.0))
         usage.peak = max(peaks)

@@ -46,6 +46,8 @@ class Settings:
     threads: int | None = None
     kara: dict[str, Any] | None = None
     contexts: dict[str, Any] | None = None
+    drafts: int = 0
+    """Tokens that n-grams of the text propose for each step."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ def command(settings: Settings, port: int) -> list[str]:
     additional = {"kara": settings.kara, "contexts": settings.contexts}
     if given := {key: value for key, value in additional.items() if value is not None}:
         arguments["additional-config"] = json.dumps(given)
+    if settings.drafts:
+        arguments["speculative-config"] = json.dumps({
+            "method": "ngram", "num_speculative_tokens": settings.drafts, "prompt_lookup_min": 2, "prompt_lookup_max": 4
+        })  # fmt: skip
     flags = [part for key, value in arguments.items() for part in (f"--{key}", value) if part is not None]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, flags)]
 

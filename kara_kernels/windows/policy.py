@@ -186,6 +186,11 @@ class Policy(Scoring, Selection):
             return 0
         return -(-(self.window + self.tail) // self.query_stride)
 
+    def spare_rows(self, drafts: int) -> int:
+        """Rows that a ring needs beyond ``query_rows``, so that the queries of up to ``drafts`` tokens that are
+        rejected after their step overwrite none that still score."""
+        return -(-drafts // self.query_stride) if self.query_rows else 0
+
     def recorded_heads(self, query_heads: int, kv_heads: int) -> int:
         """The number of heads that a recorded query has, of a model with ``H*G`` and ``H``."""
         return kv_heads if self.query_heads == "mean" else query_heads

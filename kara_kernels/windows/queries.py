@@ -60,7 +60,8 @@ class QueryRing:
         max_sequences: most sequences that run at once.
         max_tokens: most tokens in one step, padding included.
         dtype, device: of the queries.
-        rows: queries recorded per sequence. The default and minimum is ``policy.query_rows``.
+        rows: queries recorded per sequence. The default and minimum is ``policy.query_rows``. An engine that may
+            reject tokens after their step adds ``policy.spare_rows``, and tells its :class:`Ledger` the smaller number.
 
     Raises:
         TypeError, ValueError: too few rows; an odd ``head_dim`` with ``query_dtype="int4"``; the ring would be larger
@@ -290,12 +291,13 @@ def check_ring(
 
 
 def fit_queries(
-    policy: Policy, layers: int, query_heads: int, kv_heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype
-) -> Policy:
+    policy: Policy, layers: int, query_heads: int, kv_heads: int, head_dim: int, max_sequences: int, dtype: torch.dtype,
+    drafts: int = 0,
+) -> Policy:  # fmt: skip
     """The policy with the form of :data:`FORMS` whose ring is within ``max_query_gib`` and loses least.
 
     The first form is what the policy itself says. If none fits, or the scorer is not Kara's, the policy stays as it is,
-    and a ring that does not fit is refused.
+    and a ring that does not fit is refused. ``drafts``: tokens of a step that may be rejected.
     """
     if policy.scorer != KARA:  # methods of others are as they were published
         return policy
@@ -303,7 +305,8 @@ def fit_queries(
     for heads, stride in ((policy.query_heads, policy.query_stride), *FORMS):
         form = replace(policy, query_heads=heads, query_stride=min(stride, most))
         recorded = form.recorded_heads(query_heads, kv_heads)
-        if ring_bytes(form, layers, recorded, head_dim, max_sequences, dtype) <= policy.max_query_gib * 2**30:
+        rows = form.query_rows + form.spare_rows(drafts)
+        if ring_bytes(form, layers, recorded, head_dim, max_sequences, dtype, rows) <= policy.max_query_gib * 2**30:
             return form
     return policy
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,6 +122,24 @@ def test_a_chunk_longer_than_the_ring_leaves_its_newest_queries(stride: int, fir
     assert_selected(ring, "a", recorded[-policy.query_rows :])
 
 
+@pytest.mark.parametrize("drafts", [1, 4, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_rejected_drafts_take_the_rows_of_no_query_that_scores(stride: int, drafts: int) -> None:
+    policy, draw = small(query_stride=stride), random.Random(drafts)
+    ring = make_ring(policy, rows=policy.query_rows + policy.spare_rows(drafts))
+    first, recorded = 7, list[int]()
+    while first < 150:
+        accepted = draw.choice([0, 0, drafts, draw.randint(0, drafts)])
+        ring.prepare([Span("a", 7, first, 1 + drafts)])
+        computed = [Span("a", 7, first, 1 + accepted), Span("other", 7, first + 1 + accepted, drafts - accepted)]
+        for layer in range(LAYERS):
+            ring.record(layer, batch_of(computed, layer, 0))
+        recorded += [position for position in range(first, first + 1 + accepted) if position % stride == 0]
+        first += 1 + accepted
+        if recorded:
+            assert_selected(ring, "a", recorded[-policy.query_rows :])
+
+
 def test_prompts_take_no_room() -> None:
     ring = make_ring(small(), max_sequences=1)
     assert not run_step(ring, [Span("a", 9, 0, 4), Span("b", 20, 16, 4)])
@@ -150,6 +169,8 @@ def test_what_is_recorded_falls_back_by_loss() -> None:
         for spare in (0, 1):
             found = fit_queries(Policy(max_query_gib=(size + spare) / 2**30), **shape)
             assert (found.query_heads, found.query_stride, found.query_dtype) == (heads, stride, "int4")
+    fits = Policy(max_query_gib=sizes[0] / 2**30)
+    assert fit_queries(fits, **shape, drafts=1).query_stride == 2  # whose rows for a rejected draft do not fit
     nothing = Policy(max_query_gib=(sizes[-1] - 1) / 2**30)
     assert fit_queries(nothing, **shape) == nothing
 

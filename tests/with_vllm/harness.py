@@ -17,9 +17,15 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
+from vllm.triton_utils import dispatcher
 
 ON_GPU = current_platform.is_cuda_alike()
 VOCABULARY = 512
+
+# On a CPU, an engine that speculates looks for Triton's kernels in the dictionaries of all objects in all modules.
+# After the first such engine there are objects of Numba whose `__dict__` is none.
+dispatcher.vars = lambda thing: thing.__dict__ if isinstance(thing.__dict__, dict) else {}
+
 MODES = ["synchronous", "asynchronous"]
 KARA = {"window": 64, "keep": 32, "tail": 16, "query_stride": 2}
 

@@ -28,8 +28,9 @@ def dense(gemma):
         ({}, {}),
         ({"pool": "model"}, {"max_num_batched_tokens": 16, "mode": "asynchronous"}),
         ({"scorer": "snapkv", "query_stride": 1}, {"enable_prefix_caching": False}),
+        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1}}),
     ],
-    ids=["defaults", "one list, chunked prefill", "SnapKV, no prefix cache"],
+    ids=["defaults", "one list, chunked prefill", "SnapKV, no prefix cache", "drafts by n-grams"],
 )
 def test_layers_of_full_attention_are_compressed_alone(gemma, dense, trace, changes, options):
     with engine(gemma, {**KARA, **changes}, trace=trace, **options) as kara:

@@ -70,7 +70,7 @@ class Settings:
 
     @property
     def query_rows(self) -> int:
-        """Queries that the ring holds per request."""
+        """Queries that may score a window of a request."""
         return max(policy.query_rows for policy in self.policies)
 
     @property

@@ -20,6 +20,12 @@ def _other_connector(config: Any) -> bool:
     return offloads or (given is not None and not str(given.kv_connector_module_path).startswith("kara_kernels."))
 
 
+def _drafts(config: Any) -> Any:
+    """Drafts of models are refused: they have caches of their own, and their steps overlap."""
+    given = config.speculative_config
+    return given is not None and (given.method != "ngram" or "contexts" in config.additional_config) and given.method
+
+
 FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 """Caches of eight-bit floats with one factor for a layer or a head."""
 
@@ -71,7 +77,7 @@ def _multi_modal(config: Any) -> Any:
 
 
 UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
-    "speculative decoding (--speculative-config)": lambda c: c.speculative_config is not None,
+    "speculative decoding other than by n-grams, or with contexts (--speculative-config)": _drafts,
     "pipeline parallelism (--pipeline-parallel-size)": lambda c: c.parallel_config.pipeline_parallel_size > 1,
     "decode context parallelism (--decode-context-parallel-size)": lambda c: (
         (c.parallel_config.decode_context_parallel_size or 1) > 1

@@ -96,7 +96,7 @@ def _fit_queries(config: Any) -> None:
     policy = max(settings_of(config).policies, key=lambda policy: policy.window)
     form = {}
     if "query_stride" not in kara and "query_heads" not in kara:
-        fitted = fit_queries(policy, *_recorded(config))
+        fitted = fit_queries(policy, *_recorded(config), config.num_speculative_tokens)
         form = {"query_heads": fitted.query_heads, "query_stride": fitted.query_stride}
         if fitted != policy:
             init_logger("vllm.kara").warning_once(
@@ -115,7 +115,13 @@ def query_ring_bytes(config: Any) -> int:
     settings = settings_of(config)
     layers, heads, kv_heads, size, most, dtype = _recorded(config)
     recorded = settings.policy.recorded_heads(heads, kv_heads)
-    return check_ring(settings.policy, layers, recorded, size, most, dtype, settings.query_rows)
+    return check_ring(settings.policy, layers, recorded, size, most, dtype, ring_rows(config))
+
+
+def ring_rows(config: Any) -> int:
+    """Queries that the ring holds per request."""
+    settings = settings_of(config)
+    return settings.query_rows + settings.policy.spare_rows(config.num_speculative_tokens)
 
 
 def _recorded(config: Any) -> tuple[int, int, int, int, int, Any]:

@@ -26,7 +26,7 @@ from ..quantised import plain, scales_of
 from ..settings import settings_of
 from ..traces import append
 from ..unsupported import UNSUPPORTED_LAYERS, found_in
-from .configure import check_sizes
+from .configure import check_sizes, ring_rows
 from .rotary import look_ahead_by, look_ahead_of
 from .scheduler import KaraSpec, Step
 
@@ -67,7 +67,7 @@ class KaraRunner(_Mixin):
             max_tokens=self.max_num_tokens,
             dtype=self.vllm_config.model_config.dtype,
             device=self.device,
-            rows=self.kara.query_rows,
+            rows=ring_rows(self.vllm_config),
         )
         self.kara_ring.warm_up()  # vLLM may capture graphs while it measures memory, and nothing loads in a capture
         logger.info(

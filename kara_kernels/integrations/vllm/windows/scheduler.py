@@ -183,8 +183,9 @@ class KaraScheduler(Scheduler):
         """vLLM's last word on the size of a chunk. A preempted text is recomputed up to its next window only, so that
         it never needs the blocks that it had before it was compressed."""
         most = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        own = recomputed_as(request)
-        if own is None or num_computed_tokens + most <= request.num_prompt_tokens:
+        own, text = recomputed_as(request), request.num_tokens - num_computed_tokens
+        # The step of the newest token is no chunk of a text, and vLLM wants all of its drafts.
+        if own is None or text == 1 or num_computed_tokens + most <= request.num_prompt_tokens:
             return most
         return min(most, self._ledger.chunk(request.request_id, request.num_prompt_tokens, num_computed_tokens, **own))
 
@@ -220,10 +221,10 @@ class KaraScheduler(Scheduler):
         logger.info("Kara's settings changed: %s", ", ".join(f"{name}={values[name]!r}" for name in LIVE))
 
     def _lacking_blocks(self) -> int:
-        """Blocks that the next token of every running request needs, beyond those that are free."""
+        """Blocks that the next token of every running request needs, and its drafts, beyond those that are free."""
         needed = 0
         for request in self.running:
-            name, tokens = request.request_id, request.num_computed_tokens + 1
+            name, tokens = request.request_id, request.num_computed_tokens + 1 + len(request.spec_token_ids)
             for manager in (self._manager, *self._others):
                 rows = tokens - (self._ledger.dropped(name) if manager is self._manager else 0)
                 needed += max(0, -(-rows // manager.block_size) - len(manager.req_to_blocks[name]))
