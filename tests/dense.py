@@ -14,7 +14,7 @@ def _dense_attention(
 ):
     """Softmax attention in float64; ``visible[layer] [S, H, T, T]`` says which key each query sees in a layer of full
     attention. The others see what is in their sliding window."""
-    layer, groups = full_layers(module.config).get(module.layer_idx), query.shape[1] // key.shape[1]
+    layer = full_layers(module.config).get(module.layer_idx)
     if layer is None:
         age = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
         seen = (age >= 0) & (age < module.sliding_window) & real[:, None, None, :]
@@ -27,7 +27,8 @@ def _dense_attention(
             for given, own in zip(rows, (key, value), strict=True)
         )
     _seen[layer] = query, key, value
-    return _attend(query, key, value, visible[layer].repeat_interleave(groups, 1), scaling), None
+    seen = visible[layer].repeat_interleave(query.shape[1] // visible[layer].shape[1], 1)
+    return _attend(query, key, value, seen, scaling), None
 
 
 def _attend(query, key, value, seen, scaling):
@@ -80,7 +81,10 @@ def replay(model, real: Tensor, events) -> Ledger:
     """The ledger of a text ``real [S, T]`` after ``events``, records of :class:`kara_kernels.engine.Compression`. In a
     batch their ``request_id`` is the sequence's index."""
     config = model.config
-    ledger = Ledger(len(full_layers(config)), config.num_key_value_heads, real)
+    heads = config.num_key_value_heads
+    if hasattr(config, "kv_lora_rank"):  # one latent row for all heads, of which each rank has its own
+        heads = max((event.keep_indices.shape[1] for event in events), default=1)
+    ledger = Ledger(len(full_layers(config)), heads, real)
     happened = [(int(event.request_id) if len(real) > 1 else 0, event) for event in events]
     happened = [(column_of(real[s], event.logical_len), s, event) for s, event in happened]
     for column, s, event in sorted(happened, key=lambda found: found[0]):

@@ -16,6 +16,7 @@ CASES = [
     "test_equal.py::test_blocks_that_another_request_reads_are_not_rewritten[asynchronous]",
     "test_equal.py::test_aborted_requests_leave_nothing[asynchronous]",
     "test_speculative.py::test_every_token_is_the_dense_models[defaults]",
+    "test_latent.py::test_every_token_is_the_dense_models[defaults]",
     "test_both.py::test_a_preempted_request_is_admitted_and_compressed_again[asynchronous-computed first]",
     "test_contexts_dropped.py::test_a_preempted_request_is_admitted_with_fewer_rows_again[asynchronous]",
     "test_preempted.py::test_a_preempted_request_goes_on_with_its_rows[asynchronous-twice]",

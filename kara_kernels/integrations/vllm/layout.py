@@ -6,6 +6,7 @@ instructions. So the attention backend writes numbered rows into one free block,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kara_kernels.paged import PackedCache, PagedCache
 
+from .latent import is_latent, write
 from .quantised import by_head, stored_as
 
 _PROBED = 1  # block 0 is vLLM's null block
@@ -21,7 +23,7 @@ _PROBED = 1  # block 0 is vLLM's null block
 
 def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> PagedCache | PackedCache:
     """The caches of all layers, as views ``[B, P, H, D]`` if strides can describe them, otherwise by element offsets.
-    Those of eight-bit floats have their dtype, not that of bytes.
+    Those of eight-bit floats have their dtype, not that of bytes. Latent caches have no values.
 
     Args:
         layers: vLLM's attention layers, with caches allocated but not yet in use.
@@ -41,35 +43,40 @@ def paged_view(layers: Sequence[Any], num_blocks: int, block_size: int) -> Paged
             f"{sorted({tuple(x.shape) for x in caches})}"
         )
     dim = dims[0]
-    k_offsets, v_offsets = _element_offsets(layers[0], first, dim, block_size)
+    offsets = _element_offsets(layers[0], first, dim, block_size)
     views: list[list[Tensor]] = []
-    for where in (k_offsets, v_offsets):
+    for where in offsets:
         strides = _strides(where)
         if strides is None:
-            size = int(max(k_offsets.max(), v_offsets.max())) + 1
+            if len(offsets) < 2:
+                raise ValueError("kara: expected latent rows that strides can describe, got packed ones")
+            size = int(offsets.max()) + 1
             pools = [x.as_strided((num_blocks, size), (x.stride(dim), 1), x.storage_offset()) for x in caches]
-            return PackedCache(pools, k_offsets, v_offsets)
+            return PackedCache(pools, *offsets)
         shape, strides, start = (num_blocks, *where.shape), (first.stride(dim), *strides), int(where[0, 0, 0])
         views.append([x.as_strided(shape, strides, x.storage_offset() + start) for x in caches])
-    return PagedCache(views[0], views[1])
+    return PagedCache(*views)
 
 
 @torch.inference_mode()
-def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """int64 ``[P, H, D]`` for keys and values: storage offset of an element from the start of its block."""
+def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> Tensor:
+    """int64 ``[2, P, H, D]`` for keys and values, or ``[1, P, 1, D]`` for latent rows: storage offset of an element
+    from the start of its block."""
     heads, size = layer.num_kv_heads, layer.head_size
-    count = block_size * heads * size
-    numbers = torch.arange(1, 2 * count + 1, device=cache.device).view(2, block_size, heads, size)
+    scales = (layer._k_scale,) if is_latent(layer) else (layer._k_scale, layer._v_scale)
+    shape = len(scales), block_size, heads, size
+    numbers = torch.arange(1, math.prod(shape) + 1, device=cache.device).view(shape)
     slots = torch.arange(block_size, device=cache.device) + _PROBED * block_size
     base = min(128, round(2 / torch.finfo(cache.dtype).eps))  # the dtype represents these digits exactly
-    factors = [by_head(scale, heads)[:, None] for scale in (layer._k_scale, layer._v_scale)]  # vLLM divides by them
+    factors = [by_head(scale, heads)[:, None] for scale in scales]  # vLLM divides by them
     block, written = (x.narrow(dim, _PROBED, 1) for x in (cache, layer.kv_cache))
+    dtype = getattr(layer, "dtype", cache.dtype)
     found, place = torch.zeros(block.shape, dtype=torch.int64, device=cache.device), 1
-    while place <= 2 * count:
+    while place <= numbers.numel():
         digits = numbers // place % base
-        rows = [(part * factor).to(layer.dtype) for part, factor in zip(digits, factors, strict=True)]
+        rows = [(part * factor).to(dtype) for part, factor in zip(digits, factors, strict=True)]
         written.zero_()
-        layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, slots)
+        write(layer, rows, slots)
         found += block.float().to(torch.int64) * place
         place *= base
     written.zero_()
@@ -81,8 +88,7 @@ def _element_offsets(layer: Any, cache: Tensor, dim: int, block_size: int) -> tu
             f"kara: expected each of the {numbers.numel()} elements of a block's rows once in that block of the KV "
             f"cache, got {len(order)} elements there"
         )
-    k, v = where.flatten()[order].view(2, block_size, heads, size)
-    return k, v
+    return where.flatten()[order].view(shape)
 
 
 def _strides(where: Tensor) -> tuple[int, ...] | None:

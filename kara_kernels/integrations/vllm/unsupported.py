@@ -59,6 +59,10 @@ def _sliding_window(config: Any) -> Any:
     return slides and getattr(model, "sliding_window", None)
 
 
+def _latent(config: Any) -> Any:
+    return config.model_config.use_mla and ("contexts" in config.additional_config or cache_dtype_of(config) in FP8)
+
+
 def _unequal_heads(config: Any) -> Any:
     """Fields that vLLM keeps for each layer, because they differ."""
     layers = config.model_config.model_arch_config.per_layer_overrides or []
@@ -94,7 +98,8 @@ UNSUPPORTED: dict[str, Callable[[Any], Any]] = {
     "pooling models": lambda c: c.model_config.runner_type == "pooling",
     "encoder-decoder models": lambda c: c.model_config.is_encoder_decoder,
     "multi-modal inputs (--language-model-only allows text)": _multi_modal,
-    "multi-head latent attention": lambda c: c.model_config.use_mla,
+    "multi-head latent attention with contexts, or with a quantised KV cache": _latent,
+    "sparse attention (index_topk)": lambda c: getattr(c.model_config.hf_text_config, "index_topk", None),
     "hybrid or attention-free models": lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
     "sliding windows (in all layers, with contexts, or with --disable-hybrid-kv-cache-manager)": _sliding_window,
     "chunked attention": lambda c: getattr(c.model_config.hf_text_config, "attention_chunk_size", None),
@@ -120,7 +125,7 @@ UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
     "attention sinks": lambda x: getattr(x.impl, "sinks", None) is not None,
     "cross-layer KV sharing": lambda x: getattr(x, "kv_sharing_target_layer_name", None) is not None,
     "soft-capped logits": lambda x: bool(getattr(x.impl, "logits_soft_cap", 0)),
-    "attention other than a decoder's": lambda x: x.attn_type != "decoder" and x.attn_type,
+    "attention other than a decoder's": lambda x: getattr(x, "attn_type", "decoder") != "decoder" and x.attn_type,
     "values of another size than keys": _value_size,
 }
 """The same for an attention layer, checked when its model is loaded, for what the configuration does not show."""

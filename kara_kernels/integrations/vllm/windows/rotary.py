@@ -14,7 +14,7 @@ from kara_kernels.engine import Policy
 # vLLM's embeddings whose angles are linear in the position and do not depend on the text length.
 STEADY = (
     "RotaryEmbedding", "LinearScalingRotaryEmbedding", "NTKScalingRotaryEmbedding", "Llama3RotaryEmbedding",
-    "YaRNScalingRotaryEmbedding",
+    "YaRNScalingRotaryEmbedding", "DeepseekScalingRotaryEmbedding",
 )  # fmt: skip
 
 

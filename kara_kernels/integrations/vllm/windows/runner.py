@@ -16,11 +16,12 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from kara_kernels.engine import Compression, Loss, Losses, PackedCache, QueryRing, Span, execute, warm_up
 from kara_kernels.paged import PagedCache
 
+from ..latent import is_latent, latent_query
 from ..layout import paged_view
 from ..quantised import plain, scales_of
 from ..settings import settings_of
@@ -28,9 +29,12 @@ from ..traces import append
 from ..unsupported import UNSUPPORTED_LAYERS, found_in
 from .configure import check_sizes, ring_rows
 from .rotary import look_ahead_by, look_ahead_of
-from .scheduler import KaraSpec, Step
+from .scheduler import KaraLatentSpec, KaraSpec, Step
 
 logger = init_logger("vllm.kara")
+
+OURS = {FullAttentionSpec: KaraSpec, MLAAttentionSpec: KaraLatentSpec}
+"""Specs of caches that are compressed, and what they become."""
 
 _Mixin: Any = Any if TYPE_CHECKING else object  # the class after the mixin is one of several classes of vLLM
 
@@ -80,7 +84,10 @@ class KaraRunner(_Mixin):
         if self.kara_look_ahead is None and self.kara.policy.positions_ahead:
             logger.warning("Kara does not look ahead: the model's rotary embedding is not of a known kind")
         for index, layer in enumerate(self.kara_layers.values()):
-            layer.impl.forward = self._recording(index, layer.impl.forward)
+            if is_latent(layer):
+                layer.forward_impl = self._recording_latent(index, layer)
+            else:
+                layer.impl.forward = self._recording(index, layer.impl.forward)
         return loaded
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
@@ -88,13 +95,13 @@ class KaraRunner(_Mixin):
         refused = {
             type(spec).__name__
             for name, spec in specs.items()
-            if type(spec) is not (FullAttentionSpec if name in self.kara_layers else SlidingWindowSpec)
+            if (type(spec) not in OURS if name in self.kara_layers else type(spec) is not SlidingWindowSpec)
         }
         if refused:
             got = ", ".join(sorted(refused))
             raise ValueError(f"kara: expected caches of full attention, beside which others may slide, got {got}")
         return {
-            name: KaraSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+            name: OURS[type(spec)](**{field.name: getattr(spec, field.name) for field in fields(spec) if field.init})
             if name in self.kara_layers
             else spec
             for name, spec in specs.items()
@@ -174,6 +181,18 @@ class KaraRunner(_Mixin):
 
         return record_and_forward
 
+    def _recording_latent(self, index: int, layer: Any) -> Any:
+        """The same for a layer with a latent cache."""
+        ring, forward = self.kara_ring, layer.forward_impl
+        assert ring is not None
+
+        def record_and_forward(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.kara_records:
+                ring.record(index, latent_query(layer, query, self.kara_look_ahead))
+            return forward(query, *args, **kwargs)
+
+        return record_and_forward
+
     # -------------------------------------------------------------------------------------------- step
 
     @property
@@ -244,8 +263,9 @@ class KaraRunner(_Mixin):
         scale = next(iter(self.kara_layers.values())).impl.scale
         reduce_scores = self._mean_over_ranks if pooled else None
         keys, values = self.kara_scales
+        recorded_ahead = is_latent(next(iter(self.kara_layers.values())))
         return {"scale": scale, "k_scale": keys, "v_scale": values, "reduce_scores": reduce_scores,
-                "look_ahead": self.kara_look_ahead}  # fmt: skip
+                "look_ahead": None if recorded_ahead else self.kara_look_ahead}  # fmt: skip
 
     def _mean_over_ranks(self, scores: Tensor) -> Tensor:
         group = get_tp_group()

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -58,6 +58,8 @@ class KaraManager(FullAttentionManager):
 
     ledger: Ledger
     requests: Mapping[str, Request]
+    in_chunks: bool
+    """Whether a recomputed text may be computed in chunks."""
 
     @property
     def has_positionally_stable_blocks(self) -> bool:
@@ -67,7 +69,7 @@ class KaraManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
     ) -> int:
         request, rows = self.requests[request_id], num_tokens - self.ledger.dropped(request_id)
-        if apply_admission_cap and (own := recomputed_as(request)) is not None:  # it asks for the whole text at once
+        if apply_admission_cap and self.in_chunks and (own := recomputed_as(request)) is not None:  # for the whole text
             rows = min(rows, self.ledger.peak(request.num_prompt_tokens, num_tokens, **own))
         return super().get_num_blocks_to_allocate(request_id, rows, *args, **kwargs)
 
@@ -108,6 +110,12 @@ class KaraSpec(FullAttentionSpec):
     """The spec that makes vLLM use a :class:`KaraManager`. Workers report it instead of FullAttentionSpec."""
 
 
+@register_kv_cache_spec(manager_class=KaraManager, uniform_type_base_spec=MLAAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class KaraLatentSpec(MLAAttentionSpec):
+    """The same for latent caches."""
+
+
 class KaraScheduler(Scheduler):
     """Plans and commits before vLLM schedules, and sends the plans to the workers."""
 
@@ -132,6 +140,7 @@ class KaraScheduler(Scheduler):
         live = self._settings.live
         self._live = LiveFile(self.vllm_config.additional_config, live) if live else None
         self._manager.requests = self.requests
+        self._manager.in_chunks = self.scheduler_config.enable_chunked_prefill
         self._ring_bytes = query_ring_bytes(self.vllm_config)
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
@@ -185,7 +194,12 @@ class KaraScheduler(Scheduler):
         most = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         own, text = recomputed_as(request), request.num_tokens - num_computed_tokens
         # The step of the newest token is no chunk of a text, and vLLM wants all of its drafts.
-        if own is None or text == 1 or num_computed_tokens + most <= request.num_prompt_tokens:
+        if (
+            own is None
+            or not self._manager.in_chunks
+            or text == 1
+            or num_computed_tokens + most <= request.num_prompt_tokens
+        ):
             return most
         return min(most, self._ledger.chunk(request.request_id, request.num_prompt_tokens, num_computed_tokens, **own))
 
