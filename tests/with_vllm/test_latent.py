@@ -1,11 +1,15 @@
 """Multi-head latent attention (DeepSeek): one latent row of a token for all heads, and so one keep list for a layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from dense import _seen, replay
 from harness import KARA, Dense, asking, configure, engine, greedy, make_model, prompts, short_of_best
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
+from kara_kernels import LookAhead
+from kara_kernels.integrations.vllm.latent import latent_query
 from kara_kernels.integrations.vllm.windows.configure import query_ring_bytes
 
 BLOCK = {"block_size": 16}  # all that vLLM's kernel for CPUs takes
@@ -95,6 +99,21 @@ def test_traced_lists_are_the_best_by_queries_of_all_heads(deepseek, dense, trac
             events = [dense._event(event) for event in raw]
             for i, event in enumerate(events):
                 assert short_of_best(raw[i], scores_by(dense, served, event, events[:i])) < 1e-5
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_the_rotary_part_of_a_query_is_rotated_ahead(interleaved):
+    """Both orders of pairs, with a map of keys that does nothing."""
+    layer = SimpleNamespace(qk_nope_head_dim=2, qk_rope_head_dim=6, W_UK_T=torch.eye(2).expand(4, 2, 2))
+    query, angle = torch.randn(5, 4, 8, dtype=torch.float64), torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
+    layer.W_UK_T = layer.W_UK_T.double()
+    found = latent_query(layer, query, LookAhead(angle.cos(), angle.sin(), interleaved))
+    assert torch.equal(found[..., :2], query[..., :2])
+    order = [0, 2, 4, 1, 3, 5] if interleaved else range(6)  # first numbers of all pairs, then their second ones
+    x, y = query[..., 2:][..., list(order)].chunk(2, -1)
+    turned = torch.complex(x, y) * torch.polar(torch.ones_like(angle), angle)
+    assert torch.allclose(torch.complex(*found[..., 2:][..., list(order)].chunk(2, -1)), turned)
+    assert torch.equal(latent_query(layer, query, None), query)
 
 
 @pytest.mark.parametrize(

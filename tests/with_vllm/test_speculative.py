@@ -1,9 +1,12 @@
 """Speculative decoding by n-grams: rejected drafts are never scored or kept, and every token is the dense model's."""
 
+from types import SimpleNamespace
+
 import pytest
 from harness import KARA, Dense, asking, configure, engine, greedy, make_model, prompts, short_of_best
 
 from kara_kernels.integrations.vllm.windows.configure import ring_rows
+from kara_kernels.integrations.vllm.windows.scheduler import KaraScheduler
 
 TOKENS = 8
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
@@ -89,6 +92,32 @@ def test_a_block_is_shared_after_drafts_were_rejected_in_it(few, dense, trace):
         again = kara.generate([[*first.prompt, *first.tokens]], greedy(150))
         assert again[0].cached == 128
         dense.assert_equal(kara, again, compressions=1)
+
+
+def scheduler_of(request, blocks, **more):
+    """A scheduler with one running request of that many blocks, and no free block."""
+    made = object.__new__(KaraScheduler)
+    pool = SimpleNamespace(get_num_free_blocks=lambda: 0)
+    made._manager = SimpleNamespace(block_size=32, req_to_blocks={"a": range(blocks)}, block_pool=pool, in_chunks=True)
+    made._others, made.running, made.num_prefill_lookahead = [], [request], 1
+    made._ledger = SimpleNamespace(dropped=lambda name: 0, chunk=lambda *given, **own: 2)
+    return made
+
+
+@pytest.mark.parametrize(("computed", "drafts", "lacking"), [(30, 1, 0), (30, 2, 1), (31, 0, 0), (32, 0, 1)])
+def test_blocks_that_drafts_need_are_lacking(computed, drafts, lacking):
+    request = SimpleNamespace(request_id="a", num_computed_tokens=computed, spec_token_ids=[1] * drafts)
+    assert scheduler_of(request, 1)._lacking_blocks() == lacking
+
+
+@pytest.mark.parametrize(("computed", "scheduled", "most"), [(50, 6, 6), (60, 6, 2), (99, 6, 6)])
+def test_drafts_of_the_newest_token_are_never_cut_off(computed, scheduled, most):
+    """A preempted request of 100 tokens, 56 of them its prompt, that is recomputed: the rest of its text in chunks."""
+    own = SimpleNamespace(own={})
+    request = SimpleNamespace(
+        request_id="a", num_tokens=100, num_prompt_tokens=56, num_preemptions=1, kara=own, spec_token_ids=[]
+    )
+    assert scheduler_of(request, 2)._reserve_prefill_lookahead(request, computed, scheduled) == most
 
 
 def test_the_ring_has_rows_for_rejected_drafts(few):
