@@ -5,14 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dense import _seen, replay
-from harness import KARA, Dense, asking, configure, engine, greedy, make_model, prompts, short_of_best
+from harness import KARA, ON_GPU, Dense, asking, configure, engine, greedy, make_model, prompts, short_of_best
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from kara_kernels import LookAhead
 from kara_kernels.integrations.vllm.latent import latent_query
+from kara_kernels.integrations.vllm.unsupported import UNSUPPORTED_LAYERS, found_in
 from kara_kernels.integrations.vllm.windows.configure import query_ring_bytes
 
-BLOCK = {"block_size": 16}  # all that vLLM's kernel for CPUs takes
+# All that vLLM's kernel for CPUs takes. Where a processor has AMX, another one would be chosen.
+BLOCK = {"block_size": 16} if ON_GPU else {"block_size": 16, "attention_config": {"backend": "CPU_MLA"}}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,13 @@ def test_the_rotary_part_of_a_query_is_rotated_ahead(interleaved):
     turned = torch.complex(x, y) * torch.polar(torch.ones_like(angle), angle)
     assert torch.allclose(torch.complex(*found[..., 2:][..., list(order)].chunk(2, -1)), turned)
     assert torch.equal(latent_query(layer, query, None), query)
+
+
+def test_weights_that_were_packed_are_refused():
+    layer = SimpleNamespace(kv_lora_rank=512, impl=SimpleNamespace(), kv_cache_dtype="auto", head_size=576)
+    assert found_in(layer, UNSUPPORTED_LAYERS) == ["latent attention with packed weights (AMX, ROCm)"]
+    layer.W_UK_T = torch.zeros(1)
+    assert found_in(layer, UNSUPPORTED_LAYERS) == []
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def write(layer: Any, rows: Sequence[Tensor], slots: Tensor) -> None:
 
 def latent_query(layer: Any, query: Tensor, ahead: LookAhead | None) -> Tensor:
     """``[T, H, kv_lora_rank + R]`` of a layer's post-RoPE queries ``[T, H, N + R]``, and ``ahead`` of their positions.
+    All are of one dtype.
 
     Kernels look ahead at the first dimensions of a row, and the rotary ones of a latent row are the last.
     """
@@ -43,7 +44,7 @@ def latent_query(layer: Any, query: Tensor, ahead: LookAhead | None) -> Tensor:
 
 def _turned(rotary: Tensor, ahead: LookAhead) -> Tensor:
     """Rotated by these angles, pair by pair."""
-    cos, sin = ahead.cos.to(rotary.dtype), ahead.sin.to(rotary.dtype)
+    cos, sin = ahead.cos, ahead.sin
     axis = -1 if ahead.interleaved else -2
     shape = (-1, 2) if ahead.interleaved else (2, -1)
     x, y = rotary.unflatten(-1, shape).unbind(axis)

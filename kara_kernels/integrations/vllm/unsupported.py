@@ -127,6 +127,9 @@ UNSUPPORTED_LAYERS: dict[str, Callable[[Any], Any]] = {
     "soft-capped logits": lambda x: bool(getattr(x.impl, "logits_soft_cap", 0)),
     "attention other than a decoder's": lambda x: getattr(x, "attn_type", "decoder") != "decoder" and x.attn_type,
     "values of another size than keys": _value_size,
+    "latent attention with packed weights (AMX, ROCm)": lambda x: (
+        hasattr(x, "kv_lora_rank") and not hasattr(x, "W_UK_T")
+    ),
 }
 """The same for an attention layer, checked when its model is loaded, for what the configuration does not show."""
 

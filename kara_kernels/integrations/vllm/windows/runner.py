@@ -183,12 +183,15 @@ class KaraRunner(_Mixin):
 
     def _recording_latent(self, index: int, layer: Any) -> Any:
         """The same for a layer with a latent cache."""
-        ring, forward = self.kara_ring, layer.forward_impl
+        ring, forward, ahead = self.kara_ring, layer.forward_impl, self.kara_look_ahead
         assert ring is not None
+        if ahead is not None:
+            dtype = self.vllm_config.model_config.dtype
+            ahead = ahead._replace(cos=ahead.cos.to(dtype), sin=ahead.sin.to(dtype))
 
         def record_and_forward(query: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.kara_records:
-                ring.record(index, latent_query(layer, query, self.kara_look_ahead))
+                ring.record(index, latent_query(layer, query, ahead))
             return forward(query, *args, **kwargs)
 
         return record_and_forward
