@@ -52,11 +52,11 @@ def page(head: Row, rows: Sequence[Row], picture: str) -> str:
     usages = {Cell(row["method"], row["retention"]): row for row in rows if row["kind"] == "cell"}
     full = answers.get(Cell(FULL, 1.0), {})
     facts = ", ".join(f"{name} {value}" for name, value in head.items() if name != "code")
-    columns = ("method", "problems", "solved", "difference in points", "McNemar p", "finished", "first difference",
-               "equal", "KL", "held", "tokens/s", "most blocks")  # fmt: skip
+    columns = ["method", "problems", "solved", "difference in points", "McNemar p", "finished", "first difference",
+               "equal", "KL", "held", "tokens/s", "most blocks"]  # fmt: skip
     table = [_line(cell, of, full, usages.get(cell)) for cell, of in _ordered(answers)]
     if "drafts" in head:
-        columns += ("accepted",)
+        columns.append("accepted")
         table = [[*line, _accepted(usages.get(cell))] for line, (cell, _) in zip(table, _ordered(answers), strict=True)]
     lines = [
         "# Does it keep the reasoning?\n",
