@@ -186,7 +186,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                           textcoords="offset points", color=ORANGE)  # fmt: skip
         axes.set_title("Solved problems by what is kept of a window")
         axes.set_ylim(0, 1.02)
-        axes.margins(x=0.25)
+        axes.set_xlim(0, max([x for _, x, *_ in ends], default=0.5) + 0.2)
         axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.set_xlabel("kept of every window")
