@@ -27,6 +27,8 @@ def two(model, tmp_path_factory):
     )  # fmt: skip
     command = server.command
     with pytest.MonkeyPatch.context() as patch:
+        # Engines in this process have named another OpenMP there than the server does, and vLLM takes only one.
+        patch.delenv("LD_PRELOAD", raising=False)
         patch.setattr(server, "command", lambda *given: [*command(*given), "--data-parallel-size", "2"])
         with serving(settings, folder / "server.log") as running:
             yield running, folder
