@@ -52,7 +52,7 @@ def test_settings_are_checked_at_start_up(model, kara, words):
     ("options", "words"),
     [
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "speculative",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
