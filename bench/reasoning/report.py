@@ -54,10 +54,11 @@ def page(head: Row, rows: Sequence[Row], picture: str) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in head.items() if name != "code")
     columns = ["method", "problems", "solved", "difference in points", "McNemar p", "finished", "first difference",
                "equal", "KL", "held", "tokens/s", "most blocks"]  # fmt: skip
-    table = [_line(cell, of, full, usages.get(cell)) for cell, of in _ordered(answers)]
+    ordered = _ordered(answers)
+    table = [_line(cell, of, full, usages.get(cell)) for cell, of in ordered]
     if "drafts" in head:
         columns.append("accepted")
-        table = [[*line, _accepted(usages.get(cell))] for line, (cell, _) in zip(table, _ordered(answers), strict=True)]
+        table = [[*line, _accepted(usages.get(cell))] for line, (cell, _) in zip(table, ordered, strict=True)]
     lines = [
         "# Does it keep the reasoning?\n",
         f"Written by `make reasoning`: {facts}. Problems with known answers, drawn from the seed, in five families "

@@ -3,6 +3,7 @@ contexts, one trace has the events of both, and one page their metrics."""
 
 import json
 import re
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,8 +44,6 @@ def ask(url, prompt):
 
 def of_engines(running, name):
     """The samples of a metric, by engine."""
-    import urllib.request
-
     with urllib.request.urlopen(f"{running.url}/metrics", timeout=30) as answer:
         return {
             engine: float(value)

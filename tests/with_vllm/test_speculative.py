@@ -94,7 +94,7 @@ def test_a_block_is_shared_after_drafts_were_rejected_in_it(few, dense, trace):
         dense.assert_equal(kara, again, compressions=1)
 
 
-def scheduler_of(request, blocks, **more):
+def scheduler_of(request, blocks):
     """A scheduler with one running request of that many blocks, and no free block."""
     made = object.__new__(KaraScheduler)
     pool = SimpleNamespace(get_num_free_blocks=lambda: 0)

@@ -69,7 +69,8 @@ class KaraManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
     ) -> int:
         request, rows = self.requests[request_id], num_tokens - self.ledger.dropped(request_id)
-        if apply_admission_cap and self.in_chunks and (own := recomputed_as(request)) is not None:  # for the whole text
+        # At its admission vLLM asks for the whole text at once.
+        if apply_admission_cap and self.in_chunks and (own := recomputed_as(request)) is not None:
             rows = min(rows, self.ledger.peak(request.num_prompt_tokens, num_tokens, **own))
         return super().get_num_blocks_to_allocate(request_id, rows, *args, **kwargs)
 
